@@ -1,0 +1,401 @@
+"""Train the miniature's critics from procedural faces: two parsers, two CLIPs.
+
+    python -m ec2face_core.critics parser --role guiding --out data/mini
+    python -m ec2face_core.critics clip --role scoring --out data/mini
+
+The counterpart of FaRL and of OpenAI's CLIP, which the paper takes as given. The roles `guiding`
+(serves as a loss) and `scoring` (serves as a metric) share neither faces, seed, widths nor
+strength of augmentation. Faces are drawn on the fly from both looks, with balanced and with natural
+frequencies, and softened at random so that generated and autoencoded pictures are read as well.
+A run is a function of its arguments: batch k draws the same faces and noise after a resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attributes import CLASSES, FACER_TO_CELEBAMASK, GROUPS, NUM_CLASSES, class_weights
+from .captions import captions
+from .config import ROOT, load_profile, resolve
+from .perception import (
+    CLIP_MEAN,
+    CLIP_STD,
+    FACER_CHANNEL,
+    MiniParserNet,
+    build_mini_clip,
+    clip_tokenizer,
+    mini_clip_config,
+    save_mini_clip,
+    save_parser,
+)
+from .rendering import render
+from .results import provenance
+from .synthetic import HAIR_COLOURS, HAIR_LENGTHS, HAIR_STYLES, sample_scenes
+
+SIZE = 64
+SAMPLES = {"parser": 60_000, "clip": 90_000}  # about five minutes each on one core
+# look, frequencies, share of every batch
+MIXTURE = (
+    ("first", "balanced", 0.4),
+    ("second", "balanced", 0.25),
+    ("first", "natural", 0.2),
+    ("second", "second", 0.15),
+)
+STYLE = {"first": "mm-celeba-hq", "second": "ffhq-text"}
+BLOCK = 128  # faces drawn at once; a checkpoint lies between two blocks
+HELD_OUT_SEED, HELD_OUT = 90_001, 512  # faces of a world that no critic is trained on
+WORDS = {"hair_colour": HAIR_COLOURS, "hair_style": HAIR_STYLES, "hair_length": HAIR_LENGTHS}
+
+
+@dataclass(frozen=True)
+class Role:
+    """What sets the two critics of a kind apart. `seed` is that of faces, weights and noise."""
+
+    seed: int
+    strength: float  # of the augmentation
+    widths: tuple[int, ...]  # of the parser
+    clip: dict[str, Any]  # differences from `mini_clip_config`
+
+
+ROLES = {
+    "guiding": Role(7_001, 1.0, (24, 48, 96), {}),
+    "scoring": Role(8_002, 0.7, (32, 48, 56, 56), {"layers": (1, 2, 2, 2), "embed_dim": 64}),
+}
+
+
+@dataclass
+class Faces:
+    """A batch: image `b 3 h w` in [-1, 1], label map `b h w`, attributes and a caption each."""
+
+    image: Tensor
+    label_map: Tensor
+    attributes: list[dict[str, bool | str]]
+    captions: list[str]
+
+    def split(self, size: int) -> Iterator[Faces]:
+        """Batches of `size` faces, each with the looks mixed."""
+        order = torch.randperm(len(self.image))
+        for rows in order.split(size):
+            yield Faces(
+                self.image[rows],
+                self.label_map[rows],
+                [self.attributes[i] for i in rows.tolist()],
+                [self.captions[i] for i in rows.tolist()],
+            )
+
+
+def draw_faces(seed: int, start: int, count: int, mixture: tuple = MIXTURE) -> Faces:
+    """Faces start ... start + count - 1 of the world `seed`, the looks mixed as `mixture` says."""
+    images, labels, attributes, texts = [], [], [], []
+    first, cumulative = start, 0.0
+    for look, frequencies, share in mixture:
+        cumulative += share
+        indices = range(first, start + round(cumulative * count))
+        first = indices.stop
+        scenes = sample_scenes(seed, indices, look=look, frequencies=frequencies)
+        faces = render(scenes, SIZE)
+        images.append(faces.image)
+        labels.append(faces.label_map)
+        rows = scenes.attributes
+        attributes += rows
+        texts += [
+            captions(row, count=1, seed=seed + i, style=STYLE[look])[0]
+            for i, row in zip(indices, rows, strict=True)
+        ]
+    return Faces(torch.cat(images), torch.cat(labels), attributes, texts)
+
+
+def augment(images: Tensor, strength: float) -> Tensor:
+    """Colour jitter, softening (half the resolution and back), blur and noise, each at random.
+
+    images: [-1, 1], `b 3 h w`. What a generator or an autoencoder does to a face, roughly.
+    """
+    b = len(images)
+
+    def amount(scale: float, channels: int = 1) -> Tensor:
+        return torch.randn(b, channels, 1, 1) * scale * strength
+
+    x = images * (1 + amount(0.12)) * (1 + amount(0.05, 3)) + amount(0.08) + amount(0.04, 3)
+    half = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2.0, mode="bilinear", align_corners=False)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    softness = torch.rand(b, 1, 1, 1) * (torch.rand(b, 1, 1, 1) < 0.5)
+    x = torch.lerp(x, torch.where(torch.rand(b, 1, 1, 1) < 0.5, half, blurred), softness)
+    noise = torch.rand(b, 1, 1, 1) * (torch.rand(b, 1, 1, 1) < 0.5) * 0.12 * strength
+    return (x + noise * torch.randn_like(x)).clamp(-1, 1)
+
+
+def class_recall(predicted: Tensor, target: Tensor) -> dict[str, Any]:
+    """Percent of each class's pixels that are found, pooled, and its means OAA, HFA, NFA, RFA."""
+    support = target.flatten().bincount(minlength=NUM_CLASSES)
+    correct = target[predicted == target].bincount(minlength=NUM_CLASSES)
+    recall = 100 * correct / support
+    groups = {"OAA": range(NUM_CLASSES), **GROUPS}
+    means = {name: round(recall[list(ids)].nanmean().item(), 2) for name, ids in groups.items()}
+    names = zip(CLASSES, recall.tolist(), support.tolist(), strict=True)
+    classes = {name: round(value, 2) if n else None for name, value, n in names}
+    return {**means, "classes": classes, "faces": len(target)}
+
+
+def train_parser(role: Role, path: Path, samples: int, minutes: float) -> None:
+    """Cross-entropy with mild class weights, AdamW, one cycle; writes `path` and its JSON."""
+    torch.manual_seed(role.seed)
+    net = MiniParserNet(role.widths, SIZE)
+    counts = draw_faces(role.seed, 2**30, 256).label_map.flatten().bincount(minlength=NUM_CLASSES)
+    # recall per class is what counts later, but probabilities must stay honest: ^0.4 of Eq. 10
+    weights = class_weights(counts).pow(0.4).float()
+    weights = weights / (weights * counts).sum() * counts.sum()
+    held_out = {
+        "first": draw_faces(HELD_OUT_SEED, 0, HELD_OUT, (("first", "natural", 1.0),)),
+        "second": draw_faces(HELD_OUT_SEED, 0, HELD_OUT, (("second", "second", 1.0),)),
+    }
+
+    def predict(images: Tensor) -> Tensor:
+        return net(images / 2 + 0.5)[0][:, FACER_CHANNEL]
+
+    def loss(faces: Faces) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = predict(augment(faces.image, role.strength))
+        return F.cross_entropy(logits.float(), faces.label_map, weights)
+
+    @torch.no_grad()
+    def quality(full: bool) -> dict[str, Any]:
+        looks = held_out if full else {"first": held_out["first"]}
+        return {
+            f"{look} look": class_recall(
+                torch.cat([predict(part).argmax(1) for part in faces.image.split(64)]),
+                faces.label_map,
+            )
+            for look, faces in looks.items()
+        }
+
+    run = Run(path.stem, net, loss, quality, role, batch=32, rate=4e-3)
+    record = run.fit(samples, minutes)
+    save_parser(net, path)
+    _write_json(path.with_suffix(".json"), record)
+
+
+def attribute_targets(attributes: list[dict[str, bool | str]]) -> Tensor:
+    """Attributes -> `(b, n)` in {0, 1}: the flags, and one column for each word of hair."""
+    flags = sorted(key for key, value in attributes[0].items() if isinstance(value, bool))
+    rows = [
+        [float(row[key]) for key in flags]
+        + [float(row[key] == word) for key, words in WORDS.items() for word in words]
+        for row in attributes
+    ]
+    return torch.tensor(rows)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, captions: list[str]) -> Tensor:
+    """CLIP's symmetric cross-entropy; equal captions share the probability of being the right one.
+
+    image, text: unit features `(b, d)`; scale: the inverse temperature.
+    """
+    ids = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    group = torch.tensor([ids[caption] for caption in captions])
+    target = (group[:, None] == group[None]).float()
+    target = target / target.sum(1, keepdim=True)
+    logits = scale * image @ text.T
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def retrieval(image: Tensor, text: Tensor, captions: list[str]) -> dict[str, float]:
+    """Held-out quality of a CLIP, in percent; equal captions count as right.
+
+    top1, top5: images whose caption is among the nearest; pairs: how often a face is nearer to its
+    caption than to another face's; cosine, cosine_other: mean scores of own and other captions.
+    """
+    similarity = 100 * image @ text.T
+    own = similarity.diagonal()
+    same = torch.tensor([[a == b for b in captions] for a in captions])
+    rank = ((similarity > own[:, None]) & ~same).sum(1)
+    wins = (own[:, None] > similarity)[~same].float().mean()
+    values = {
+        "top1": 100 * (rank < 1).float().mean(), "top5": 100 * (rank < 5).float().mean(),
+        "pairs": 100 * wins, "cosine": own.mean(), "cosine_other": similarity[~same].mean(),
+    }  # fmt: skip
+    return {"candidates": len(own), **{k: round(float(v), 2) for k, v in values.items()}}
+
+
+def train_clip(role: Role, folder: Path, samples: int, minutes: float) -> None:
+    """Contrastive loss, and during training a linear head that reads the attributes off the image.
+
+    The head is thrown away; it tells the image tower where to look when captions tell little.
+    """
+    corpus = [
+        caption
+        for look, style in STYLE.items()
+        for row in sample_scenes(role.seed, range(2**30, 2**30 + 1000), look, "balanced").attributes
+        for caption in captions(row, count=3, seed=role.seed, style=style)
+    ]
+    tokenizer = clip_tokenizer(corpus, vocab_size=800)
+    config = mini_clip_config(len(tokenizer), **role.clip)
+    torch.manual_seed(role.seed)
+    model = build_mini_clip(config)
+    names = attribute_targets(draw_faces(role.seed, 2**30, 8).attributes).shape[1]
+    nets = nn.ModuleDict({"clip": model, "head": nn.Linear(config["embed_dim"], names)})
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    held_out = draw_faces(HELD_OUT_SEED, 0, HELD_OUT, (("first", "natural", 1.0),))
+
+    def pixels(images: Tensor) -> Tensor:
+        return (images / 2 + 0.5 - mean) / std
+
+    def tokens(texts: list[str]) -> Tensor:
+        length = config["text_cfg"]["context_length"]
+        padded = tokenizer(texts, padding="max_length", truncation=True, max_length=length)
+        return torch.tensor(padded["input_ids"])
+
+    def loss(faces: Faces) -> Tensor:
+        image = model.encode_image(pixels(augment(faces.image, role.strength)))
+        text = model.encode_text(tokens(faces.captions), normalize=True)
+        scale = model.logit_scale.exp().clamp(max=100)
+        seen = nets["head"](image)
+        attributes = F.binary_cross_entropy_with_logits(seen, attribute_targets(faces.attributes))
+        unit = F.normalize(image, dim=-1)
+        return contrastive_loss(unit, text, scale, faces.captions) + 4 * attributes
+
+    @torch.no_grad()
+    def quality(full: bool) -> dict[str, Any]:
+        image = model.encode_image(pixels(held_out.image), normalize=True)
+        text = model.encode_text(tokens(held_out.captions), normalize=True)
+        return retrieval(image, text, held_out.captions)
+
+    run = Run(folder.name, nets, loss, quality, role, batch=64, rate=2e-3)
+    record = run.fit(samples, minutes)
+    save_mini_clip(folder, model, config, tokenizer)
+    _write_json(folder / "provenance.json", record)
+
+
+@dataclass
+class Run:
+    """One training: AdamW under one cycle of the rate, a line and a checkpoint every 20 s.
+
+    loss: `Faces` -> scalar. quality: whether every look counts -> what is measured on held-out
+    faces. The checkpoint in `runs/critics/` disappears when the training is complete.
+    """
+
+    name: str
+    nets: nn.Module
+    loss: Callable[[Faces], Tensor]
+    quality: Callable[[bool], dict[str, Any]]
+    role: Role
+    batch: int
+    rate: float
+
+    def fit(self, samples: int, minutes: float) -> dict[str, Any]:
+        """Train on `samples` faces, or for `minutes` if those pass first (0 = no limit of time)."""
+        optimizer = torch.optim.AdamW(
+            self.nets.parameters(), lr=self.rate, weight_decay=0.02, betas=(0.9, 0.98)
+        )
+        file = ROOT / "runs" / "critics" / f"{self.name}.pt"
+        plan = [self.name, str(self.role), self.batch, self.rate, samples, minutes]
+        seen, seconds = self._resume(file, plan, optimizer)
+        last = mark = time.perf_counter()
+        while True:
+            progress = max(seen / samples, seconds / (60 * minutes) if minutes else 0.0)
+            if progress >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * one_cycle(progress)
+            torch.manual_seed(self.role.seed * 1_000_003 + seen)
+            self.nets.train()
+            for faces in draw_faces(self.role.seed, seen, BLOCK).split(self.batch):
+                loss = self.loss(faces)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
+                optimizer.step()
+            seen += BLOCK
+            now = time.perf_counter()
+            seconds, last = seconds + now - last, now
+            if now - mark > 20:
+                self._report(seen, seconds, loss, progress)
+                self._save(file, plan, optimizer, seen, seconds)
+                mark = time.perf_counter()
+        self.nets.eval()
+        held_out = self.quality(True)
+        print(
+            f"{self.name}: done, {seen} faces, {seconds:.0f} s, {json.dumps(held_out)}", flush=True
+        )
+        file.unlink(missing_ok=True)
+        return provenance(
+            load_profile("mini"), seconds=seconds, critic=self.name, faces_seen=seen,
+            role=str(self.role), batch=self.batch, learning_rate=self.rate, mixture=MIXTURE,
+            parameters=sum(p.numel() for p in self.nets.parameters()), held_out=held_out,
+            held_out_seed=HELD_OUT_SEED,
+        )  # fmt: skip
+
+    def _report(self, seen: int, seconds: float, loss: Tensor, progress: float) -> None:
+        self.nets.eval()
+        found = self.quality(False)
+        found = found.get("first look", found)
+        brief = ", ".join(f"{k} {v}" for k, v in found.items() if isinstance(v, float))
+        print(
+            f"{self.name}: {seen} faces, {seconds:.0f} s, {100 * progress:.0f} %, "
+            f"loss {loss.item():.4f}, held out: {brief}",
+            flush=True,
+        )
+
+    def _save(self, file: Path, plan: list, optimizer, seen: int, seconds: float) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        state = {"nets": self.nets.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({**state, "plan": plan, "seen": seen, "seconds": seconds}, part)
+        part.replace(file)
+
+    def _resume(self, file: Path, plan: list, optimizer) -> tuple[int, float]:
+        """(samples seen, seconds) of the checkpoint of the same plan; (0, 0.0) without one."""
+        state = torch.load(file, weights_only=True) if file.exists() else {}
+        if state.get("plan") != plan:
+            return 0, 0.0
+        self.nets.load_state_dict(state["nets"])
+        optimizer.load_state_dict(state["optimizer"])
+        print(f"{self.name}: resumes after {state['seen']} faces", flush=True)
+        return state["seen"], state["seconds"]
+
+
+def one_cycle(progress: float, warmup: float = 0.08) -> float:
+    """Factor of the learning rate at `progress` in [0, 1]: linear rise, then a half cosine to 0."""
+    if progress < warmup:
+        return (progress + 0.005) / (warmup + 0.005)
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1 - warmup))
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main() -> None:
+    """Command line: which critic, which role, how long, and where to."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ec2face_core.critics",
+        description="Train one critic of the miniature on one core; resumes if it was stopped.",
+    )
+    parser.add_argument("kind", choices=("parser", "clip"), help="which network")
+    parser.add_argument("--role", choices=tuple(ROLES), required=True, help="guides, or scores")
+    parser.add_argument("--out", type=Path, default=Path("data/mini"), help="folder of the bundle")
+    parser.add_argument("--samples", type=int, default=0, help="faces to see; 0 = default of kind")
+    parser.add_argument("--minutes", type=float, default=0, help="end earlier; 0 = no limit")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    role, out = ROLES[options.role], resolve(options.out)
+    samples = options.samples or SAMPLES[options.kind]
+    if options.kind == "parser":
+        train_parser(role, out / f"parser_{options.role}.pt", samples, options.minutes)
+    else:
+        train_clip(role, out / f"clip_{options.role}", samples, options.minutes)
+
+
+if __name__ == "__main__":
+    main()

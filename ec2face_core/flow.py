@@ -1,0 +1,68 @@
+"""Rectified flow: the path between data and noise, its velocity, and the way back (Eqs. 3 and 5).
+
+Time convention, stated here once: `t = 0` is data, `t = 1` is noise, as in FLUX and diffusers
+(flow_matching, torchcfm and SiT run the other way).
+
+    x_t = (1 - t) x0 + t noise        v = noise - x0        x0_hat = x_t - t v
+
+`t` has shape `(b,)`; images or latents have any shape `(b, ...)`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The point `x_t` on the straight path from data to noise.
+
+    Args:
+        x0: data, `(b, ...)`.
+        noise: of the shape of x0.
+        t: times in [0, 1], `(b,)`.
+
+    Returns:
+        x_t, `(b, ...)`, in the wider of the types of x0, noise and t.
+    """
+    t = _over(t, x0)
+    return (1 - t) * x0 + t * noise
+
+
+def velocity(x0: Tensor, noise: Tensor) -> Tensor:
+    """The target velocity `mu_t = d x_t / d t` of Eq. 3, the same at every time."""
+    return noise - x0
+
+
+def reverse_estimate(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Eq. 5: the data that a straight step of velocity v leads back to.
+
+    Args:
+        x_t: points of the path, `(b, ...)`.
+        v: velocities, predicted or true, of the shape of x_t.
+        t: times in [0, 1], `(b,)`.
+
+    Returns:
+        x0_hat, `(b, ...)`; exact where v is the true velocity, and x_t itself where t = 0.
+    """
+    return x_t - _over(t, x_t) * v
+
+
+def sample_timesteps(
+    b: int, generator: torch.Generator | None = None, stratified: bool = False
+) -> Tensor:
+    """Training times t ~ U[0, 1] (Eq. 3), `(b,)` float32 on the generator's device.
+
+    Stratified: one time in each of the b equal parts of [0, 1], in random order. Each time alone is
+    still uniform, and the batch covers the interval evenly, which lowers the variance of the loss.
+    """
+    device = generator.device if generator is not None else "cpu"
+    u = torch.rand(b, generator=generator, device=device)
+    if not stratified:
+        return u
+    return (torch.randperm(b, generator=generator, device=device) + u) / b
+
+
+def _over(t: Tensor, x: Tensor) -> Tensor:
+    """`(b,)` -> `(b, 1, ..., 1)`, so that each sample has its own time."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))

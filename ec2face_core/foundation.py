@@ -1,0 +1,391 @@
+"""Train the miniature's foundation model from nothing: the counterpart of FLUX.1-dev.
+
+    python -m ec2face_core.foundation vae        autoencoder                    -> runs/foundation
+    python -m ec2face_core.foundation latents    a pool of encoded faces        -> runs/foundation
+    python -m ec2face_core.foundation flux       transformer and text encoders  -> data/mini/flux
+
+The transformer is pretrained on captions and on *generic* dense conditions of procedural scenes
+(depth, normals, albedo, edges, low resolution, regions in random colours), given as extra tokens in
+the very layout of the mask branch. So it reads condition tokens before any LoRA exists, as FLUX.1-dev
+can; what the fixed colours of a semantic mask mean is left for the LoRA to learn. Every stage can be
+killed and run again. `make foundation` runs all, with the critics of `critics.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attributes import NUM_CLASSES
+from .backbone import Backbone, TextEmbedding, encode_images, save_backbone, tiny_backbone
+from .captions import captions
+from .conditioning import predict_velocity
+from .config import ROOT
+from .flow import interpolate, velocity
+from .rendering import Rendered, render
+from .results import provenance
+from .synthetic import sample_scenes
+
+WORK = ROOT / "runs" / "foundation"
+SEED, SIZE, TEXT_LENGTH = 5_001, 64, 32
+CONDITIONS = ("regions", "albedo", "normals", "depth", "edges", "low resolution")
+SHARES = (0.40, 0.15, 0.15, 0.10, 0.10, 0.10)
+STYLE = {"first": "mm-celeba-hq", "second": "ffhq-text"}
+
+
+# ------------------------------------------------------------------ generic dense conditions
+
+
+def dense_condition(kind: str, faces: Rendered, generator: torch.Generator) -> Tensor:
+    """One of CONDITIONS as a picture `b 3 h w` in [-1, 1]."""
+    if kind == "albedo":
+        return faces.albedo
+    if kind == "normals":
+        return faces.normals
+    if kind == "depth":
+        return faces.depth.expand(-1, 3, -1, -1)
+    if kind == "low resolution":
+        small = F.avg_pool2d(faces.image, 8)
+        return F.interpolate(small, scale_factor=8, mode="nearest")
+    if kind == "edges":
+        grey = F.pad(faces.image.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+        dx = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
+        dy = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
+        return ((dx**2 + dy**2).sqrt().clamp(0, 1) * 2 - 1).expand(-1, 3, -1, -1)
+    # Regions: every face has its own colours, and half of the faces have some classes merged.
+    b = len(faces.image)
+    colours = torch.rand(b, NUM_CLASSES, 3, generator=generator) * 2 - 1
+    other = torch.randint(NUM_CLASSES, (b, NUM_CLASSES), generator=generator)
+    merge = torch.rand(b, NUM_CLASSES, generator=generator) < 0.15
+    merge &= torch.rand(b, 1, generator=generator) < 0.5
+    merged = torch.gather(colours, 1, other[..., None].expand(-1, -1, 3))
+    colours = torch.where(merge[..., None], merged, colours)
+    flat = torch.gather(colours, 1, faces.label_map.flatten(1)[..., None].expand(-1, -1, 3))
+    return flat.movedim(1, 2).unflatten(2, faces.label_map.shape[1:]).contiguous()
+
+
+def draw(start: int, count: int) -> tuple[Rendered, list[dict], str]:
+    """Faces start ... start + count - 1 of the foundation's own world: both looks, rare parts
+    between their natural and their balanced frequency."""
+    batch = start // count
+    look = "second" if batch % 3 == 2 else "first"
+    frequencies = "balanced" if batch % 4 == 3 else ""
+    scenes = sample_scenes(SEED, range(start, start + count), look, frequencies)
+    return render(scenes, SIZE), scenes.attributes, look
+
+
+def corpus() -> list[str]:
+    """Captions of both wordings, for the vocabularies."""
+    rows = sample_scenes(SEED, range(10**7, 10**7 + 1000), frequencies="balanced").attributes
+    return [c for i, row in enumerate(rows) for s in STYLE.values() for c in captions(row, 3, i, s)]
+
+
+# ------------------------------------------------------------------------------- autoencoder
+
+
+def train_vae(samples: int, batch: int = 16) -> None:
+    """L1 + L2 + edges + a small KL, on faces (70 %) and dense conditions (30 %)."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    torch.manual_seed(SEED)
+    vae = tiny_backbone(corpus(), SEED).vae.train()
+    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=1e-4, fused=True)
+    steps = samples // batch
+    schedule = _one_cycle(optimizer, steps)
+    state, begin = _resume(WORK / "vae.pt", vae, optimizer, schedule)
+    held_out = render(sample_scenes(SEED + 1, range(128)), SIZE).image
+    clock = _Clock(steps, batch, begin, state)
+    for step in range(begin, steps):
+        generator = torch.Generator().manual_seed(step)
+        torch.manual_seed(step)
+        faces, _, _ = draw(step * batch, batch)
+        x = faces.image
+        kind = CONDITIONS[step % 5]
+        n = batch * 3 // 10
+        x = torch.cat([x[n:], dense_condition(kind, faces, generator)[:n]])
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = vae.encoder(x)
+        posterior = DiagonalGaussianDistribution(moments.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = vae.decoder(posterior.sample()).float()
+        edges = _gradient(y).sub(_gradient(x)).abs().mean()
+        z = posterior.mean
+        spread = (z.mean((0, 2, 3)) ** 2 + (z.std((0, 2, 3)) - 1) ** 2).mean()
+        loss = (y - x).abs().mean() + 2 * F.mse_loss(y, x) + 0.5 * edges
+        loss = loss + 1e-6 * posterior.kl().mean() + 0.01 * spread
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if clock.due(step):
+            with torch.no_grad():
+                z = vae.encode(held_out).latent_dist.mode()
+                error = (vae.decode(z).sample.clamp(-1, 1) - held_out).div(2).pow(2)
+            psnr = -10 * error.mean((1, 2, 3)).log10().mean().item()
+            clock.log(step, loss=loss.item(), psnr=psnr, latent_std=z.std().item())
+            _save(WORK / "vae.pt", vae, optimizer, schedule, step + 1, clock.seconds())
+    with torch.no_grad():
+        z = vae.encode(held_out).latent_dist.mode()
+    done = {"shift": z.mean().item(), "scale": 1 / z.std().item(), "psnr": psnr, "samples": samples,
+            "seconds": round(clock.seconds())}  # fmt: skip
+    _save(WORK / "vae.pt", vae, optimizer, schedule, steps, clock.seconds())
+    (WORK / "vae.json").write_text(json.dumps(done, indent=2))
+    print(done, flush=True)
+
+
+def _gradient(x: Tensor) -> Tensor:
+    return torch.cat([(x[..., 1:, :] - x[..., :-1, :]).flatten(1), (x[..., 1:] - x[..., :-1]).flatten(1)], 1)
+
+
+def _trained_vae(backbone: Backbone) -> None:
+    """Put the trained autoencoder into a tiny backbone, latents brought to mean 0 and std 1."""
+    backbone.vae.load_state_dict(torch.load(WORK / "vae.pt", weights_only=True)["model"])
+    numbers = json.loads((WORK / "vae.json").read_text())
+    backbone.vae.register_to_config(shift_factor=numbers["shift"], scaling_factor=numbers["scale"])
+    backbone.vae.requires_grad_(False).eval()
+
+
+# ------------------------------------------------------------------------------- latent pool
+
+
+def encode_pool(faces: int, part: int, parts: int, batch: int = 64) -> None:
+    """Encode faces and two dense conditions each; part `part` of `parts`, for parallel runs."""
+    backbone = tiny_backbone(["a"] * 4, 0) if False else tiny_backbone(corpus(), SEED)
+    _trained_vae(backbone)
+    rows, z_image, z_condition = [], [], []
+    first, last = faces * part // parts // batch, faces * (part + 1) // parts // batch
+    for number in range(first, last):
+        generator = torch.Generator().manual_seed(number)
+        drawn, attributes, look = draw(10**6 + number * batch, batch)
+        with torch.no_grad():
+            z_image.append(encode_images(backbone.vae, drawn.image).half())
+            pair = []
+            for _ in range(2):
+                kinds = torch.multinomial(torch.tensor(SHARES), batch, True, generator=generator)
+                pictures = torch.empty_like(drawn.image)
+                for k, kind in enumerate(CONDITIONS):
+                    chosen = kinds == k
+                    if chosen.any():
+                        pictures[chosen] = dense_condition(kind, drawn, generator)[chosen]
+                pair.append(encode_images(backbone.vae, pictures).half())
+            z_condition.append(torch.stack(pair, 1))
+        rows += [{"style": STYLE[look], **row} for row in attributes]
+        if number % 50 == 0:
+            print(f"pool part {part}: {number - first}/{last - first} batches", flush=True)
+    pool = {"image": torch.cat(z_image), "condition": torch.cat(z_condition), "rows": rows}
+    torch.save(pool, WORK / f"pool{part}.pt")
+
+
+# -------------------------------------------------------------------------------- transformer
+
+
+class TextToVelocity(nn.Module):
+    """Transformer and text encoders trained together: DDP needs one module."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.transformer, self.clip = backbone.transformer, backbone.text_encoder
+        self.t5 = backbone.text_encoder_2
+
+    def forward(self, z_t: Tensor, t: Tensor, ids: tuple[Tensor, Tensor], z_condition, keep) -> Tensor:
+        text = TextEmbedding(self.t5(ids[1])[0], self.clip(ids[0]).pooler_output)
+        return predict_velocity(self.transformer, z_t, t, text, z_condition, keep)
+
+
+def local_attention_init(transformer: nn.Module, heads: int = 2) -> None:
+    """Let the first heads of every block begin by looking at their own position.
+
+    The constant part of q and k along the rotary pairs of high frequency makes the attention logit
+    a sum of cos(frequency * distance), largest at distance 0 in rows and columns, for image and
+    condition tokens alike. A small transformer else spends most of its training on finding this.
+    """
+    head, (first, rows, _) = transformer.config.attention_head_dim, transformer.config.axes_dims_rope
+    axes = (first, first + rows)
+    local = [start + i for start in axes for i in (0, 2)]  # cosine parts of two frequencies each
+    with torch.no_grad():
+        for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+            for linear in (block.attn.to_q, block.attn.to_k):
+                for h in range(heads):
+                    linear.bias[[h * head + i for i in local]] = 2.0
+            for norm in (block.attn.norm_q, block.attn.norm_k):
+                norm.weight[local] = 1.5
+
+
+def train_flux(minutes: float, samples: int, batch: int, rate: float) -> None:
+    """Flow matching with captions (10 % dropped) and condition tokens (15 % dropped)."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
+    backbone = tiny_backbone(corpus(), SEED)
+    _trained_vae(backbone)
+    local_attention_init(backbone.transformer)
+    model = TextToVelocity(backbone)
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    world = accelerator.num_processes
+    steps = samples // (batch * world)
+    schedule = _one_cycle(optimizer, steps)
+    path = WORK / "flux.pt"
+    state, begin = _resume(path, model, optimizer, schedule)
+    average = state.get("average", average)
+    pools = [torch.load(WORK / f"pool{i}.pt") for i in range(len(list(WORK.glob("pool*.pt"))))]
+    z_image = torch.cat([p["image"] for p in pools])
+    z_condition = torch.cat([p["condition"] for p in pools])
+    rows = [row for p in pools for row in p["rows"]]
+    held = 256  # the last faces of the pool are held out
+    wrapped = accelerator.prepare_model(model)
+    clock = _Clock(steps, batch * world, begin, state)
+
+    def token_ids(indices: list[int], seeds: list[int], drop: Tensor | None) -> tuple[Tensor, Tensor]:
+        texts = []
+        for j, (i, s) in enumerate(zip(indices, seeds, strict=True)):
+            row = rows[i]
+            dropped = drop is not None and bool(drop[j])
+            texts.append("" if dropped else captions(row, 1, s, row["style"])[0])
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        clip = backbone.tokenizer(texts, max_length=backbone.tokenizer.model_max_length, **options)
+        t5 = backbone.tokenizer_2(texts, max_length=TEXT_LENGTH, **options)
+        device = accelerator.device
+        return clip.input_ids.to(device), t5.input_ids.to(device)
+
+    def held_out_loss() -> dict[str, float]:
+        """Flow loss at eight fixed times, with and without the condition tokens."""
+        generator = torch.Generator().manual_seed(0)
+        index = list(range(len(rows) - held, len(rows)))
+        x0 = z_image[index].float()
+        noise = torch.randn(x0.shape, generator=generator)
+        t = (torch.arange(held) % 8 + 0.5) / 8
+        ids = token_ids(index, index, None)
+        losses = {}
+        with torch.no_grad(), accelerator.autocast():
+            for name, z in (("condition", z_condition[index, 0].float()), ("text", None)):
+                v = model(interpolate(x0, noise, t), t, ids, z, None)
+                losses[name] = F.mse_loss(v.float(), velocity(x0, noise)).item()
+        return losses
+
+    torch.manual_seed(SEED)
+    for step in range(begin, steps):
+        generator = torch.Generator().manual_seed(step * world + accelerator.process_index)
+        index = torch.randint(len(rows) - held, (batch,), generator=generator)
+        x0 = z_image[index].float()
+        z_c = z_condition[index, torch.randint(2, (batch,), generator=generator)].float()
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.sigmoid(1.2 * torch.randn(batch, generator=generator))
+        keep = torch.rand(batch, generator=generator) >= 0.1
+        drop_text = torch.rand(batch, generator=generator) < 0.1
+        if step % 10 == 0:  # captions alone, without condition tokens in the sequence
+            z_c, keep = None, None
+        ids = token_ids(index.tolist(), [step * 64 + j for j in range(batch)], drop_text)
+        with accelerator.autocast():
+            v = wrapped(interpolate(x0, noise, t), t, ids, z_c, keep)
+        loss = F.mse_loss(v.float(), velocity(x0, noise))
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        decay = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                if value.dtype.is_floating_point:
+                    average[key].lerp_(value, 1 - decay)
+        if accelerator.is_main_process and clock.due(step):
+            clock.log(step, loss=loss.item(), **held_out_loss())
+            _save(path, model, optimizer, schedule, step + 1, clock.seconds(), average=average)
+    if accelerator.is_main_process:
+        model.load_state_dict(average)
+        quality = held_out_loss()
+        folder = ROOT / "data" / "mini" / "flux"
+        save_backbone(backbone, folder)
+        record = {**provenance(None, stage="foundation", samples=steps * batch * world,
+                               held_out_flow_loss=quality, seconds=round(clock.seconds()),
+                               autoencoder=json.loads((WORK / "vae.json").read_text()))}  # fmt: skip
+        (folder / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
+        print(quality, flush=True)
+
+
+# ------------------------------------------------------------------------------ shared pieces
+
+
+def _one_cycle(optimizer: torch.optim.Optimizer, steps: int):
+    """Linear warm-up over 3 % of the steps, then a cosine to 2 % of the rate."""
+    warm = max(1, steps * 3 // 100)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class _Clock:
+    """Says when to log (every 20 s), and how long the training took over all its runs."""
+
+    def __init__(self, steps: int, batch: int, begin: int, state: dict):
+        self.steps, self.batch, self.begin = steps, batch, begin
+        self.before, self.start = state.get("seconds", 0.0), time.time()
+        self.last = self.start
+
+    def seconds(self) -> float:
+        return self.before + time.time() - self.start
+
+    def due(self, step: int) -> bool:
+        return step + 1 == self.steps or time.time() - self.last > 20
+
+    def log(self, step: int, **values: float) -> None:
+        self.last = time.time()
+        rate = (step + 1 - self.begin) * self.batch / (self.last - self.start)
+        numbers = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        print(f"step {step + 1}/{self.steps}  {numbers}  {rate:.0f} samples/s", flush=True)
+
+
+def _save(path: Path, model, optimizer, schedule, step: int, seconds: float, **more) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    state = {k: v.state_dict() for k, v in parts.items()}
+    torch.save({**state, "step": step, "seconds": seconds, **more}, f"{path}.new")
+    os.replace(f"{path}.new", path)
+
+
+def _resume(path: Path, model, optimizer, schedule) -> tuple[dict, int]:
+    if not path.exists():
+        return {}, 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    print(f"resumed {path.name} at step {state['step']}", flush=True)
+    return state, state["step"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stage", choices=("vae", "latents", "flux"))
+    parser.add_argument("--samples", type=int, default=0, help="training samples, or faces of the pool")
+    parser.add_argument("--part", type=int, default=0, help="latents: this part of the pool")
+    parser.add_argument("--parts", type=int, default=1, help="latents: parts in all")
+    parser.add_argument("--batch", type=int, default=16, help="samples a process and step")
+    parser.add_argument("--rate", type=float, default=1e-3, help="flux: peak learning rate")
+    options = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    if options.stage == "vae":
+        train_vae(options.samples or 60_000, options.batch)
+    elif options.stage == "latents":
+        encode_pool(options.samples or 24_576, options.part, options.parts)
+    else:
+        train_flux(0, options.samples or 200_000, options.batch, options.rate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Encode once: image latents, mask latents and text embeddings on disk, keyed by sample id.
+
+Layout of a cache: `folder/<key>/images-00000.safetensors` (64 faces each: z, z_mask, label_map,
+counts; ids and captions in the metadata) and `text-<hash>.safetensors` (256 captions each, found by
+their words). Chosen here:
+- The key names the encoders' files, the size, the text length and the data, so a cache is never
+  stale: other encoders make another cache.
+- A file appears whole or not at all and carries the hash of its content. A killed run goes on with
+  the missing files; several ranks share them.
+- Captions are found by their words and latents by their id, never by the position in a loader.
+- float16: half the disk, and finer than the bfloat16 of FLUX's own weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .attributes import pixel_counts
+from .backbone import Backbone, TextEmbedding, encode_images, encode_text
+from .conditioning import mask_latents_of
+from .config import BackboneConfig, Config, resolve
+from .results import path_digest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .datasets import FaceDataset
+
+FACES, CAPTIONS = 64, 256  # per file
+BATCH = 8  # faces or captions encoded at once
+EMPTY = ""  # the null text of Eq. 13
+
+
+class LatentCache:
+    """A cache opened for reading; nothing is in memory but names, files are memory-mapped.
+
+    Args:
+        folder: the folder that holds `images-*.safetensors` and `text-*.safetensors`.
+
+    Raises:
+        CacheError: no file is there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ids: list[str] = []
+        self._captions: dict[str, tuple[str, ...]] = {}
+        self._face: dict[str, tuple[dict[str, Any], int]] = {}  # id -> file's slices, row
+        self._text: dict[str, tuple[dict[str, Any], int]] = {}  # caption -> likewise
+        for path in sorted(folder.glob("images-*.safetensors")):
+            slices, about = _open(path)
+            self.ids += about["ids"]
+            self._captions |= {
+                i: tuple(c) for i, c in zip(about["ids"], about["captions"], strict=True)
+            }
+            self._face |= {i: (slices, row) for row, i in enumerate(about["ids"])}
+        for path in sorted(folder.glob("text-*.safetensors")):
+            slices, about = _open(path)
+            self._text |= {caption: (slices, row) for row, caption in enumerate(about["captions"])}
+        if not self.ids:
+            raise CacheError(f"no latents in {folder}: encode_dataset makes them")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """`(c, h, w)` of an image latent."""
+        slices, _ = self._face[self.ids[0]]
+        return tuple(slices["z"].get_shape()[1:])
+
+    def captions(self, id: str) -> tuple[str, ...]:
+        """Every caption of a face."""
+        return self._captions[id]
+
+    def has_text(self, caption: str) -> bool:
+        """Whether the caption's embedding is here."""
+        return caption in self._text
+
+    def label_maps(self, ids: Sequence[str]) -> Tensor:
+        """Label maps `b h w`, int64."""
+        return self._rows("label_map", self._face, ids).long()
+
+    def label_counts(self) -> Tensor:
+        """Pixels of each class over all faces of the cache, `(19,)` int64: T of Eq. 10."""
+        return self._rows("counts", self._face, self.ids).sum(0)
+
+    def text(self, captions: Sequence[str]) -> TextEmbedding:
+        """Embeddings of captions (also of the empty one), float32."""
+        missing = [caption for caption in captions if caption not in self._text]
+        if missing:
+            raise CacheError(
+                f"{self.folder} has no embedding of {missing[0]!r} and {len(missing) - 1} others: "
+                "run encode_dataset again with these captions"
+            )
+        tokens = self._rows("tokens", self._text, captions)
+        return TextEmbedding(tokens.float(), self._rows("pooled", self._text, captions).float())
+
+    def batch(self, ids: Sequence[str], caption_indices: Sequence[int]) -> dict[str, Any]:
+        """The samples of these ids, each with the caption of its own that the index names.
+
+        Returns:
+            id (list), captions (list of str), z and z_mask `b c h w` float32, label_map `b H W`
+            int64, text (TextEmbedding).
+        """
+        captions = [self._captions[i][k] for i, k in zip(ids, caption_indices, strict=True)]
+        return {
+            "id": list(ids),
+            "captions": captions,
+            "z": self._rows("z", self._face, ids).float(),
+            "z_mask": self._rows("z_mask", self._face, ids).float(),
+            "label_map": self.label_maps(ids),
+            "text": self.text(captions),
+        }
+
+    def verify(self) -> None:
+        """Read every file and compare its content with its hash; CacheError names the bad ones."""
+        from safetensors.torch import load_file
+
+        paths = sorted(self.folder.glob("*.safetensors"))
+        bad = [
+            p.name
+            for p in paths
+            if not _intact(p) or _content_hash(load_file(p)) != _open(p)[1]["sha256"]
+        ]
+        if bad:
+            raise CacheError(f"{self.folder}: {', '.join(bad)} changed on disk: delete them")
+
+    @staticmethod
+    def _rows(name: str, where: dict[str, tuple[dict, int]], keys: Sequence[str]) -> Tensor:
+        return torch.stack([where[key][0][name][where[key][1]] for key in keys])
+
+
+class CacheError(RuntimeError):
+    """A cache that cannot be read or written; the message names the remedy."""
+
+
+def encode_dataset(
+    dataset: FaceDataset,
+    backbone: Backbone | Callable[[], Backbone],
+    config: Config,
+    folder: Path,
+    progress: bool = True,
+    captions: Callable[[LatentCache], Iterable[str]] | None = None,
+    accelerator: Accelerator | None = None,
+) -> LatentCache:
+    """Encode whatever is not yet in the cache of these encoders and data, and open it.
+
+    Args:
+        dataset: faces; `ids`, `root` and items are used.
+        backbone: with vae and text parts on the device that encodes, or a function that loads it;
+            it is called only if something is missing.
+        config: reads backbone and data.size.
+        folder: caches live in `folder/<key>`, see `cache_key`.
+        captions: which captions to embed, given the cache of the images; None = all. The empty
+            caption is always embedded.
+        accelerator: its processes share the work and wait for each other.
+
+    Raises:
+        CacheError: the disk is full, or the encoders give values that float16 cannot hold.
+    """
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    wait = accelerator.wait_for_everyone if accelerator else lambda: None
+    folder = Path(folder) / cache_key(dataset, config)
+    loaded: list[Backbone] = [] if callable(backbone) else [backbone]
+
+    def encoders() -> Backbone:
+        if not loaded:
+            loaded.append(backbone())
+        return loaded[0]
+
+    # Every rank looks before any rank writes, so that all divide the same list.
+    files = range(0, len(dataset.ids), FACES)
+    missing = [i for i in files if not _intact(folder / _image_file(i))]
+    wait()
+    for first in _bar(missing[rank::world], "images and masks", progress and rank == 0):
+        rows = range(first, min(first + FACES, len(dataset.ids)))
+        _write(folder / _image_file(first), *_encode_faces(dataset, rows, encoders()))
+    wait()
+
+    for path in folder.glob("text-*.safetensors"):
+        if not _intact(path):
+            path.unlink(missing_ok=True)
+    cache = LatentCache(folder)
+    wanted = captions(cache) if captions else (c for i in cache.ids for c in cache.captions(i))
+    absent = sorted(c for c in {EMPTY, *wanted} if not cache.has_text(c))
+    parts = [absent[i : i + CAPTIONS] for i in range(0, len(absent), CAPTIONS)]
+    wait()
+    for part in _bar(parts[rank::world], "captions", progress and rank == 0):
+        name = hashlib.sha256("\n".join(part).encode()).hexdigest()[:16]
+        length = config.backbone.text_length
+        _write(folder / f"text-{name}.safetensors", *_encode_captions(part, encoders(), length))
+    wait()
+    return LatentCache(folder)
+
+
+def cache_folder(config: Config) -> Path:
+    """Where the training faces' caches live: beside the data root, on the disk that has the room."""
+    root = resolve(config.data.root)
+    return root.with_name(f"{root.name}-latents")
+
+
+def cache_key(dataset: FaceDataset, config: Config) -> str:
+    """Sixteen hex digits: encoder files, size, text length, and names and sizes of the data files."""
+    about: list[Any] = [_encoder_digest(config.backbone), config.data.size]
+    about += [config.backbone.dtype, config.backbone.text_length, dataset.ids]
+    ids = set(dataset.ids)
+    for kind in ("image", "mask", "text"):
+        found = (f for f in os.scandir(Path(dataset.root) / kind) if Path(f.name).stem in ids)
+        about.append(sorted((f.name, f.stat().st_size) for f in found))
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def _encoder_digest(config: BackboneConfig) -> list[str]:
+    folder = resolve(config.path)
+    if not folder.is_dir():  # a hub id: its commit names the content
+        from huggingface_hub import hf_hub_download
+
+        return [config.path, Path(hf_hub_download(config.path, "vae/config.json")).parts[-3]]
+    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    return [path_digest(folder / part) for part in parts]
+
+
+@torch.no_grad()
+def _encode_faces(
+    dataset: FaceDataset, rows: range, backbone: Backbone
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    vae, encoded, about = backbone.vae, [], {"ids": [], "captions": []}
+    with ThreadPoolExecutor(4) as pool:  # reading pictures lets other threads run
+        samples = list(pool.map(dataset.__getitem__, rows))
+    for start in range(0, len(samples), BATCH):
+        some = samples[start : start + BATCH]
+        images = torch.stack([s.image for s in some]).to(vae.device)
+        label_map = torch.stack([s.label_map for s in some])
+        encoded.append(
+            {
+                "z": encode_images(vae, images).half().cpu(),
+                "z_mask": mask_latents_of(vae, label_map.to(vae.device)).half().cpu(),
+                "label_map": label_map.byte(),
+                "counts": pixel_counts(label_map),
+            }
+        )
+        about["ids"] += [s.id for s in some]
+        about["captions"] += [list(s.captions) for s in some]
+    return {name: torch.cat([e[name] for e in encoded]) for name in encoded[0]}, about
+
+
+def _encode_captions(
+    captions: list[str], backbone: Backbone, length: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    parts = [captions[i : i + BATCH] for i in range(0, len(captions), BATCH)]
+    encoded = [encode_text(backbone, part, length) for part in parts]
+    tensors = {
+        "tokens": torch.cat([e.tokens.half().cpu() for e in encoded]),
+        "pooled": torch.cat([e.pooled.half().cpu() for e in encoded]),
+    }
+    return tensors, {"captions": captions}
+
+
+def _image_file(first: int) -> str:
+    return f"images-{first // FACES:05d}.safetensors"
+
+
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Memory-mapped slices by name, and the metadata."""
+    from safetensors import safe_open
+
+    file = safe_open(path, "pt")
+    return {name: file.get_slice(name) for name in file.keys()}, {  # noqa: SIM118 (no iterator)
+        name: value if name == "sha256" else json.loads(value)
+        for name, value in file.metadata().items()
+    }
+
+
+def _intact(path: Path) -> bool:
+    """Whether the file is there and complete; a truncated one is named, and made again."""
+    from safetensors import SafetensorError
+
+    try:
+        _open(path)
+    except FileNotFoundError:
+        return False
+    except (SafetensorError, OSError) as error:
+        warnings.warn(f"{path} is damaged ({error}) and is made again", stacklevel=3)
+        return False
+    return True
+
+
+def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write one file of the cache atomically."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CacheError(f"{name} of {path.name} is not finite in float16: check the encoders")
+    metadata = {name: json.dumps(value) for name, value in about.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        save_file(tensors, part, metadata | {"sha256": _content_hash(tensors)})
+        part.replace(path)
+    except (SafetensorError, OSError) as error:
+        free = shutil.disk_usage(path.parent).free / 1e9
+        raise CacheError(
+            f"cannot write {path}: {error} ({free:.1f} GB free). What is there stays valid: make "
+            "room or move data.root, and run the same command again"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _content_hash(tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _bar(work: Sequence, what: str, show: bool) -> Iterable:
+    """A bar over the files to make, none where there is nothing to do."""
+    from tqdm.auto import tqdm
+
+    return tqdm(work, desc=f"encoding {what}", unit="file", disable=None if show and work else True)

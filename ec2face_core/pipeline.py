@@ -1,0 +1,298 @@
+"""EC2FacePipeline: a face from a text, a mask, or both.
+
+    pipe = EC2FacePipeline.from_config(load_profile("mini"))
+    face = pipe("She wears earrings.", mask=label_map, generator=torch.Generator().manual_seed(42))
+    face.images[0].save("face.png")
+
+Sampling is FluxPipeline's: FlowMatchEulerDiscreteScheduler, timesteps shifted by the sequence
+length; without a mask and with the same noise the picture is FluxPipeline's own. Each picture has
+its own noise stream, so it does not depend on the batch that it is made in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from .attributes import NUM_CLASSES
+from .backbone import decode_latents, encode_text, load_backbone
+from .conditioning import mask_latents_of, predict_velocity
+from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
+from .datasets import labels_from_palette
+from .lora import ADAPTER, load_mask_lora, read_mask_lora, save_mask_lora
+
+MaskLike = Tensor | np.ndarray | Image.Image | str | Path
+LORA_FOLDER = "mask_lora"  # inside a saved pipeline
+
+
+@dataclass
+class EC2FacePipelineOutput(BaseOutput):
+    """`images`: PIL images, or `b h w 3` array / `b 3 h w` tensor in [0, 1], by `output_type`."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+class EC2FacePipeline(DiffusionPipeline):
+    """Text and mask to face, on the parts of a FluxPipeline and a mask LoRA.
+
+    `text_length` (T5 tokens), `image_size` (pixels) and `guidance` (of the guidance embedding) are
+    the model's own defaults; a loaded mask LoRA brings the text length that it was trained with.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+
+    def __init__(
+        self,
+        scheduler: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        text_encoder_2: Any,
+        tokenizer_2: Any,
+        transformer: Any,
+        text_length: int | None = None,
+        image_size: int | None = None,
+        guidance: float = SamplingConfig.guidance,
+    ):
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+        )
+        self.register_to_config(
+            text_length=text_length
+            or min(BackboneConfig.text_length, tokenizer_2.model_max_length),
+            image_size=image_size or vae.config.sample_size,
+            guidance=guidance,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * 2)
+
+    # ------------------------------------------------------------------------ loading and saving
+
+    @classmethod
+    def from_config(cls, config: Config, variant: str | None = "both") -> EC2FacePipeline:
+        """The pipeline of a profile with the LoRA of a variant; None: the base model alone."""
+        adapter = adapter_dir(config, variant) if variant else None
+        if adapter:
+            _, length = read_mask_lora(adapter)  # before the slow part
+            if length != config.backbone.text_length:
+                raise ConfigError(
+                    f"backbone.text_length is {config.backbone.text_length}, but {adapter} was "
+                    f"trained with {length}: set backbone.text_length to {length}"
+                )
+        pipeline = cls(
+            **load_backbone(config.backbone).components(),
+            text_length=config.backbone.text_length,
+            image_size=config.data.size,
+            guidance=config.sampling.guidance,
+        )
+        if adapter:
+            pipeline.load_mask_lora(adapter)
+        return pipeline
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> EC2FacePipeline:
+        """A folder of `save_pretrained`, or any FluxPipeline folder or hub id (base alone)."""
+        pipeline = super().from_pretrained(str(path), **kwargs)
+        if (Path(path) / LORA_FOLDER).is_dir():
+            pipeline.load_mask_lora(Path(path).absolute() / LORA_FOLDER)
+        return pipeline
+
+    def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
+        """Write all parts, and the mask LoRA into the sub-folder `mask_lora`."""
+        folder = Path(path).absolute() / LORA_FOLDER
+        adapted = ADAPTER in getattr(self.transformer, "peft_config", {})
+        if adapted:  # the base must be saved without the LoRA's wrappers
+            config = self.transformer.mask_branch.config
+            save_mask_lora(self.transformer, folder, config, self.config.text_length)
+            self.transformer.unload_lora()
+        try:
+            super().save_pretrained(str(path), **kwargs)
+        finally:
+            if adapted:
+                self.load_mask_lora(folder)
+
+    def load_mask_lora(self, folder: str | Path) -> None:
+        """Load a mask LoRA, in place of the one that is there."""
+        _, text_length = read_mask_lora(folder)
+        load_mask_lora(self.transformer, folder)
+        self.register_to_config(text_length=text_length)
+
+    # ---------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] = "",
+        mask: MaskLike | Sequence[MaskLike | None] | None = None,
+        num_inference_steps: int = SamplingConfig.steps,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        output_type: str = "pil",
+        latents: Tensor | None = None,
+    ) -> EC2FacePipelineOutput:
+        """Draw faces. Mask only: leave `prompt` empty. Text only: leave `mask` out.
+
+        Args:
+            prompt: one text or one per picture; "" is no text.
+            mask: one mask or one per picture (None in the list: no mask for that picture). A mask
+                is a label map (int tensor or array `h w`; `b h w` is b masks), a PIL image or a
+                path: a palette or grey image of label ids, or an RGB image in the palette's
+                colours. Resized to the picture's size by the nearest pixel.
+            num_inference_steps: Euler steps.
+            guidance_scale: value of the guidance embedding; default: the model's own.
+            generator: one per picture, or one from which the pictures' noise is drawn in turn.
+            height, width: pixels, multiples of 2 * vae_scale_factor; default: the model's own.
+            num_images_per_prompt: pictures of each prompt-mask pair, kept together.
+            output_type: "pil"; "np" or "pt": in [0, 1].
+            latents: noise `b c h/f w/f` to begin with, instead of `generator`'s.
+
+        Raises:
+            ValueError: numbers of prompts, masks, generators or latents that do not fit; a label
+                above 18; a size or output type that does not exist.
+        """
+        size = (height or self.config.image_size, width or self.config.image_size)
+        self._check(size, num_inference_steps, output_type)
+        device, f = self._execution_device, self.vae_scale_factor
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        masks = _mask_list(mask)
+        pairs = max(len(prompts), len(masks))
+        if len(prompts) not in (1, pairs) or len(masks) not in (1, pairs):
+            raise ValueError(f"{len(prompts)} prompts and {len(masks)} masks do not pair up")
+        b = pairs * num_images_per_prompt
+
+        # text embedded once per prompt, masks encoded once each, then laid out for b pictures
+        text = encode_text(self, prompts, self.config.text_length)
+        text = text[torch.arange(b) // num_images_per_prompt % len(prompts)]
+        mask_latents = keep_mask = None
+        if any(m is not None for m in masks):
+            maps = [torch.zeros(size).long() if m is None else _resize(m, size) for m in masks]
+            mask_latents = mask_latents_of(self.vae, torch.stack(maps).to(device))
+            index = torch.arange(b) // num_images_per_prompt % len(masks)
+            mask_latents = mask_latents[index]
+            keep_mask = torch.tensor([m is not None for m in masks])[index]
+
+        shape = (b, self.vae.config.latent_channels, size[0] // f, size[1] // f)
+        z = self._noise(shape, generator, device) if latents is None else latents.to(device).float()
+        if z.shape != shape:
+            raise ValueError(f"latents have shape {tuple(z.shape)}, expected {shape}")
+        timesteps = self._timesteps(num_inference_steps, shape[-2] * shape[-1] // 4, device)
+        guidance = self.config.guidance if guidance_scale is None else guidance_scale
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for time in timesteps:
+                t = (time / 1000).expand(b)
+                v = predict_velocity(
+                    self.transformer, z, t, text, mask_latents, keep_mask, guidance
+                )
+                z = self.scheduler.step(v, time, z, return_dict=False)[0]
+                bar.update()
+        images = self.image_processor.postprocess(decode_latents(self.vae, z), output_type)
+        self.maybe_free_model_hooks()
+        return EC2FacePipelineOutput(images=images)
+
+    def _check(self, size: tuple[int, int], steps: int, output_type: str) -> None:
+        multiple = 2 * self.vae_scale_factor
+        if any(side % multiple for side in size):
+            raise ValueError(f"height and width {size} must be multiples of {multiple}")
+        if steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type {output_type!r}: use pil, np or pt")
+
+    def _noise(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
+        """Noise picture by picture, so that a stream's k-th picture is the same in every batch."""
+        b = shape[0]
+        streams = list(generator) if isinstance(generator, Sequence) else [generator] * b
+        if len(streams) != b:
+            raise ValueError(f"{len(streams)} generators for {b} pictures: give one or {b}")
+        single = (1, *shape[1:])
+        noise = [randn_tensor(single, g, device, torch.float32) for g in streams]
+        return torch.cat(noise)
+
+    def _timesteps(self, steps: int, tokens: int, device: torch.device) -> Tensor:
+        """FluxPipeline's timesteps: linear in t, shifted towards noise for long sequences."""
+        scheduler = self.scheduler.config
+        mu = calculate_shift(
+            tokens,
+            scheduler.base_image_seq_len,
+            scheduler.max_image_seq_len,
+            scheduler.base_shift,
+            scheduler.max_shift,
+        )
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        timesteps, _ = retrieve_timesteps(self.scheduler, device=device, sigmas=sigmas, mu=mu)
+        self.scheduler.set_begin_index(0)
+        return timesteps
+
+
+# ----------------------------------------------------------------------------------------- masks
+
+
+def _mask_list(mask: Any) -> list[Tensor | None]:
+    """Whatever the user gave -> one label map `h w`, or None, per mask."""
+    if isinstance(mask, (Tensor, np.ndarray)) and mask.ndim == 3:
+        mask = list(mask)
+    if isinstance(mask, Sequence) and not isinstance(mask, str):
+        if not mask:
+            raise ValueError("mask is an empty list: give None for no mask")
+        return [None if m is None else _label_map(m) for m in mask]
+    return [None if mask is None else _label_map(mask)]
+
+
+def _label_map(mask: MaskLike) -> Tensor:
+    """One mask in any form -> label map `h w`, int64, checked."""
+    name = f"mask {mask}" if isinstance(mask, (str, Path)) else "mask"
+    if isinstance(mask, (str, Path)):
+        with Image.open(mask) as image:
+            image.load()
+        mask = image
+    if isinstance(mask, Image.Image):
+        if mask.mode in ("RGB", "RGBA"):
+            return torch.as_tensor(labels_from_palette(np.array(mask.convert("RGB")))).long()
+        mask = np.array(mask)
+    if not isinstance(mask, (Tensor, np.ndarray)):
+        raise ValueError(f"{name}: a {type(mask).__name__} is no mask")
+    labels = torch.as_tensor(mask).detach().cpu()
+    if labels.ndim != 2 or labels.is_floating_point():
+        raise ValueError(
+            f"{name}: expected integer label ids of shape h w, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}; give pictures as PIL images"
+        )
+    labels = labels.long()
+    if labels.min() < 0 or labels.max() >= NUM_CLASSES:
+        raise ValueError(
+            f"{name}: label ids must be 0-{NUM_CLASSES - 1}, "
+            f"found {int(labels.min())}-{int(labels.max())}"
+        )
+    return labels
+
+
+def _resize(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest pixel, centre to centre."""
+    if labels.shape == size:
+        return labels
+    resized = torch.nn.functional.interpolate(
+        labels[None, None].double(), size, mode="nearest-exact"
+    )
+    return resized[0, 0].long()

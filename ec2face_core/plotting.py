@@ -1,0 +1,323 @@
+"""Functions from data to matplotlib figures, in one style; saving is `results.save_figure`'s line.
+
+Every function returns a `Figure` of its own (no pyplot state, so a notebook shows it once, by
+naming it last in a cell). Images are `b 3 h w` floats in [-1, 1], label maps `b h w` class ids.
+Sizes are chosen for a README of 900 pixels: 8 points and more at a width of at most 10 inches.
+Here: the style and every chart. Picture grids are in `grids.py`, Fig. 1 in `diagram.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from .attributes import CLASS_ID, CLASSES, GROUPS, PALETTE, display_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+# Seaborn's colour-blind palette, by name.
+BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = (
+    "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494",
+    "#ece133", "#56b4e9",
+)  # fmt: skip
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, BROWN, SKY)
+GROUP_COLOURS = {"HFA": BLUE, "NFA": GREY, "RFA": RED}
+GROUP_NAMES = {"HFA": "high-frequency", "NFA": "normal-frequency", "RFA": "rare-frequency"}
+STYLE = {
+    "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
+    "axes.edgecolor": "0.3", "xtick.color": "0.3", "ytick.color": "0.3", "axes.axisbelow": True,
+    "grid.color": "0.9", "grid.linewidth": 0.7, "lines.linewidth": 1.8, "hatch.linewidth": 0.5,
+}  # fmt: skip
+
+
+def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw under the package's style and leave the caller's matplotlib settings alone."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Figure:
+        import matplotlib
+        import seaborn
+
+        with matplotlib.rc_context({**seaborn.axes_style("ticks"), **STYLE}):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that lays itself out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
+    return figure
+
+
+# ---------------------------------------------------------------------------------- pictures
+
+
+def picture(image: Tensor) -> np.ndarray:
+    """`3 h w` in [-1, 1] -> `h w 3` in [0, 1]."""
+    return (image.detach().float().cpu().movedim(0, -1).clamp(-1, 1) / 2 + 0.5).numpy()
+
+
+def mask_picture(label_map: Tensor) -> np.ndarray:
+    """`h w` ids -> `h w 3` palette colours in [0, 1]."""
+    return np.asarray(PALETTE, dtype=np.float32)[label_map.cpu().numpy()] / 255
+
+
+def show(
+    axes: Axes, image: np.ndarray | None, boxes: Sequence[tuple] = (), empty: str = "not run here"
+) -> None:
+    """Put a picture into axes without ticks; None gives a hatched cell that says `empty`."""
+    from matplotlib.patches import Rectangle
+
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    if image is None:
+        cell = {"facecolor": "0.97", "edgecolor": "0.8", "hatch": "////"}
+        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **cell))
+        axes.set_aspect("equal", adjustable="box")
+        note = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        axes.text(0.5, 0.5, empty, ha="center", va="center", fontsize=8, color="0.35", bbox=note,
+                  transform=axes.transAxes)  # fmt: skip
+        return
+    axes.imshow(image, interpolation="nearest")
+    for x, y, width, height in boxes:
+        box = Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor="red", lw=1.2)
+        axes.add_patch(box)
+
+
+# ------------------------------------------------------------------------------------ curves
+
+
+def beta_values(t: np.ndarray, steepness: float, center: float) -> np.ndarray:
+    """β(t) of Eq. 8 on a numpy grid."""
+    return 1 / (1 + np.exp(steepness * (t - center)))
+
+
+@styled
+def reliability_figure(
+    images: Tensor,
+    times: Sequence[float],
+    curves: DataFrame,
+    steepness: float = 10.0,
+    center: float = 0.4,
+) -> Figure:
+    """Fig. 2: the reverse estimate x̃ at several t, and how its quality falls with t.
+
+    Args:
+        images: `rows times 3 h w`, decoded reverse estimates.
+        curves: columns t, metric, value, ci_low, ci_high (the last two may be missing); one panel
+            a metric, each with β(t) dashed on a second axis.
+    """
+    metrics = list(dict.fromkeys(curves["metric"]))
+    fig = new_figure(8.4, 2.15 + 8.4 * len(images) / len(times) * 0.97)
+    top, bottom = fig.subfigures(2, 1, height_ratios=[8.4 * len(images) / len(times), 2.15])
+    for i, row in enumerate(top.subplots(len(images), len(times), squeeze=False)):
+        for ax, image, t in zip(row, images[i], times, strict=True):
+            show(ax, picture(image))
+            if i == 0:
+                ax.set_title(f"t = {t:g}", fontsize=8.5, pad=3)
+    t = np.linspace(0, 1, 101)
+    panels = bottom.subplots(1, len(metrics), squeeze=False)[0]
+    for k, (ax, metric) in enumerate(zip(panels, metrics, strict=True)):
+        _band(ax, curves[curves["metric"] == metric], "t", CYCLE[k])
+        ax.set(title=metric, xlabel="t", xlim=(0, 1))
+        twin = ax.twinx()
+        twin.plot(t, beta_values(t, steepness, center), color="0.45", ls="--", lw=1.3)
+        twin.set(ylim=(0, 1.02), yticks=[0, 0.5, 1] if ax is panels[-1] else [])
+        twin.spines["right"].set_visible(ax is panels[-1])
+        if ax is panels[-1]:
+            twin.set_ylabel(f"β(t): $\\gamma_s$ = {steepness:g}, $t_c$ = {center:g} (dashed)")
+    return fig
+
+
+def _band(ax: Axes, rows: DataFrame, x: str, colour: str, label: str | None = None) -> None:
+    """A line with its 95 % band."""
+    rows = rows.sort_values(x)
+    ax.plot(rows[x], rows["value"], color=colour, label=label)
+    if "ci_low" in rows:
+        ax.fill_between(rows[x], rows["ci_low"], rows["ci_high"], color=colour, alpha=0.2, lw=0)
+
+
+@styled
+def beta_curves(
+    settings: Sequence[tuple[float, float]], reliability: DataFrame | None = None
+) -> Figure:
+    """β(t) for pairs (steepness, center), the first one emphasised, over measured reliability.
+
+    reliability: columns t, metric, value scaled to [0, 1] (1 = as good as at t = 0), optional.
+    """
+    fig = new_figure(5.6, 3.2)
+    ax = fig.subplots()
+    t = np.linspace(0, 1, 201)
+    for k, (steepness, center) in enumerate(settings):
+        label = f"β: $\\gamma_s$ = {steepness:g}, $t_c$ = {center:g}"
+        ax.plot(t, beta_values(t, steepness, center), color=CYCLE[k], lw=2.4 if k == 0 else 1.4,
+                label=label)  # fmt: skip
+    if reliability is not None:
+        for marker, (metric, rows) in zip("os^Dv", reliability.groupby("metric"), strict=False):
+            rows = rows.sort_values("t")
+            ax.plot(rows["t"], rows["value"], ls=":", lw=1, marker=marker, ms=4, color="0.35",
+                    label=f"measured: {metric}")  # fmt: skip
+    ax.set(xlabel="t  (0 data, 1 noise)", ylabel="β(t)", xlim=(0, 1), ylim=(-0.02, 1.03))
+    ax.grid(axis="y")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return fig
+
+
+@styled
+def training_curves(runs: Mapping[str, Path | DataFrame], smoothing: float = 0.9) -> Figure:
+    """The losses of one or several runs against the step, from `metrics.jsonl`.
+
+    One panel for each of total, flow, text and mask that was logged. Pale: as logged; dark:
+    exponential mean with the given smoothing.
+    """
+    import pandas as pd
+
+    tables = {
+        name: run if isinstance(run, pd.DataFrame) else read_metrics(run)
+        for name, run in runs.items()
+    }
+    parts = [p for p in ("total", "flow", "text", "mask") if any(p in t for t in tables.values())]
+    titles = {"total": "total (Eq. 12)", "flow": "flow matching (Eq. 11)",
+              "text": "text consistency (Eq. 6)", "mask": "mask consistency (Eq. 7)"}  # fmt: skip
+    fig = new_figure(min(2.5 * len(parts) + 0.3, 10), 2.5 if len(tables) == 1 else 2.8)
+    for ax, part in zip(fig.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        for k, (name, table) in enumerate(tables.items()):
+            if part not in table:
+                continue
+            logged = table[["step", part]].dropna()
+            mean = logged[part].ewm(alpha=1 - smoothing).mean()
+            ax.plot(logged["step"], logged[part], color=CYCLE[k % 7], lw=0.6, alpha=0.3)
+            ax.plot(logged["step"], mean, color=CYCLE[k % 7], label=name)
+        ax.set(title=titles[part], xlabel="step")
+        ax.grid(axis="y")
+    if len(tables) > 1:
+        handles, labels = fig.axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=len(tables))
+    return fig
+
+
+def read_metrics(path: Path) -> DataFrame:
+    """`metrics.jsonl` -> one row a logged step."""
+    import pandas as pd
+
+    return pd.DataFrame([json.loads(line) for line in Path(path).read_text().splitlines() if line])
+
+
+# ----------------------------------------------------------------------------- distributions
+
+
+@styled
+def long_tail_distribution(frequency: DataFrame) -> Figure:
+    """Fig. 5: share of pixels (bars, log scale) and of images (points) of each class.
+
+    frequency: the rows of `statistics.attribute_frequency` (class, pixel_share, image_share; the
+        shares in percent).
+    """
+    rows = frequency.sort_values("pixel_share", ascending=False)
+    groups = {i: name for name, ids in GROUPS.items() for i in ids}
+    ids = [CLASS_ID[name] for name in rows["class"]]
+    fig = new_figure(8.4, 3.5)
+    ax = fig.subplots()
+    shares = rows["pixel_share"].to_numpy()
+    ax.bar(range(len(ids)), shares, color=[GROUP_COLOURS[groups[i]] for i in ids], width=0.72)
+    ax.set_yscale("log")
+    ax.set_ylabel("share of pixels (%), log scale")
+    floor = shares[shares > 0].min() / 2
+    ax.set_ylim(floor, 200)
+    for x, share in enumerate(shares):
+        label = f"{share:.2g}" if share < 10 else f"{share:.0f}"
+        ax.text(x, max(share, floor) * 1.12, label, ha="center", fontsize=8, color="0.25")
+    ax.set_xticks(range(len(ids)), [display_name(i) for i in ids], rotation=40, ha="right",
+                  rotation_mode="anchor")  # fmt: skip
+    twin = ax.twinx()
+    twin.plot(range(len(ids)), rows["image_share"], color="0.2", lw=1, marker="o", ms=4.5)
+    twin.set(ylabel="share of images (%), points", ylim=(0, 118), yticks=range(0, 101, 25))
+    twin.spines["right"].set_visible(True)
+    from matplotlib.patches import Patch
+
+    keys = [Patch(color=GROUP_COLOURS[g], label=f"{g}: {GROUP_NAMES[g]}") for g in GROUPS]
+    fig.legend(handles=keys, loc="outside upper center", ncols=3)
+    return fig
+
+
+@styled
+def class_accuracy(
+    rows: DataFrame,
+    labels: Mapping[str, str],
+    ceiling: str | None = "real",
+    classes: Sequence[str] = CLASSES,
+) -> Figure:
+    """Fig. 4: accuracy of each class by method with 95 % intervals, and the ceiling as a line.
+
+    Args:
+        rows: long rows with method, metric (class name), value, ci_low, ci_high in percent.
+        labels: method -> legend text, in drawing order (for example without_ltal, with_ltal).
+        ceiling: the method whose accuracy is drawn as a black line on each class.
+        classes: which, in this order.
+    """
+    fig = new_figure(9, 3.3)
+    ax = fig.subplots()
+    width = 0.78 / len(labels)
+    colours = (SKY, BLUE, ORANGE, GREEN, PURPLE)
+    x = np.arange(len(classes))
+    for k, (method, label) in enumerate(labels.items()):
+        of = rows[rows["method"] == method].set_index("metric").reindex(classes)
+        at = x + (k - (len(labels) - 1) / 2) * width
+        errors = np.stack([of["value"] - of["ci_low"], of["ci_high"] - of["value"]])
+        bars = {"color": colours[k], "label": label, "ecolor": "0.2", "error_kw": {"lw": 1}}
+        ax.bar(at, of["value"], width, yerr=np.clip(np.nan_to_num(errors), 0, None), **bars)
+    if ceiling is not None:
+        top = rows[rows["method"] == ceiling].set_index("metric").reindex(classes)["value"]
+        ax.hlines(top, x - 0.45, x + 0.45, color="black", lw=1.4, label="ceiling: real images")
+    for i, name in enumerate(classes):
+        if CLASS_ID[name] in GROUPS["RFA"]:
+            ax.axvspan(i - 0.5, i + 0.5, color=RED, alpha=0.12, lw=0, zorder=0)
+    ax.set_xticks(x, [display_name(CLASS_ID[name]) for name in classes], rotation=40, ha="right",
+                  rotation_mode="anchor")  # fmt: skip
+    ax.set(ylabel="accuracy (%)", ylim=(0, 104), xlim=(-0.6, len(classes) - 0.4))
+    ax.grid(axis="y")
+    fig.legend(loc="outside upper center", ncols=len(labels) + 1)
+    return fig
+
+
+@styled
+def class_table(rows: DataFrame, labels: Mapping[str, str]) -> Figure:
+    """Accuracy of every class (down) by method (across), numbers in shaded cells.
+
+    rows: long rows with method, metric (class name), value, n; labels: method -> heading.
+    """
+    names = [name for name in CLASSES if (rows["metric"] == name).any()]
+    table = rows.pivot(index="metric", columns="method", values="value")
+    values = table.reindex(index=names, columns=list(labels)).to_numpy(dtype=float)
+    support = rows.groupby("metric")["n"].max()
+    fig = new_figure(2.3 + 1.15 * len(labels), 0.55 + 0.235 * len(names))
+    ax = fig.subplots()
+    ax.imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        text, colour = ("–", "0.3") if np.isnan(value) else (f"{value:.1f}", "black")
+        ax.text(j, i, text, ha="center", va="center", fontsize=8.5, color=colour)
+    ticks = [f"{display_name(CLASS_ID[n])}  (n = {support[n]:,.0f})" for n in names]
+    ax.set_yticks(range(len(names)), ticks)
+    ax.set_xticks(range(len(labels)), [textwrap.fill(label, 15) for label in labels.values()])
+    for tick, name in zip(ax.get_yticklabels(), names, strict=True):
+        tick.set_color(RED if CLASS_ID[name] in GROUPS["RFA"] else "0.15")
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return fig

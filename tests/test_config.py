@@ -1,0 +1,130 @@
+"""Profiles, overrides and what the loader refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from ec2face_core.config import (
+    PROFILES,
+    ROOT,
+    VARIANTS,
+    Config,
+    ConfigError,
+    adapter_dir,
+    load_config,
+    load_profile,
+    parse_override,
+    resolve,
+)
+
+
+def test_the_paper_profile_has_the_values_of_the_paper():
+    config = load_profile("paper")
+    assert config == Config()
+    assert config.trainer.steps == 5000
+    assert config.trainer.learning_rate == 1e-4
+    assert config.trainer.num_processes * config.trainer.batch_size == 32
+    assert config.trainer.drop_probability == 0.1
+    assert (config.loss.steepness, config.loss.center) == (10, 0.4)
+    assert (config.loss.alpha_text, config.loss.alpha_mask, config.loss.balance) == (0.5, 0.5, 0.5)
+    assert (config.sampling.steps, config.sampling.seed) == (28, 42)
+    assert (config.data.train, config.data.test) == (27000, 3000)
+    assert config.backbone.path == "black-forest-labs/FLUX.1-dev"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.yaml")))
+def test_profiles_load_and_differ_only_where_they_say(name):
+    config = load_profile(name)
+    assert config.profile == name
+    default = dataclasses.asdict(Config())
+    for section, options in (yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) or {}).items():
+        if isinstance(options, dict):
+            same = [k for k, v in options.items() if default[section][k] == v]
+            assert not same, f"{name}.yaml repeats the defaults of {section}: {same}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"trainer": {"setps": 5}}, r"trainer\.setps: unknown option, did you mean 'steps'"),
+        ({"trainer.setps": 5}, r"trainer\.setps: unknown option, did you mean 'steps'"),
+        ({"trianer": {"steps": 5}}, "trianer: unknown option, did you mean 'trainer'"),
+        ({"trainer.steps": "many"}, r"trainer\.steps: expected int, got 'many'"),
+        ({"trainer.steps": 2.5}, r"trainer\.steps: expected int, got 2.5"),
+        ({"trainer.steps": True}, r"trainer\.steps: expected int, got True"),
+        ({"loss.long_tail": 1}, r"loss\.long_tail: expected bool, got 1"),
+        ({"trainer.learning_rate": "fast"}, r"trainer\.learning_rate: expected float"),
+        ({"trainer.learning_rate": True}, r"trainer\.learning_rate: expected float"),
+        ({"trainer": 5}, "trainer: expected options, got 5"),
+        ({"seed.low": 5}, "seed: is a single value"),
+    ],
+)
+def test_wrong_options_are_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_profile("mini", **overrides)
+
+
+def test_an_unknown_profile_is_named_with_the_nearest():
+    with pytest.raises(ConfigError, match="'mnii' does not exist, did you mean 'mini'"):
+        load_profile("mnii")
+
+
+def test_numbers_that_yaml_reads_as_text_become_numbers(tmp_path):
+    assert isinstance(yaml.safe_load("1e-4"), str)  # YAML 1.1
+    file = tmp_path / "config.yaml"
+    file.write_text("trainer:\n  learning_rate: 1e-4\n  weight_decay: 0\n")
+    config = load_config(file)
+    assert config.trainer.learning_rate == 1e-4
+    assert config.trainer.weight_decay == 0.0 and isinstance(config.trainer.weight_decay, float)
+
+
+def test_nested_dotted_and_command_line_overrides_are_the_same():
+    nested = load_profile("mini", trainer={"steps": 7}, seed=3)
+    dotted = load_profile("mini", **{"trainer.steps": 7, "seed": 3})
+    command = load_profile("mini", **parse_override("trainer.steps=7"), **parse_override("seed=3"))
+    assert nested == dotted == command == load_profile("mini").replace(trainer={"steps": 7}, seed=3)
+    assert nested.trainer.steps == 7 and nested.trainer.batch_size == 16
+    with pytest.raises(ConfigError, match="option=value"):
+        parse_override("trainer.steps")
+
+
+def test_save_and_load_round_trip(tmp_path):
+    config = load_profile("smoke", **{"loss.center": 0.35})
+    config.save(tmp_path / "run" / "config.yaml")
+    again = load_config(tmp_path / "run" / "config.yaml")
+    assert again == config and again.digest() == config.digest()
+    assert len(config.digest()) == 12
+    assert config.digest() != config.replace(seed=43).digest()
+
+
+def test_a_config_cannot_be_changed_by_accident():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_profile("mini").trainer.steps = 3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_the_rows_of_tables_3_and_4(variant):
+    loss = load_profile("mini").replace(**VARIANTS[variant]).loss
+    assert loss.long_tail == (variant != "without_ltal")
+    assert (loss.alpha_text > 0) == (variant in ("text", "both"))
+    assert (loss.alpha_mask > 0) == (variant in ("mask", "both"))
+
+
+def test_paths_start_at_the_repository_root_wherever_one_stands(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("data/mini") == ROOT / "data" / "mini"
+    assert resolve(tmp_path) == tmp_path
+    mini = load_profile("mini")
+    assert mini.run_dir == ROOT / "runs" / "mini" and mini.figure_dir == ROOT / "figures" / "mini"
+    # a smoke run can never replace a kept figure
+    assert load_profile("smoke").figure_dir.is_relative_to(ROOT / "runs" / "smoke")
+
+
+def test_adapters_come_from_the_profile_and_unknown_variants_are_named():
+    config = load_profile("mini", profile="nobody")  # a profile that retrained nothing
+    assert adapter_dir(config, "both") == ROOT / "data" / "mini" / "adapters" / "both"
+    with pytest.raises(ConfigError, match="did you mean 'both'"):
+        adapter_dir(config, "bot")
