@@ -130,7 +130,7 @@ def _hair_colour(pixels: Tensor) -> str | None:
     r, g, b = (float(channel.median() + 1) / 2 for channel in pixels)
     high, low = max(r, g, b), min(r, g, b)
     saturation = (high - low) / max(high, 1e-6)
-    if high < 0.22:
+    if high < 0.16 or (high < 0.22 and saturation < 0.35):
         return "black"
     if saturation < 0.15:
         return "gray" if high > 0.45 else None

@@ -59,7 +59,9 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] 
             return load_file(path / TENSORS), about
         except (OSError, ValueError, KeyError) as error:
             warnings.warn(
-                f"checkpoint {path} is damaged and is not used: {error}", RuntimeWarning, stacklevel=2
+                f"checkpoint {path} is damaged and is not used: {error}",
+                RuntimeWarning,
+                stacklevel=2,
             )
     return None
 
@@ -68,6 +70,8 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Fill a folder beside `path` and move it there when it is complete, replacing what was."""
     from safetensors import SafetensorError
 
+    for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed here
+        shutil.rmtree(left)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.mkdir(parents=True)
     try:
@@ -78,8 +82,8 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free / 1e9
         raise OSError(
-            f"cannot write {path}: {error} ({free:.1f} GB free). Make room and run the same command "
-            "again: it resumes from the newest checkpoint"
+            f"cannot write {path}: {error} ({free:.1f} GB free). Make room and run the same "
+            "command again: it resumes from the newest checkpoint"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 from PIL import Image
 
 from .attributes import CLASS_ID, CLASSES, PALETTE
-from .captions import FaceAttributes, captions, captions_from_mask
+from .captions import FaceAttributes, captions_from_mask
+from .captions import captions as compose
 from .validation import (
     IMAGE_SUFFIXES,
     MANIFEST_COLUMNS,
@@ -66,9 +68,9 @@ def from_celebamask_hq(
     split, the others the test split (27000: the split of the paper).
     """
     raw = Path(raw)
-    images = files_by_id(raw / "CelebA-HQ-img", IMAGE_SUFFIXES)
-    annotation = _first_folder(raw, ("CelebAMask-HQ-mask-anno", "CelebAMaskHQ-mask-anno"))
     report = Report(raw)
+    images = files_by_id(raw / "CelebA-HQ-img", IMAGE_SUFFIXES, report)
+    annotation = _first_folder(raw, ("CelebAMask-HQ-mask-anno", "CelebAMaskHQ-mask-anno"))
     parts: dict[str, dict[str, Path]] = {}
     for path in annotation.glob("*/*.png"):
         match = _PART.fullmatch(path.name)
@@ -110,15 +112,17 @@ def from_merged(
     training split, the others the test split.
     """
     source = Path(source)
-    images = files_by_id(_first_folder(source, ("images", "image", "face")), IMAGE_SUFFIXES)
+    report = Report(source)
+    pictures = _first_folder(source, ("images", "image", "face"))
     folder = _first_folder(source, ("masks", "mask"))
-    masks = files_by_id(folder, (".png",))
+    images = files_by_id(pictures, IMAGE_SUFFIXES, report)
+    masks = files_by_id(folder, (".png",), report)
     texts = _caption_source(source, captions)
     names = sorted(images.keys() | masks.keys(), key=_natural)
     sources = [
         _Source(
             id=name,
-            image=images.get(name, source / "images" / f"{name}.jpg"),
+            image=images.get(name, pictures / f"{name}.jpg"),
             mask=masks.get(name, folder / f"{name}.png"),
             ids=lambda path=masks.get(name, folder / f"{name}.png"): _read_ids_or_colours(path),
             captions=texts(name),
@@ -127,7 +131,7 @@ def from_merged(
     ]
     train = len(names) * 9 // 10 if train is None else train
     splits = {name: "train" if i < train else "test" for i, name in enumerate(names)}
-    _convert(sources, splits, Path(out), size, Report(source), progress)
+    _convert(sources, splits, Path(out), size, report, progress)
 
 
 def paint_parts(parts: Mapping[str, Path]) -> np.ndarray:
@@ -195,19 +199,31 @@ def celeba_attributes(path: Path) -> dict[str, FaceAttributes]:
     return faces
 
 
-_CELEBA = {
-    key: key.title()
-    for key in (
-        "male young bald bangs receding_hairline smiling eyeglasses mustache heavy_makeup "
-        "arched_eyebrows bushy_eyebrows big_nose big_lips narrow_eyes bags_under_eyes pale_skin "
-        "rosy_cheeks chubby oval_face"
-    ).split()
-} | {
+_CELEBA = {  # our key -> CelebA's name
+    "male": "Male",
+    "young": "Young",
+    "bald": "Bald",
+    "bangs": "Bangs",
+    "receding_hairline": "Receding_Hairline",
+    "smiling": "Smiling",
     "mouth_open": "Mouth_Slightly_Open",
+    "eyeglasses": "Eyeglasses",
     "hat": "Wearing_Hat",
     "earrings": "Wearing_Earrings",
     "necklace": "Wearing_Necklace",
     "lipstick": "Wearing_Lipstick",
+    "mustache": "Mustache",
+    "heavy_makeup": "Heavy_Makeup",
+    "arched_eyebrows": "Arched_Eyebrows",
+    "bushy_eyebrows": "Bushy_Eyebrows",
+    "big_nose": "Big_Nose",
+    "big_lips": "Big_Lips",
+    "narrow_eyes": "Narrow_Eyes",
+    "bags_under_eyes": "Bags_Under_Eyes",
+    "pale_skin": "Pale_Skin",
+    "rosy_cheeks": "Rosy_Cheeks",
+    "chubby": "Chubby",
+    "oval_face": "Oval_Face",
 }
 
 
@@ -243,7 +259,10 @@ def _convert(
         for source in sources:
             caption = read_captions(partial / "text" / f"{source.id}.txt")[0]
             writer.writerow([source.id, splits[source.id], 0, caption])
-    validate(partial, progress).raise_if_bad()
+    whole = validate(partial, progress)
+    if whole.problems:  # of all faces together, such as exchanged sides: nothing to resume
+        shutil.rmtree(partial)
+    whole.raise_if_bad()
     partial.rename(out)
 
 
@@ -291,7 +310,7 @@ def _write_face(source: _Source, root: Path, size: int) -> list[tuple[Path, str]
 def _compose(source: _Source, ids: np.ndarray, image: Image.Image) -> list[str]:
     """Captions of a face that has none, from its attributes or else from its mask."""
     if source.captions is not None:
-        return captions(source.captions)
+        return compose(source.captions)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
     return captions_from_mask(torch.from_numpy(ids.astype(np.int64)), pixels)
 

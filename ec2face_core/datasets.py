@@ -94,8 +94,8 @@ class FaceDataset(Dataset[FaceSample]):
             raise DataError(f"{self.root}: no face of split {split!r}; faces by split: {known}")
         self.ids: list[str] = list(self._rows)[: limit or None]
         kinds = {"image": IMAGE_SUFFIXES, "mask": (".png",), "text": (".txt",)}
-        self._files = {k: files_by_id(self.root / k, suffixes) for k, suffixes in kinds.items()}
         report = Report(self.root, len(self.ids))
+        self._files = {k: files_by_id(self.root / k, kinds[k], report) for k in kinds}
         for kind, files in self._files.items():
             for name in self.ids:
                 if name not in files:
@@ -146,10 +146,11 @@ class FaceDataset(Dataset[FaceSample]):
     def label_counts(self) -> Tensor:
         """Pixels of each class over all faces of this dataset, `(19,)` int64 (Eq. 10's T)."""
         if self._counts is None:
-            total = torch.zeros(NUM_CLASSES, dtype=torch.int64)
-            for label_map in parallel(self.label_map, self.ids):
-                total += torch.bincount(label_map.flatten(), minlength=NUM_CLASSES)
-            self._counts = total
+
+            def count(name: str) -> Tensor:
+                return torch.bincount(self.label_map(name).flatten(), minlength=NUM_CLASSES)
+
+            self._counts = sum(parallel(count, self.ids), torch.zeros(NUM_CLASSES).long())
         return self._counts.clone()
 
     def _read(self, kind: str, name: str, read: Any) -> Any:

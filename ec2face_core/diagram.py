@@ -35,7 +35,7 @@ def framework_diagram(facts: Mapping[str, Any]) -> Figure:
             tokens: text, noise, mask -> tokens of one sample;
             blocks: (double-stream, single-stream); rank: of the LoRA;
             loss: the `LossConfig`; weights: class name -> weight of Eq. 10;
-            caption: str; pictures: image, mask, noisy, estimate, weights -> `h w 3` in [0, 1].
+            caption: str; pictures: image, mask, estimate (x̃), weights -> `h w 3` in [0, 1].
     """
     fig = new_figure(WIDTH / 10, HEIGHT / 10)
     fig.set_layout_engine("none")
@@ -73,22 +73,19 @@ def _conditions(ax: Axes, facts: Mapping[str, Any]) -> None:
 
 def _transformer(ax: Axes, facts: Mapping[str, Any]) -> None:
     """Middle: the frozen transformer, and the LoRA that acts on the mask tokens alone."""
-    double, single = facts["blocks"]
+    (double, single), counts = facts["blocks"], facts["parameters"]
     total = sum(facts["tokens"].values())
     _box(ax, 47, 19, 21, 38, "", FROZEN)
-    header = (
-        f"{facts['names']['transformer']}\n{_count(facts['parameters']['transformer'])}, frozen"
-    )
+    header = f"{facts['names']['transformer']}\n{_count(counts['transformer'])}, frozen"
     ax.text(57.5, 53.2, header, ha="center", va="center", fontsize=8.5, weight="bold")
     _box(ax, 49, 44, 17, 5.6, f"{double} double-stream blocks", "white")
     _box(ax, 49, 36.2, 17, 5.6, f"{single} single-stream blocks", "white")
     note = f"joint attention (Eqs. 1, 4)\nover [text · noise · mask]\n= {total} tokens"
     ax.text(57.5, 32, note, ha="center", va="center", fontsize=8.5)
-    share = facts["parameters"]["lora"] / facts["parameters"]["transformer"]
-    lora = f"LoRA, rank {facts['rank']}, mask tokens\n{_count(facts['parameters']['lora'])} trained"
-    _box(
-        ax, 49, 21.2, 17, 6.6, f"{lora} ({share:.2g} of base)".replace(" of", "×"), TRAINED, ORANGE
-    )
+    share = 100 * counts["lora"] / counts["transformer"]
+    trained = f"{_count(counts['lora'])} ({share:.2g} %) trained"
+    lora = f"LoRA, rank {facts['rank']}, mask tokens\n{trained}"
+    _box(ax, 49, 21.2, 17, 6.6, lora, TRAINED, ORANGE)
 
 
 def _consistency(ax: Axes, facts: Mapping[str, Any]) -> None:
@@ -119,9 +116,8 @@ def _consistency(ax: Axes, facts: Mapping[str, Any]) -> None:
     inset.plot(t, beta_values(t, loss.steepness, loss.center), color=RED)
     inset.set(xticks=[0, 1], yticks=[0, 1], xlim=(0, 1), ylim=(0, 1.05))
     inset.set_xlabel("t", labelpad=-8, fontsize=8.5)
-    inset.set_title(
-        f"β(t): $\\gamma_s$={loss.steepness:g}, $t_c$={loss.center:g}", fontsize=8, pad=2
-    )
+    heading = f"β(t): $\\gamma_s$={loss.steepness:g}, $t_c$={loss.center:g}"
+    inset.set_title(heading, fontsize=8, pad=2)
 
 
 def _long_tail(ax: Axes, facts: Mapping[str, Any]) -> None:

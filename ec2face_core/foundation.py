@@ -29,7 +29,7 @@ from .attributes import NUM_CLASSES
 from .backbone import Backbone, TextEmbedding, encode_images, save_backbone, tiny_backbone
 from .captions import captions
 from .conditioning import predict_velocity
-from .config import ROOT
+from .config import ROOT, load_profile
 from .flow import interpolate, velocity
 from .rendering import Rendered, render
 from .results import provenance
@@ -160,7 +160,7 @@ def _trained_vae(backbone: Backbone) -> None:
 
 def encode_pool(faces: int, part: int, parts: int, batch: int = 64) -> None:
     """Encode faces and two dense conditions each; part `part` of `parts`, for parallel runs."""
-    backbone = tiny_backbone(["a"] * 4, 0) if False else tiny_backbone(corpus(), SEED)
+    backbone = tiny_backbone(corpus(), SEED)
     _trained_vae(backbone)
     rows, z_image, z_condition = [], [], []
     first, last = faces * part // parts // batch, faces * (part + 1) // parts // batch
@@ -179,7 +179,7 @@ def encode_pool(faces: int, part: int, parts: int, batch: int = 64) -> None:
                         pictures[chosen] = dense_condition(kind, drawn, generator)[chosen]
                 pair.append(encode_images(backbone.vae, pictures).half())
             z_condition.append(torch.stack(pair, 1))
-        rows += [{"style": STYLE[look], **row} for row in attributes]
+        rows += [(STYLE[look], row) for row in attributes]
         if number % 50 == 0:
             print(f"pool part {part}: {number - first}/{last - first} batches", flush=True)
     pool = {"image": torch.cat(z_image), "condition": torch.cat(z_condition), "rows": rows}
@@ -249,9 +249,9 @@ def train_flux(minutes: float, samples: int, batch: int, rate: float) -> None:
     def token_ids(indices: list[int], seeds: list[int], drop: Tensor | None) -> tuple[Tensor, Tensor]:
         texts = []
         for j, (i, s) in enumerate(zip(indices, seeds, strict=True)):
-            row = rows[i]
+            style, row = rows[i]
             dropped = drop is not None and bool(drop[j])
-            texts.append("" if dropped else captions(row, 1, s, row["style"])[0])
+            texts.append("" if dropped else captions(row, 1, s, style)[0])
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         clip = backbone.tokenizer(texts, max_length=backbone.tokenizer.model_max_length, **options)
         t5 = backbone.tokenizer_2(texts, max_length=TEXT_LENGTH, **options)
@@ -307,7 +307,7 @@ def train_flux(minutes: float, samples: int, batch: int, rate: float) -> None:
         quality = held_out_loss()
         folder = ROOT / "data" / "mini" / "flux"
         save_backbone(backbone, folder)
-        record = {**provenance(None, stage="foundation", samples=steps * batch * world,
+        record = {**provenance(load_profile("mini"), stage="foundation", samples=steps * batch * world,
                                held_out_flow_loss=quality, seconds=round(clock.seconds()),
                                autoencoder=json.loads((WORK / "vae.json").read_text()))}  # fmt: skip
         (folder / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from .attributes import GROUPS
-from .plotting import mask_picture, new_figure, picture, show, styled
+from .plotting import bare, mask_picture, new_figure, picture, show, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,23 +61,27 @@ def image_grid(
         boxes: for each row the boxes of `rare_boxes`, drawn red on every picture of the row.
     """
     columns = max(len(row) for row in rows)
-    label_width = 1.35 if any(row_labels) else 0.0
-    height = len(rows) * (cell + 0.04) + 0.32 * bool(column_labels) + 0.3 * bool(title)
-    fig = new_figure(label_width + columns * (cell + 0.04), height)
+    labels = [textwrap.fill(label, 22) for label in row_labels]
+    heads = [textwrap.fill(label, 14) for label in column_labels]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
+    label_width = 0.068 * longest + 0.1 if longest else 0.0
+    head_height = 0.17 * max((head.count("\n") + 1 for head in heads), default=0)
+    height = len(rows) * (cell + 0.07) + head_height + 0.27 * bool(title)
+    fig = new_figure(label_width + columns * (cell + 0.07), height)
     ratios = ([label_width] if label_width else []) + [cell] * columns
     axes = fig.subplots(len(rows), len(ratios), squeeze=False, width_ratios=ratios)
     for i, row in enumerate(rows):
         if label_width:
             axes[i, 0].axis("off")
-            label = textwrap.fill(row_labels[i], 22)
-            axes[i, 0].text(0, 0.5, label, va="center", fontsize=8, transform=axes[i, 0].transAxes)
+            at = {"va": "center", "fontsize": 8, "transform": axes[i, 0].transAxes}
+            axes[i, 0].text(0, 0.5, labels[i], **at)
         for j, ax in enumerate(axes[i, bool(label_width) :]):
             if j >= len(row):
                 ax.axis("off")
                 continue
             show(ax, _any_picture(row[j]), boxes[i] if boxes else ())
-            if i == 0 and j < len(column_labels):
-                ax.set_title(textwrap.fill(column_labels[j], 14), fontsize=8.5, pad=4)
+            if i == 0 and j < len(heads):
+                ax.set_title(heads[j], fontsize=8.5, pad=4)
     if title:
         fig.suptitle(title, fontsize=10)
     return fig
@@ -94,24 +98,22 @@ def comparison_grid(
     label_maps: Tensor,
     systems: Mapping[str, Tensor | None],
     boxed: Sequence[int] = GROUPS["RFA"],
-    real: Tensor | None = None,
 ) -> Figure:
     """Figs. 3 and 6: caption and mask, then one column a system, rare attributes boxed in red.
 
     Args:
         label_maps: `b h w`, one row each.
-        systems: name -> images `b 3 h w`, or None for a system without pictures here.
+        systems: name -> images `b 3 h w`, or None for a system without pictures here; the real
+            images may be the first of them.
         boxed: class ids to box, found in the mask.
-        real: `b 3 h w`, shown after the mask if given.
     """
-    known = {"real": real, **systems} if real is not None else dict(systems)
     rows = [
-        [mask, *(None if images is None else images[i] for images in known.values())]
+        [mask, *(None if images is None else images[i] for images in systems.values())]
         for i, mask in enumerate(label_maps)
     ]
     boxes = [rare_boxes(mask, boxed) for mask in label_maps]
-    cell = 1.1 if len(known) < 6 else 0.92
-    return image_grid(rows, captions, ["mask", *known], cell=cell, boxes=boxes)
+    cell = 1.1 if len(systems) < 6 else 0.92
+    return image_grid(rows, captions, ["mask", *systems], cell=cell, boxes=boxes)
 
 
 def unimodal_grid(
@@ -125,14 +127,15 @@ def unimodal_grid(
     rows = [[nothing, *images] for images in text_images]
     rows += [[mask, *images] for mask, images in zip(label_maps, mask_images, strict=True)]
     labels = [f"“{caption}”" for caption in captions] + ["mask only"] * len(label_maps)
-    seeds = [f"seed {i + 1}" for i in range(text_images.shape[1])]
-    return image_grid(rows, labels, ["mask", *seeds])
+    samples = [f"sample {i + 1}" for i in range(text_images.shape[1])]
+    return image_grid(rows, labels, ["mask", *samples])
 
 
 def diversity_grid(captions: Sequence[str], label_maps: Tensor, images: Tensor) -> Figure:
     """Fig. 8: caption and mask fixed, the seed varied; images `rows seeds 3 h w`."""
     rows = [[mask, *row] for mask, row in zip(label_maps, images, strict=True)]
-    return image_grid(rows, captions, ["mask", *(f"seed {i + 1}" for i in range(images.shape[1]))])
+    samples = [f"sample {i + 1}" for i in range(images.shape[1])]
+    return image_grid(rows, captions, ["mask", *samples])
 
 
 @styled
@@ -152,7 +155,7 @@ def weights_map(images: Tensor, label_maps: Tensor, weights: Mapping[str, Tensor
         show(row[0], picture(images[i]))
         show(row[1], mask_picture(label_maps[i]))
         for ax, values in zip(row[2:], weights.values(), strict=True):
-            show(ax, None, empty="")
+            bare(ax)
             heat = ax.imshow(values[i].cpu(), norm=LogNorm(low, high), cmap="magma")
     for ax, name in zip(axes[0], names, strict=True):
         ax.set_title(name)

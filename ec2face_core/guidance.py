@@ -85,7 +85,9 @@ class PixelGuidance:
             z = z_hat[rows].detach().requires_grad_()
             text, mask = self.losses(z, captions[rows], label_map[rows])
             keep = [None if k is None else k[rows] for k in (keep_text, keep_mask)]
-            modulated = total_loss(torch.zeros_like(t[rows]), text, mask, t[rows], self.config, *keep)
+            modulated = total_loss(
+                torch.zeros_like(t[rows]), text, mask, t[rows], self.config, *keep
+            )
             gradients += torch.autograd.grad(modulated.total.sum(), z)
             losses.append([None if part is None else part.detach() for part in (text, mask)])
         text, mask = (

@@ -19,7 +19,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from .backbone import Backbone, TextEmbedding, encode_images, encode_text
 from .conditioning import mask_latents_of
 from .config import BackboneConfig, Config, resolve
 from .results import path_digest
+from .validation import parallel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -203,13 +203,13 @@ def encode_dataset(
 
 
 def cache_folder(config: Config) -> Path:
-    """Where the training faces' caches live: beside the data root, on the disk that has the room."""
+    """Where caches of the training faces live: beside the data root, where there is room."""
     root = resolve(config.data.root)
     return root.with_name(f"{root.name}-latents")
 
 
 def cache_key(dataset: FaceDataset, config: Config) -> str:
-    """Sixteen hex digits: encoder files, size, text length, and names and sizes of the data files."""
+    """Sixteen hex digits: encoders, size, text length, and names and sizes of the data files."""
     about: list[Any] = [_encoder_digest(config.backbone), config.data.size]
     about += [config.backbone.dtype, config.backbone.text_length, dataset.ids]
     ids = set(dataset.ids)
@@ -234,8 +234,7 @@ def _encode_faces(
     dataset: FaceDataset, rows: range, backbone: Backbone
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     vae, encoded, about = backbone.vae, [], {"ids": [], "captions": []}
-    with ThreadPoolExecutor(4) as pool:  # reading pictures lets other threads run
-        samples = list(pool.map(dataset.__getitem__, rows))
+    samples = list(parallel(dataset.__getitem__, rows))
     for start in range(0, len(samples), BATCH):
         some = samples[start : start + BATCH]
         images = torch.stack([s.image for s in some]).to(vae.device)
@@ -299,6 +298,7 @@ def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> Non
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise CacheError(f"{name} of {path.name} is not finite in float16: check the encoders")
@@ -321,7 +321,7 @@ def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> Non
 def _content_hash(tensors: dict[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
-        total.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+        total.update(name.encode() + tensors[name].numpy().tobytes())
     return total.hexdigest()
 
 

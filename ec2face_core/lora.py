@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, LoraConfig, resolve
+from .config import ConfigError, LoraConfig
 
 ADAPTER = "mask"  # peft's name of the mask branch's LoRA
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -76,6 +76,13 @@ class MaskBranch:
         return False
 
 
+def _check(config: LoraConfig) -> None:
+    if config.attention != "joint":
+        raise ConfigError(f"lora.attention {config.attention!r}: only 'joint' is implemented")
+    if config.mask_position not in ("offset", "aligned"):
+        raise ConfigError(f"lora.mask_position {config.mask_position!r}: use offset or aligned")
+
+
 def install_mask_branch(transformer: nn.Module, config: LoraConfig | None = None) -> MaskBranch:
     """Restrict the transformer's `mask` LoRA to mask tokens. Idempotent; a second call updates.
 
@@ -90,10 +97,8 @@ def install_mask_branch(transformer: nn.Module, config: LoraConfig | None = None
     """
     from peft.tuners.lora import LoraLayer
 
-    if config is not None and config.attention != "joint":
-        raise ConfigError(f"lora.attention {config.attention!r}: only 'joint' is implemented")
-    if config is not None and config.mask_position not in ("offset", "aligned"):
-        raise ConfigError(f"lora.mask_position {config.mask_position!r}: use offset or aligned")
+    if config is not None:
+        _check(config)
     layers = [m for m in transformer.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
     if not layers:
         raise ValueError("the transformer has no `mask` adapter: call add_mask_lora or load it")
@@ -117,19 +122,21 @@ def add_mask_lora(transformer: nn.Module, config: LoraConfig) -> list[nn.Paramet
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig as PeftConfig
 
+    _check(config)
     last = transformer.config.num_single_layers - 1
+    targets = (
+        rf"(?!single_transformer_blocks\.{last}\.(attn\.to_q|proj_mlp|proj_out)$)("
+        r"x_embedder"
+        r"|transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.2)"
+        r"|single_transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out))"
+    )
     transformer.requires_grad_(False)
     transformer.add_adapter(
         PeftConfig(
             r=config.rank,
             lora_alpha=config.alpha,
             init_lora_weights="gaussian",
-            target_modules=(
-                r"x_embedder"
-                r"|transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.2)"
-                r"|single_transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out)"
-            ),
-            exclude_modules=rf"single_transformer_blocks\.{last}\.(attn\.to_q|proj_mlp|proj_out)",
+            target_modules=targets,
         ),
         adapter_name=ADAPTER,
     )
@@ -178,7 +185,7 @@ def read_mask_lora(folder: Path | str) -> tuple[LoraConfig, int]:
     """The LoraConfig and the text length that an adapter folder was trained for."""
     from safetensors import SafetensorError, safe_open
 
-    path = resolve(folder) / LORA_FILE
+    path = Path(folder) / LORA_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"no mask LoRA at {path}: train it with `python -m ec2face_core.train`, or give the "
@@ -204,10 +211,11 @@ def load_mask_lora(transformer: nn.Module, folder: Path | str) -> LoraConfig:
     Returns the LoraConfig that the file was trained with.
     """
     config, _ = read_mask_lora(folder)
+    _check(config)
     if ADAPTER in getattr(transformer, "peft_config", {}):
         transformer.delete_adapters(ADAPTER)
     transformer.load_lora_adapter(
-        str(resolve(folder)), prefix="transformer", weight_name=LORA_FILE, adapter_name=ADAPTER
+        str(folder), prefix="transformer", weight_name=LORA_FILE, adapter_name=ADAPTER
     )
     install_mask_branch(transformer, config)
     return config

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ec2face_core.attributes import long_tail_weights, one_hot, pixel_counts
-from ec2face_core.config import ConfigError, LossConfig
+from .attributes import long_tail_weights, one_hot, pixel_counts
+from .config import ConfigError, LossConfig
 
 
 def beta(t: Tensor, steepness: float = 10.0, center: float = 0.4) -> Tensor:

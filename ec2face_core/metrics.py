@@ -8,15 +8,16 @@ the numbers of Tables 1-4 satisfy. Metrics are computed without gradients; image
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ec2face_core.attributes import CLASSES, pixel_counts
-from ec2face_core.config import Config, ConfigError
-from ec2face_core.statistics import group_means, psnr
+from .attributes import CLASSES, pixel_counts
+from .config import Config, ConfigError
+from .statistics import group_means, psnr
 
 __all__ = [
     "Lpips", "MaskAccuracy", "Niqe", "accuracy_from_counts", "mask_accuracy", "mask_counts", "psnr",
@@ -90,7 +91,9 @@ class Lpips:
         state = generator.get_state()
         try:
             generator.manual_seed(0)
-            self.net = lpips.LPIPS(net="alex", pnet_rand=name == "alex-random", verbose=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # lpips calls torchvision in an old manner
+                self.net = lpips.LPIPS(net="alex", pnet_rand=name == "alex-random", verbose=False)
         except OSError as error:
             raise RuntimeError(
                 "evaluation.lpips: the trunk 'alex' needs torchvision's AlexNet weights "
@@ -136,7 +139,8 @@ class Niqe:
         """Take the pristine model from the sharp blocks of `n 3 h w` images (n of 100 or more)."""
         rows = []
         for chunk in images.split(64):
-            features, sharpness = self._features(chunk)
+            y = self._luminance(chunk)
+            features, sharpness = self._features(y), self._sharpness(y)
             sharp = sharpness > 0.75 * sharpness.amax(1, keepdim=True)
             rows.append(features[sharp & features.isfinite().all(-1)])
         pristine = torch.cat(rows)
@@ -152,7 +156,8 @@ class Niqe:
         """NIQE of each image, `(b,)` float64, lower is better; NaN where no block has structure."""
         if self.mean is None:
             raise RuntimeError("NIQE has no pristine model yet: call fit(training images) first")
-        return torch.cat([self._distance(self._features(chunk)[0]) for chunk in images.split(64)])
+        luminance = (self._luminance(chunk) for chunk in images.split(64))
+        return torch.cat([self._distance(self._features(y)) for y in luminance])
 
     __call__ = score
 
@@ -170,15 +175,8 @@ class Niqe:
         distance = (difference @ inverse @ difference.mT).flatten().clamp(min=0).sqrt()
         return distance.where(count[:, 0] > 0, torch.nan)
 
-    @torch.no_grad()
-    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images in [-1, 1] -> the 36 features `b n 36` and the sharpness `b n` of their n blocks.
-
-        Blocks of flat colour have no finite features.
-        """
-        from pyiqa.archs.func_util import normalize_img_with_gauss
-        from pyiqa.archs.niqe_arch import compute_feature
-        from pyiqa.matlab_utils import blockproc, fspecial, imfilter, imresize
+    def _luminance(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] -> luminance `b 1 h w` in whole numbers 0-255, cut to whole blocks."""
         from pyiqa.utils.color_util import to_y_channel
 
         rows, columns = (side // self.block * self.block for side in images.shape[-2:])
@@ -188,19 +186,29 @@ class Niqe:
                 f"{self.block} px; set a smaller block together with evaluation.niqe_refit"
             )
         y = to_y_channel((images.detach().cpu().float().clamp(-1, 1) + 1) / 2, 255, "yiq")
-        y = y.round().double()[..., :rows, :columns]
+        return y.round().double()[..., :rows, :columns]
 
-        kernel = fspecial(7, 7 / 6, 1).to(y)
-        local_mean = imfilter(y, kernel, padding="replicate")
-        deviation = (imfilter(y**2, kernel, padding="replicate") - local_mean**2).abs().sqrt()
-        sharpness = F.avg_pool2d(deviation, self.block).mT.flatten(1)  # blocks run column first
+    def _features(self, y: Tensor) -> Tensor:
+        """The 36 features of each of the n blocks, `b n 36`; not finite where a block is flat."""
+        from pyiqa.archs.func_util import normalize_img_with_gauss
+        from pyiqa.archs.niqe_arch import compute_feature
+        from pyiqa.matlab_utils import blockproc, imresize
 
         half = imresize(y / 255, scale=0.5, antialiasing=True) * 255
         features = []
         for size, scaled in ((self.block, y), (self.block // 2, half)):
             normalised = normalize_img_with_gauss(scaled, padding="replicate")
             features.append(blockproc(normalised, [size, size], fun=compute_feature))
-        return torch.cat(features, -1), sharpness
+        return torch.cat(features, -1)
+
+    def _sharpness(self, y: Tensor) -> Tensor:
+        """Mean local deviation of each block, `b n`, in the order of the features."""
+        from pyiqa.matlab_utils import fspecial, imfilter
+
+        kernel = fspecial(7, 7 / 6, 1).to(y)
+        mean = imfilter(y, kernel, padding="replicate")
+        deviation = (imfilter(y**2, kernel, padding="replicate") - mean**2).abs().sqrt()
+        return F.avg_pool2d(deviation, self.block).mT.flatten(1)  # blocks run column first
 
     def _load_published(self) -> None:
         if self.block != 96:

@@ -62,7 +62,7 @@ class FaceParser:
             warnings.simplefilter("ignore")
             # a str: facer iterates over a Path; float(): the miniature's file is half precision
             parser = facer.face_parser("farl/celebm/448", self.device, model_path=str(file)).float()
-        self.net = parser.net.requires_grad_(False).eval()
+        self.net = parser.requires_grad_(False).eval().net
 
     @classmethod
     def from_config(
@@ -223,18 +223,19 @@ def clip_tokenizer(corpus: Iterable[str], vocab_size: int = 1024, length: int = 
     bpe.normalizer, bpe.pre_tokenizer = original.normalizer, original.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - 2,  # the rest: bytes that end a word, two marks
+        vocab_size=vocab_size - 2,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
-        special_tokens=[],
+        # Bytes that end a word would else be numbered in hash order: other merges in every process.
+        special_tokens=[byte + "</w>" for byte in alphabet],
         show_progress=False,
     )
     bpe.train_from_iterator(corpus, trainer)
     model = json.loads(bpe.to_str())["model"]
     vocabulary = model["vocab"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    for token in [*(byte + "</w>" for byte in alphabet), "<|startoftext|>", end]:
-        vocabulary.setdefault(token, len(vocabulary))
+    for token in ("<|startoftext|>", end):
+        vocabulary[token] = len(vocabulary)
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
@@ -277,7 +278,7 @@ def build_mini_clip(model_config: dict) -> nn.Module:
 
 def save_mini_clip(folder: Path, model: nn.Module, model_config: dict, tokenizer) -> None:
     """Write an open_clip `local-dir` folder: config, half-precision weights, tokenizer."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     size = model_config["vision_cfg"]["image_size"]
@@ -293,7 +294,7 @@ def save_mini_clip(folder: Path, model: nn.Module, model_config: dict, tokenizer
         for key, value in model.state_dict().items()
     }
     part = folder / "open_clip_model.part"
-    save_file(state, part)
+    part.write_bytes(save(state))
     part.replace(folder / "open_clip_model.safetensors")
 
 

@@ -31,6 +31,11 @@ BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = (
     "#ece133", "#56b4e9",
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, BROWN, SKY)
+CURVES = {  # names of `statistics.reliability` -> headings
+    "psnr": "PSNR (dB)", "lpips": "LPIPS (0 = same)", "latent_mse": "latent error (MSE)",
+    "pixel_accuracy": "pixel accuracy (%)", "OAA": "mask accuracy OAA (%)",
+    "clip_similarity": "CLIP similarity",
+}  # fmt: skip
 GROUP_COLOURS = {"HFA": BLUE, "NFA": GREY, "RFA": RED}
 GROUP_NAMES = {"HFA": "high-frequency", "NFA": "normal-frequency", "RFA": "rare-frequency"}
 STYLE = {
@@ -78,21 +83,26 @@ def mask_picture(label_map: Tensor) -> np.ndarray:
     return np.asarray(PALETTE, dtype=np.float32)[label_map.cpu().numpy()] / 255
 
 
-def show(
-    axes: Axes, image: np.ndarray | None, boxes: Sequence[tuple] = (), empty: str = "not run here"
-) -> None:
-    """Put a picture into axes without ticks; None gives a hatched cell that says `empty`."""
-    from matplotlib.patches import Rectangle
-
+def bare(axes: Axes) -> None:
+    """No ticks, no frame."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
+
+
+def show(
+    axes: Axes, image: np.ndarray | None, boxes: Sequence[tuple[int, int, int, int]] = ()
+) -> None:
+    """Put a picture into bare axes; None gives a hatched cell that says "not run here"."""
+    from matplotlib.patches import Rectangle
+
+    bare(axes)
     if image is None:
         cell = {"facecolor": "0.97", "edgecolor": "0.8", "hatch": "////"}
         axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **cell))
         axes.set_aspect("equal", adjustable="box")
-        note = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        axes.text(0.5, 0.5, empty, ha="center", va="center", fontsize=8, color="0.35", bbox=note,
-                  transform=axes.transAxes)  # fmt: skip
+        note = {"ha": "center", "va": "center", "fontsize": 8, "color": "0.35"}
+        note["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        axes.text(0.5, 0.5, "not run here", transform=axes.transAxes, **note)
         return
     axes.imshow(image, interpolation="nearest")
     for x, y, width, height in boxes:
@@ -124,8 +134,9 @@ def reliability_figure(
             a metric, each with β(t) dashed on a second axis.
     """
     metrics = list(dict.fromkeys(curves["metric"]))
-    fig = new_figure(8.4, 2.15 + 8.4 * len(images) / len(times) * 0.97)
-    top, bottom = fig.subfigures(2, 1, height_ratios=[8.4 * len(images) / len(times), 2.15])
+    strip = len(images) * (8.4 / len(times)) + 0.2
+    fig = new_figure(8.4, strip + 2.4)
+    top, bottom = fig.subfigures(2, 1, height_ratios=[strip, 2.4])
     for i, row in enumerate(top.subplots(len(images), len(times), squeeze=False)):
         for ax, image, t in zip(row, images[i], times, strict=True):
             show(ax, picture(image))
@@ -134,14 +145,14 @@ def reliability_figure(
     t = np.linspace(0, 1, 101)
     panels = bottom.subplots(1, len(metrics), squeeze=False)[0]
     for k, (ax, metric) in enumerate(zip(panels, metrics, strict=True)):
-        _band(ax, curves[curves["metric"] == metric], "t", CYCLE[k])
-        ax.set(title=metric, xlabel="t", xlim=(0, 1))
+        _band(ax, curves[curves["metric"] == metric], "t", CYCLE[k % 7])
+        ax.set(title=CURVES.get(metric, metric), xlabel="t", xlim=(0, 1))
         twin = ax.twinx()
-        twin.plot(t, beta_values(t, steepness, center), color="0.45", ls="--", lw=1.3)
+        (dashed,) = twin.plot(t, beta_values(t, steepness, center), "--", color="0.45", lw=1.3)
         twin.set(ylim=(0, 1.02), yticks=[0, 0.5, 1] if ax is panels[-1] else [])
         twin.spines["right"].set_visible(ax is panels[-1])
-        if ax is panels[-1]:
-            twin.set_ylabel(f"β(t): $\\gamma_s$ = {steepness:g}, $t_c$ = {center:g} (dashed)")
+    label = f"β(t), right axis: $\\gamma_s$ = {steepness:g}, $t_c$ = {center:g}"
+    fig.legend([dashed], [label], loc="outside lower center")
     return fig
 
 
@@ -172,7 +183,7 @@ def beta_curves(
         for marker, (metric, rows) in zip("os^Dv", reliability.groupby("metric"), strict=False):
             rows = rows.sort_values("t")
             ax.plot(rows["t"], rows["value"], ls=":", lw=1, marker=marker, ms=4, color="0.35",
-                    label=f"measured: {metric}")  # fmt: skip
+                    label=f"measured: {CURVES.get(metric, metric)}")  # fmt: skip
     ax.set(xlabel="t  (0 data, 1 noise)", ylabel="β(t)", xlim=(0, 1), ylim=(-0.02, 1.03))
     ax.grid(axis="y")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -224,33 +235,36 @@ def read_metrics(path: Path) -> DataFrame:
 
 @styled
 def long_tail_distribution(frequency: DataFrame) -> Figure:
-    """Fig. 5: share of pixels (bars, log scale) and of images (points) of each class.
+    """Fig. 5: each class's share of the pixels (bars, log scale) and of the images (points).
 
     frequency: the rows of `statistics.attribute_frequency` (class, pixel_share, image_share; the
         shares in percent).
     """
+    from matplotlib.patches import Patch
+
     rows = frequency.sort_values("pixel_share", ascending=False)
     groups = {i: name for name, ids in GROUPS.items() for i in ids}
     ids = [CLASS_ID[name] for name in rows["class"]]
-    fig = new_figure(8.4, 3.5)
-    ax = fig.subplots()
-    shares = rows["pixel_share"].to_numpy()
-    ax.bar(range(len(ids)), shares, color=[GROUP_COLOURS[groups[i]] for i in ids], width=0.72)
-    ax.set_yscale("log")
-    ax.set_ylabel("share of pixels (%), log scale")
-    floor = shares[shares > 0].min() / 2
-    ax.set_ylim(floor, 200)
-    for x, share in enumerate(shares):
-        label = f"{share:.2g}" if share < 10 else f"{share:.0f}"
-        ax.text(x, max(share, floor) * 1.12, label, ha="center", fontsize=8, color="0.25")
-    ax.set_xticks(range(len(ids)), [display_name(i) for i in ids], rotation=40, ha="right",
-                  rotation_mode="anchor")  # fmt: skip
-    twin = ax.twinx()
-    twin.plot(range(len(ids)), rows["image_share"], color="0.2", lw=1, marker="o", ms=4.5)
-    twin.set(ylabel="share of images (%), points", ylim=(0, 118), yticks=range(0, 101, 25))
-    twin.spines["right"].set_visible(True)
-    from matplotlib.patches import Patch
+    x, colours = np.arange(len(ids)), [GROUP_COLOURS[groups[i]] for i in ids]
+    fig = new_figure(8.4, 4.2)
+    top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=[1.6, 1])
 
+    shares = rows["pixel_share"].to_numpy()
+    floor = shares[shares > 0].min() / 2
+    top.bar(x, shares, color=colours, width=0.72)
+    top.set(yscale="log", ylim=(floor, 200), ylabel="pixels (%), log scale")
+    for i, share in enumerate(shares):
+        label = f"{share:.2g}" if share < 10 else f"{share:.0f}"
+        top.text(i, max(share, floor) * 1.15, label, ha="center", fontsize=8, color="0.25")
+
+    images = rows["image_share"].to_numpy()
+    bottom.vlines(x, 0, images, color=colours, lw=1.5)
+    bottom.scatter(x, images, color=colours, s=28, zorder=3)
+    bottom.set(ylabel="images (%)", ylim=(0, 125), yticks=range(0, 101, 50))
+    for i, share in enumerate(images):
+        bottom.text(i, share + 8, f"{share:.0f}", ha="center", fontsize=8, color="0.25")
+    bottom.set_xticks(x, [display_name(i) for i in ids], rotation=40, ha="right",
+                      rotation_mode="anchor")  # fmt: skip
     keys = [Patch(color=GROUP_COLOURS[g], label=f"{g}: {GROUP_NAMES[g]}") for g in GROUPS]
     fig.legend(handles=keys, loc="outside upper center", ncols=3)
     return fig

@@ -8,39 +8,45 @@ before they come here. Arrays are numpy or tensors on the CPU; results are long 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ec2face_core.attributes import CLASSES, GROUPS, NUM_CLASSES, pixel_counts
-from ec2face_core.flow import interpolate, reverse_estimate
+from .attributes import CLASSES, GROUPS, NUM_CLASSES, pixel_counts
+from .flow import interpolate, reverse_estimate
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from .datasets import FaceDataset
 
 Decoder = Callable[[Tensor], Tensor]  # latents b c h w -> images b 3 h w in [-1, 1]
 Velocity = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]  # (z_t, t, batch) -> v
 
 
-def attribute_frequency(faces: Tensor | Sequence[Any]) -> DataFrame:
+def attribute_frequency(faces: Tensor | FaceDataset) -> DataFrame:
     """How often each class occurs (Fig. 5, Appendix A).
 
     Args:
-        faces: label maps `n h w`, or a dataset of `FaceSample`.
+        faces: label maps `n h w`, or a dataset, whose images are not read.
 
     Returns:
         One row a class in id order: class, group, pixel_share (mean over images of its share of the
         pixels, in percent), image_share (images that have it, in percent), pixels (T of Eq. 10).
     """
     import pandas as pd
+    from tqdm.auto import tqdm
 
     if isinstance(faces, Tensor):
-        counts = torch.cat([pixel_counts(chunk) for chunk in faces.split(256)])
+        counts = pixel_counts(faces)
     else:
-        maps = (faces[i].label_map for i in range(len(faces)))
-        counts = torch.cat([pixel_counts(label_map[None]) for label_map in maps])
+        with ThreadPoolExecutor() as pool:  # decoding a mask releases the interpreter lock
+            rows = pool.map(lambda name: pixel_counts(faces.label_map(name)[None]), faces.ids)
+            bar = tqdm(rows, "masks", len(faces.ids), leave=False, mininterval=1)
+            counts = torch.cat(list(bar))
     counts = counts.cpu().double()
     group = {i: name for name, ids in GROUPS.items() for i in ids}
     return pd.DataFrame(
@@ -270,22 +276,32 @@ def reliability(
     return pd.DataFrame(rows)
 
 
-def suggest_center(curve: DataFrame) -> tuple[float, float]:
-    """The beta(t) of Eq. 8 that follows a reliability curve: its (steepness, center).
+def normalised(curves: DataFrame) -> DataFrame:
+    """Reliability curves with value, ci_low and ci_high brought to [0, 1], metric by metric.
 
-    Args:
-        curve: the rows of one metric of `reliability`. Values are brought to [0, 1] with 1 at the
-            reliable end, whether the metric falls with t (PSNR) or rises (LPIPS).
+    1 is the reliable end: the best value of a metric that falls with t (PSNR), as of one that rises
+    (LPIPS); the direction is read off the curve's two ends.
     """
+    curves = curves.copy()
+    for _, rows in curves.groupby("metric"):
+        value = rows.sort_values("t")["value"].astype(float)
+        best, worst = value.max(), value.min()
+        if value.iloc[0] < value.iloc[-1]:
+            best, worst = worst, best
+        columns = [name for name in ("value", "ci_low", "ci_high") if name in curves]
+        curves.loc[rows.index, columns] = (rows[columns] - worst) / (best - worst)
+    return curves
+
+
+def suggest_center(curve: DataFrame) -> tuple[float, float]:
+    """The beta(t) of Eq. 8 that follows one metric of `reliability`: its (steepness, center)."""
     from scipy.optimize import curve_fit
 
     if curve["metric"].nunique() != 1 or curve["value"].nunique() < 3:
         raise ValueError(
-            "a curve has one metric and three values or more: curve[curve.metric == 'psnr']"
+            "a curve has one metric and three values or more: curves[curves.metric == 'psnr']"
         )
-    t, value = curve.sort_values("t")[["t", "value"]].to_numpy(dtype=float).T
-    worst, best = (value.min(), value.max()) if value[0] > value[-1] else (value.max(), value.min())
-    reliable = (value - worst) / (best - worst)
+    t, reliable = normalised(curve)[["t", "value"]].to_numpy(dtype=float).T
 
     def logistic(t: np.ndarray, steepness: float, center: float) -> np.ndarray:
         return 1 / (1 + np.exp(steepness * (t - center)))

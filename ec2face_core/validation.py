@@ -50,7 +50,7 @@ class Report:
         if not self.problems:
             return f"{self.root}: {self.faces} faces, nothing wrong"
         lines = [f"  {where}: {reason}" for where, reason in sorted(self.problems)]
-        return "\n".join([f"{self.root}: {len(lines)} problems in {self.faces} faces", *lines])
+        return "\n".join([f"{self.root}: {len(lines)} problem(s), {self.faces} faces", *lines])
 
 
 class DataError(ValueError):
@@ -145,30 +145,35 @@ def read_manifest(root: Path, report: Report | None = None) -> dict[str, Row]:
             own.add(where, f"duplicate id {name}")
         else:
             rows[name] = Row(line["split"], int(index), line["caption"] or "")
-    own.faces = own.faces or len(rows)
+    own.faces = len(rows)
     if report is None:
         own.raise_if_bad()
     return rows
 
 
-def files_by_id(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
-    """Files of a folder with one of these suffixes, by their name without suffix."""
-    if not folder.is_dir():
-        return {}
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
+def files_by_id(folder: Path, suffixes: Iterable[str], report: Report) -> dict[str, Path]:
+    """Files of a folder with one of these suffixes, by name without suffix; reports duplicates."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix.lower() in suffixes and files.setdefault(path.stem, path) != path:
+            report.add(path, f"duplicate id: {files[path.stem].name} is there too")
+    return files
 
 
 def parallel(
     function: Callable[[_T], _R], items: Iterable[_T], progress: str | None = None
 ) -> Iterator[_R]:
-    """Map over items on threads (decoding releases the interpreter lock), in order, with a bar."""
+    """Map over items on threads (decoding releases the interpreter lock), in order, with a bar.
+
+    Results wait in memory for a slow consumer: let `function` return little.
+    """
     from tqdm.auto import tqdm
 
     items = list(items)
     with ThreadPoolExecutor() as pool:
-        yield from tqdm(
-            pool.map(function, items), total=len(items), desc=progress, disable=progress is None
-        )
+        results = pool.map(function, items)
+        hidden = progress is None
+        yield from tqdm(results, progress, len(items), mininterval=1.0, disable=hidden)
 
 
 def validate(root: str | Path, progress: bool = False) -> Report:
@@ -186,11 +191,10 @@ def validate(root: str | Path, progress: bool = False) -> Report:
     except DataError as error:
         report.add(root / "manifest.csv", str(error).removeprefix(f"{root / 'manifest.csv'}: "))
         return report
-    report.faces = len(rows)
     kinds = {"image": IMAGE_SUFFIXES, "mask": (".png",), "text": (".txt",)}
-    files = {kind: files_by_id(root / kind, suffixes) for kind, suffixes in kinds.items()}
+    files = {kind: files_by_id(root / kind, suffixes, report) for kind, suffixes in kinds.items()}
     for kind, known in files.items():
-        for name in sorted(known.keys() - rows.keys()):
+        for name in known.keys() - rows.keys():
             report.add(known[name], "has no row in manifest.csv")
         for name in rows.keys() - known.keys():
             report.add(root / kind / f"{name}{kinds[kind][0]}", f"missing {kind}")

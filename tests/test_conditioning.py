@@ -278,6 +278,7 @@ def test_errors(base):
     with pytest.raises(ValueError, match="no `mask` adapter"):
         install_mask_branch(base)
     with pytest.raises(ConfigError, match=r"lora\.attention 'decoupled'"):
-        add_mask_lora(copy.deepcopy(base), LoraConfig(attention="decoupled"))
+        add_mask_lora(base, LoraConfig(attention="decoupled"))
+    assert not hasattr(base, "peft_config")  # refused before anything was added
     with pytest.raises(ConfigError, match=r"lora\.mask_position"):
         add_mask_lora(copy.deepcopy(base), LoraConfig(mask_position="left"))

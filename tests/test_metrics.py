@@ -117,7 +117,6 @@ def test_missing_lpips_weights_name_the_remedy(mini, monkeypatch, tmp_path):
         raise OSError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setattr(socket, "create_connection", offline)
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     with pytest.raises(RuntimeError, match="alex-random"):

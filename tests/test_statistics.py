@@ -1,4 +1,4 @@
-"""Frequencies by hand, intervals against theory and naive loops, reliability of known velocities."""
+"""Frequencies by hand, intervals against theory and loops, reliability of known velocities."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ec2face_core.statistics import (
     bootstrap_accuracy,
     bootstrap_interval,
     group_means,
+    normalised,
     paired_accuracy_difference,
     psnr,
     reliability,
@@ -40,8 +41,8 @@ def label_maps(n: int, right: float, seed: int = 0) -> tuple[torch.Tensor, torch
 def test_attribute_frequency_by_hand():
     maps = torch.zeros(4, 2, 5, dtype=torch.int64)
     maps[0, 0, :2], maps[1, 0, 0], maps[:, 1] = CLASS_ID["hat"], CLASS_ID["hat"], CLASS_ID["skin"]
-    samples = [SimpleNamespace(label_map=label_map) for label_map in maps]
-    for faces in (maps, samples):
+    dataset = SimpleNamespace(ids=["0", "1", "2", "3"], label_map=lambda name: maps[int(name)])
+    for faces in (maps, dataset):
         table = attribute_frequency(faces).set_index("class")
         assert list(table.index) == list(CLASSES)
         hat, skin, cloth = table.loc["hat"], table.loc["skin"], table.loc["cloth"]
@@ -181,7 +182,7 @@ def test_a_zero_velocity_gives_the_error_that_eq_5_predicts(batches):
 
 
 def test_critics_are_asked_about_the_estimate(batches):
-    """A parser that reads the label from the first channel, and a CLIP whose feature is the mean."""
+    """A parser that reads the label from the colour, and a CLIP whose features are the pixels."""
     for batch in batches:
         batch["image"] = torch.stack([batch["label_map"] / 10 - 1] * 3, 1)
         batch["z"] = batch["image"].clone()
@@ -217,6 +218,18 @@ def test_critics_are_asked_about_the_estimate(batches):
 def test_psnr_is_capped_where_nothing_differs():
     image = torch.zeros(1, 3, 4, 4)
     assert psnr(image, image).item() == pytest.approx(106.02, abs=0.01)
+
+
+def test_normalised_curves_start_reliable_whatever_their_direction():
+    t, psnr_values = [0.0, 0.5, 1.0] * 2, [40.0, 30.0, 20.0]
+    values = [*psnr_values, 0.1, 0.2, 0.5]
+    metric = ["psnr"] * 3 + ["lpips"] * 3
+    low = [v - 5 for v in psnr_values] + [0.1, 0.1, 0.3]
+    curves = pd.DataFrame({"t": t, "metric": metric, "value": values, "ci_low": low})
+    scaled = normalised(curves)
+    assert scaled.value.tolist() == pytest.approx([1, 0.5, 0, 1, 0.75, 0])
+    assert scaled.ci_low.tolist() == pytest.approx([0.75, 0.25, -0.25, 1, 1, 0.5])
+    assert curves.value.tolist() == values  # the input stays
 
 
 @pytest.mark.parametrize("falls", [True, False])

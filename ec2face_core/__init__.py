@@ -1,0 +1,61 @@
+"""EC²Face: explicit conditional consistency diffusion for faces from a mask and a text.
+
+The names that a new experiment imports. `EC2FacePipeline`, `Trainer`, `FaceParser` and `ClipScorer`
+bring diffusers, facer and open_clip with them (5-20 s), so they are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .attributes import CLASSES, GROUPS, PALETTE, class_weights, long_tail_weights
+from .config import load_profile
+from .datasets import FaceDataset, FaceSample
+from .flow import interpolate, reverse_estimate
+from .losses import beta, flow_matching_loss, mask_consistency_loss, text_consistency_loss
+from .metrics import mask_accuracy
+
+if TYPE_CHECKING:
+    from .perception import ClipScorer, FaceParser
+    from .pipeline import EC2FacePipeline
+    from .trainer import Trainer
+
+_LAZY = {
+    "ClipScorer": "perception",
+    "EC2FacePipeline": "pipeline",
+    "FaceParser": "perception",
+    "Trainer": "trainer",
+}
+
+__all__ = [
+    "CLASSES",
+    "GROUPS",
+    "PALETTE",
+    "ClipScorer",
+    "EC2FacePipeline",
+    "FaceDataset",
+    "FaceParser",
+    "FaceSample",
+    "Trainer",
+    "beta",
+    "class_weights",
+    "flow_matching_loss",
+    "interpolate",
+    "load_profile",
+    "long_tail_weights",
+    "mask_accuracy",
+    "mask_consistency_loss",
+    "reverse_estimate",
+    "text_consistency_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,388 @@
+"""The training loop (Sec. 3.5, 4.1): accelerate around cached latents; only the LoRA learns.
+
+One optimiser step over samples [n, n + batch x accumulation x processes) of the stream:
+
+    z_t = (1 - t) z + t noise,   v = transformer(z_t, t, text, mask),   z_hat = z_t - t v
+    L = || w (v - (noise - z)) ||^2 + beta(t) (alpha_text L_text + alpha_mask L_mask)
+
+Chosen here: everything random is a function of (seed, sample index) (`draws.py`) and the learning
+rate one of the step, so a checkpoint is LoRA, optimiser and two counters, and a killed run that
+goes on ends with the weights of an uninterrupted one. Long-tail weights are normalised over the
+samples of a whole step, so neither ranks nor accumulation change the loss. `run_dir` explains
+itself: config.yaml, metrics.jsonl (one line a step), checkpoints/, final/ (the adapter).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backbone import add_mask_lora, load_backbone, save_mask_lora
+from .checkpoints import newest_checkpoint, save_checkpoint, write_folder
+from .conditioning import predict_velocity
+from .config import VARIANTS, Config, ConfigError, resolve
+from .draws import Draws, SampleStream
+from .flow import interpolate, reverse_estimate, velocity
+from .guidance import PixelGuidance
+from .journal import add_metrics, cut_metrics, print_progress, read_metrics
+from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
+from .losses import LossBreakdown, flow_matching_loss, latent_weights, total_loss
+from .perception import ClipScorer, FaceParser
+
+# What may change between the runs of one training; everything else decides the weights.
+FREE = {
+    "profile", "adapters", "sampling", "evaluation",
+    "perception.scoring_parser", "perception.scoring_clip",
+    "trainer.steps", "trainer.batch_size", "trainer.accumulation", "trainer.num_processes",
+    "trainer.gradient_checkpointing", "trainer.checkpoint_every", "trainer.keep_checkpoints",
+    "trainer.log_every",
+}  # fmt: skip
+METRICS = ("t", "total", "flow", "text", "mask", "beta", "unweighted_flow", "grad_norm")
+
+
+class Trainer:
+    """Trains one variant of Tables 3 and 4.
+
+    Args:
+        config: the experiment; `VARIANTS[variant]` is laid over it.
+        variant: what the adapter is trained with.
+        run_dir: where everything goes; default `runs/<profile>/training/<variant>`. A directory
+            that holds a checkpoint is resumed.
+        device: "cpu" keeps the training off a GPU; default: accelerate chooses.
+
+    Raises:
+        ConfigError: an unknown variant.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        variant: str = "both",
+        run_dir: Path | str | None = None,
+        device: str | None = None,
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ConfigError(f"variant {variant!r} does not exist; known: {', '.join(VARIANTS)}")
+        self.config = config.replace(**VARIANTS[variant])
+        self.variant, self.device_name = variant, device
+        self.run_dir = resolve(run_dir or config.run_dir / "training" / variant)
+        self.step = self.samples = 0  # done so far
+        self._rows: list[tuple[dict[str, float], Tensor]] = []  # steps that are not yet logged
+
+    # ------------------------------------------------------------------------------- the run
+
+    def fit(self) -> Path:
+        """Train up to `trainer.steps`, from the newest checkpoint if there is one.
+
+        Returns:
+            The adapter folder `run_dir/final`, what `backbone.load_mask_lora` reads.
+
+        Raises:
+            ConfigError: a setting does not fit the launch, or the checkpoint in `run_dir`.
+            FloatingPointError: the loss diverged.
+        """
+        final, c = self.run_dir / "final", self.config.trainer
+        checkpoint = self._checkpoint()
+        if checkpoint and checkpoint[1]["step"] >= c.steps and final.is_dir():
+            print(f"{self.variant}: {c.steps} steps are done already, see {final}", flush=True)
+            return final
+        self.setup()
+        if checkpoint:
+            self._restore(*checkpoint)
+        self._begin_files()
+        from tqdm.auto import tqdm
+
+        bar = tqdm(
+            desc=self.variant, unit="step", initial=self.step, total=c.steps, mininterval=1,
+            disable=None if self.is_main else True,
+        )  # fmt: skip
+        with bar:
+            while self.step < c.steps:
+                self.train_step()
+                bar.update()
+                due = self.step % c.checkpoint_every == 0 or self.step == c.steps
+                if due or self.step % c.log_every == 0:
+                    self._log()  # before the checkpoint: no weights of a diverged loss are kept
+                if due:
+                    self._save()
+        if self.is_main:
+            write_folder(final, self._write_adapter)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def setup(self) -> None:
+        """Encode what is not cached; load transformer, LoRA and critics; make the optimiser."""
+        from .datasets import open_dataset
+
+        config, c = self.config, self.config.trainer
+        self.accelerator = _accelerator(c, self.device_name)
+        self.device = self.accelerator.device
+        with self.accelerator.main_process_first():
+            dataset = open_dataset(config, "train")
+        planned = range(c.steps * self.step_samples)
+        self.cache = encode_dataset(
+            dataset,
+            lambda: load_backbone(config.backbone, ("vae", "text")).to(self.device),
+            config,
+            cache_folder(config),
+            captions=lambda cache: self._stream(cache).captions(planned),
+            accelerator=self.accelerator,
+        )
+        self.stream, self.null_text = self._stream(self.cache), self.cache.text([EMPTY])
+        self.counts = self.cache.label_counts()
+
+        guided = config.loss.alpha_text > 0, config.loss.alpha_mask > 0
+        parts = ("transformer", "vae") if any(guided) else ("transformer",)
+        backbone = load_backbone(config.backbone, parts)
+        self.transformer = backbone.transformer
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.parameters = add_mask_lora(self.transformer, config.lora)
+        if c.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.guidance = None
+        if any(guided):
+            of = {"config": config.perception, "device": self.device}
+            self.guidance = PixelGuidance(
+                backbone.vae.to(self.device),
+                ClipScorer.from_config(**of) if guided[0] else None,
+                FaceParser.from_config(**of) if guided[1] else None,
+                config.loss,
+            )
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=c.learning_rate,
+            weight_decay=c.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.model, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.accelerator.is_main_process
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of one optimiser step, over all processes."""
+        c = self.config.trainer
+        return c.batch_size * c.accumulation * c.num_processes
+
+    def _stream(self, cache: LatentCache) -> SampleStream:
+        return SampleStream(cache, self.config.seed, self.config.trainer.drop_probability)
+
+    # ----------------------------------------------------------------------------- one step
+
+    def train_step(self) -> None:
+        """One optimiser step over the next samples of the stream."""
+        start, c, accelerator = time.perf_counter(), self.config.trainer, self.accelerator
+        indices = range(self.samples, self.samples + self.step_samples)
+        weights = self._weights(indices)
+        sums = torch.zeros(len(METRICS) - 1, device=self.device)
+        for k in range(c.accumulation):
+            first = (k * accelerator.num_processes + accelerator.process_index) * c.batch_size
+            rows = slice(first, first + c.batch_size)
+            last = k == c.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                draws = self.stream.draw(indices[rows])
+                loss, means = self.loss(draws, None if weights is None else weights[rows])
+                accelerator.backward(loss / c.accumulation)
+            sums += torch.stack([means[name] for name in METRICS[:-1]])
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.learning_rate * min(1.0, (self.step + 1) / max(1, c.warmup))
+        norm = accelerator.clip_grad_norm_(self.parameters, c.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step, self.samples = self.step + 1, indices.stop
+        seconds = time.perf_counter() - start
+        about = {"step": self.step, "samples": self.samples, "lr": group["lr"]}
+        about |= {"seconds": seconds, "samples_per_second": self.step_samples / seconds}
+        self._rows.append((about, torch.cat([sums / c.accumulation, norm.float().reshape(1)])))
+
+    def loss(self, draws: Draws, weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of Eq. 12 to call backward on, and the batch means for the log.
+
+        The tensor's gradient is that of Eq. 12; its value is not (see `guidance.py`), the log's is.
+
+        Args:
+            draws: b samples of the stream.
+            weights: of Eq. 11 at latent resolution, `b h w`; None = Eq. 3.
+        """
+        config, to = self.config, self.device
+        batch = self.cache.batch(draws.ids, draws.captions)
+        z, z_mask, label_map = (batch[k].to(to) for k in ("z", "z_mask", "label_map"))
+        text = batch["text"].where(draws.keep_text, self.null_text).to(to)
+        keep_text, keep_mask = draws.keep_text.to(to), draws.keep_mask.to(to)
+        t, noise = draws.t.to(to), draws.noise.to(to)
+
+        z_t, target = interpolate(z, noise, t), velocity(z, noise)
+        v = predict_velocity(
+            self.model, z_t, t, text, z_mask,
+            None if draws.keep_mask.all() else keep_mask,  # decided without waiting for the GPU
+            guidance=config.backbone.guidance, lora=config.lora,
+        )  # fmt: skip
+        flow = flow_matching_loss(v, target, weights)
+        loss, text_loss, mask_loss = flow.mean(), None, None
+        if self.guidance is not None:
+            z_hat = reverse_estimate(z_t, v, t)
+            with self.accelerator.autocast():
+                g, text_loss, mask_loss = self.guidance.gradient(
+                    z_hat, batch["captions"], label_map, t, keep_text, keep_mask
+                )
+            loss = loss + (z_hat * g).sum() / len(t)
+
+        with torch.no_grad():
+            parts: LossBreakdown = total_loss(
+                flow, text_loss, mask_loss, t, config.loss, keep_text, keep_mask
+            )
+            means = {"t": t.mean(), "unweighted_flow": flow_matching_loss(v, target).mean()}
+        return loss, parts.mean() | means
+
+    def _weights(self, indices: range) -> Tensor | None:
+        """Eq. 10 for all samples of the step, of all ranks, so that `normalize` sees them all."""
+        if not self.config.loss.long_tail:
+            return None
+        label_maps = self.cache.label_maps(self.stream.ids(indices)).to(self.device)
+        side = self.cache.latent_shape[-1]
+        return latent_weights(label_maps, self.counts, side, self.config.loss)
+
+    # ------------------------------------------------------------------- files and messages
+
+    def _identity(self) -> dict[str, Any]:
+        """Every setting that decides the weights, flat."""
+        flat = _flatten(dataclasses.asdict(self.config)) | {"variant": self.variant}
+        return {k: v for k, v in flat.items() if k not in FREE and k.split(".")[0] not in FREE}
+
+    def _checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest valid checkpoint of this run_dir; ConfigError if it is of another training."""
+        found = newest_checkpoint(self.run_dir / "checkpoints")
+        if found is not None:
+            before, now = found[1]["identity"], self._identity()
+            other = [k for k in {*before, *now} if before.get(k) != now.get(k)]
+            if other:
+                changes = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted(other))
+                raise ConfigError(
+                    f"{self.run_dir} holds a training with other settings ({changes}): take these, "
+                    "or another --run-dir, or delete it"
+                )
+        return found
+
+    def _names(self) -> list[str]:
+        return [n for n, p in self.transformer.named_parameters() if p.requires_grad]
+
+    def _save(self) -> None:
+        if self.is_main:
+            tensors, state = {}, self.optimizer.state_dict()["state"]
+            for i, (name, p) in enumerate(zip(self._names(), self.parameters, strict=True)):
+                tensors |= {f"{name}/value": p} | {f"{name}/{k}": v for k, v in state[i].items()}
+            about = {"samples": self.samples, "identity": self._identity()}
+            if self.accelerator.scaler is not None:  # fp16
+                about["scaler"] = self.accelerator.scaler.state_dict()
+            folder, keep = self.run_dir / "checkpoints", self.config.trainer.keep_checkpoints
+            save_checkpoint(folder, self.step, tensors, about, keep)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, (name, p) in enumerate(zip(self._names(), self.parameters, strict=True)):
+            own = {k.split("/")[1]: v for k, v in tensors.items() if k.split("/")[0] == name}
+            p.data.copy_(own.pop("value"))
+            state[i] = own
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        if "scaler" in about and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(about["scaler"])
+        self.step, self.samples = about["step"], about["samples"]
+
+    def _begin_files(self) -> None:
+        """config.yaml, metrics.jsonl cut back to the step resumed from, and a first message."""
+        if not self.is_main:
+            return
+        self.config.save(self.run_dir / "config.yaml")
+        cut_metrics(self.run_dir, self.step)
+        learnt = sum(p.numel() for p in self.parameters)
+        whole = sum(p.numel() for p in self.transformer.parameters())
+        print(
+            f"{self.variant}: LoRA {learnt:,} parameters ({100 * learnt / (whole - learnt):.3f} %), "
+            f"{self.accelerator.num_processes} x {self.device.type}, {self.step_samples} samples a "
+            f"step, {len(self.cache.ids)} faces in {self.cache.folder}"
+            + (f", resuming after step {self.step}" if self.step else ""),
+            flush=True,
+        )
+
+    def _log(self) -> None:
+        """Write the steps since the last call, and a line with their mean."""
+        means = self.accelerator.reduce(torch.stack([m for _, m in self._rows]), "mean").tolist()
+        rows = [
+            about | dict(zip(METRICS, values, strict=True))
+            for (about, _), values in zip(self._rows, means, strict=True)
+        ]
+        self._rows = []
+        if self.is_main:
+            add_metrics(self.run_dir, rows)
+            print_progress(rows, self.config.trainer.steps)
+        bad = [r["step"] for r in rows if not math.isfinite(r["total"] + r["grad_norm"])]
+        if bad and self.config.trainer.mixed_precision != "fp16":  # whose scaler skips such steps
+            raise FloatingPointError(
+                f"loss or gradient of step {bad[0]} is not finite; the newest checkpoint is from "
+                "before. Lower trainer.learning_rate, or set loss.clip"
+            )
+
+    def _write_adapter(self, folder: Path) -> None:
+        from .results import provenance
+
+        config = self.config
+        save_mask_lora(self.transformer, folder, config.lora, config.backbone.text_length)
+        about = provenance(
+            config,
+            seconds=sum(row["seconds"] for row in read_metrics(self.run_dir)),
+            inputs=[config.backbone.path],
+            variant=self.variant,
+            steps=self.step,
+            samples=self.samples,
+            processes=self.accelerator.num_processes,
+            data=self.cache.folder.name,
+        )
+        (folder / "provenance.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _accelerator(config: Any, device: str | None) -> Any:
+    """Accelerate with DDP over the LoRA only, checked against the configuration."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if cpu and config.mixed_precision == "fp16":
+        raise ConfigError("trainer.mixed_precision: fp16 needs a GPU; use bf16 or no")
+    AcceleratorState._reset_state()  # else a second trainer of a notebook has the first's precision
+    accelerator = Accelerator(
+        # Without cpu=True each rank of a machine without GPU believes that it is alone.
+        cpu=cpu,
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
+    )
+    if accelerator.num_processes != config.num_processes:
+        raise ConfigError(
+            f"started on {accelerator.num_processes} processes, but trainer.num_processes is "
+            f"{config.num_processes}: set it to what you start, or start with launch.run"
+        )
+    return accelerator
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
