@@ -309,11 +309,11 @@ class Trainer:
         cut_metrics(self.run_dir, self.step)
         learnt = sum(p.numel() for p in self.parameters)
         whole = sum(p.numel() for p in self.transformer.parameters())
+        share, resuming = 100 * learnt / (whole - learnt), f", after step {self.step}"
         print(
-            f"{self.variant}: LoRA {learnt:,} parameters ({100 * learnt / (whole - learnt):.3f} %), "
-            f"{self.accelerator.num_processes} x {self.device.type}, {self.step_samples} samples a "
-            f"step, {len(self.cache.ids)} faces in {self.cache.folder}"
-            + (f", resuming after step {self.step}" if self.step else ""),
+            f"{self.variant}: {learnt:,} LoRA parameters ({share:.3f} % of the backbone's), "
+            f"{self.accelerator.num_processes} x {self.device.type}, {self.step_samples} samples "
+            f"a step, latents in {self.cache.folder}{resuming if self.step else ''}",
             flush=True,
         )
 

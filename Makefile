@@ -1,0 +1,68 @@
+# EC²Face. `make help` lists the targets. Needs make and python 3.11, 3.12 or 3.13; makes .venv.
+
+PROFILE ?= mini
+ONLY ?=
+FORCE ?=
+TRAIN ?=
+SEEDS ?=
+
+PYTHON := .venv/bin/python
+STAMP := .venv/.up-to-date
+
+# Spinning OpenMP threads slow small models down tenfold on shared cores.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lab foundation lint clean
+
+help:
+	@echo "make setup       make .venv from requirements.lock"
+	@echo "make reproduce   every figure and table: PROFILE=mini|smoke|paper ONLY=\"05 06\" FORCE=1 TRAIN=1 SEEDS=3"
+	@echo "make test        every test, a PROFILE=smoke run of all notebooks included"
+	@echo "make lab         JupyterLab on the notebooks"
+	@echo "make foundation  retrain the bundle data/mini from nothing (hours on two cores)"
+	@echo "make lint        ruff check and format"
+	@echo "make clean       remove .venv, runs/, data/cache and caches (never data/raw)"
+
+setup: $(STAMP)
+
+# A python found on the path may be a shim that cannot start, so each is asked for its version.
+# Pip serves for uv alone, whose downloads do not depend on pip's configuration.
+$(STAMP): requirements.lock pyproject.toml
+	@set -e; \
+	if ! .venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+	  for python in python3.11 python3.12 python3.13 python3; do \
+	    if $$python -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+	      found=$$python; break; \
+	    fi; \
+	  done; \
+	  if [ -z "$${found:-}" ]; then echo "make setup: needs python 3.11, 3.12 or 3.13 on the path" >&2; exit 1; fi; \
+	  echo "make setup: .venv with $$($$found --version)"; \
+	  $$found -m venv --clear .venv; \
+	fi
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
+	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) -r requirements.lock
+	$(PYTHON) -m uv pip install --quiet --python $(PYTHON) --no-deps -e .
+	@touch $@
+
+reproduce: $(STAMP)
+	$(PYTHON) -m ec2face_core.reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
+	  $(if $(FORCE),--force) $(if $(TRAIN),--train) $(if $(SEEDS),--seeds $(SEEDS))
+
+test: $(STAMP)
+	$(PYTHON) -m pytest
+
+lab: $(STAMP)
+	$(PYTHON) -m jupyterlab notebooks
+
+foundation: $(STAMP)
+	$(PYTHON) -m ec2face_core.foundation
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+
+clean:
+	rm -rf .venv runs data/cache .pytest_cache .ruff_cache *.egg-info
+	find ec2face_core tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

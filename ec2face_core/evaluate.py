@@ -1,0 +1,178 @@
+"""Summaries of scores with 95 % intervals, and the command line that samples and scores.
+
+    python -m ec2face_core.evaluate --profile mini --variant both --split test
+    python -m ec2face_core.evaluate --profile mini --split test --images DIR
+
+`generate.py` makes the pictures and `scoring.py` scores them; their functions are offered here,
+too. Intervals are bootstrapped over images; a difference of two methods over the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .attributes import CLASSES
+from .config import (
+    VARIANTS,
+    Config,
+    ConfigError,
+    load_config,
+    load_profile,
+    parse_override,
+    resolve,
+)
+from .datasets import DataError, open_dataset
+from .generate import SOURCES, generate_split
+from .launch import end_with_parent
+from .results import COLUMNS, METHODS, render_markdown
+from .scoring import CRITICS, load_critics, score_folder, write_frame
+from .statistics import bootstrap_accuracy, bootstrap_interval, paired_accuracy_difference
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["generate_split", "load_critics", "score_folder", "summarise", "summarise_difference"]
+
+
+def counts(per_image: DataFrame, critic: str) -> tuple[Any, Any]:
+    """(correct, support) of the rows of `score_folder`, each `(n, 19)`."""
+    correct = per_image[[f"correct_{critic}_{c}" for c in CLASSES]]
+    return correct.to_numpy(), per_image[[f"support_{c}" for c in CLASSES]].to_numpy()
+
+
+def summarise(
+    per_image: DataFrame, table: str, method: str, dataset: str, config: Config, seeds: str = ""
+) -> DataFrame:
+    """Long rows of a table with 95 % intervals over images (design: one row a cell).
+
+    Args:
+        per_image: rows of `score_folder`.
+        table, method, dataset, seeds: written into every row.
+    """
+    how = (config.evaluation.bootstrap, config.seed)
+    return _long_rows(
+        lambda column: bootstrap_interval(per_image[column], *how),
+        lambda critic: bootstrap_accuracy(*counts(per_image, critic), *how),
+        table=table, method=method, dataset=dataset, seeds=seeds,
+    )  # fmt: skip
+
+
+def summarise_difference(
+    first: DataFrame,
+    second: DataFrame,
+    table: str,
+    method: str,
+    dataset: str,
+    config: Config,
+    seeds: str = "",
+) -> DataFrame:
+    """Long rows of first - second on the same images; an interval without 0 is a difference.
+
+    Raises:
+        ValueError: the pictures are not of the same faces, in the same order.
+    """
+    if list(first["id"]) != list(second["id"]):
+        raise ValueError("a paired difference needs the same faces in the same order")
+    how = (config.evaluation.bootstrap, config.seed)
+
+    def accuracy(critic: str) -> DataFrame:
+        return paired_accuracy_difference(counts(first, critic), counts(second, critic), *how)
+
+    return _long_rows(
+        lambda column: bootstrap_interval(first[column] - second[column], *how), accuracy,
+        table=table, method=method, dataset=dataset, seeds=seeds,
+    )  # fmt: skip
+
+
+def _long_rows(
+    score: Callable[[str], Any], accuracy: Callable[[str], DataFrame], **every: str
+) -> DataFrame:
+    import pandas as pd
+
+    rows = [{"metric": "Text", "critic": c, **score(f"text_{c}")._asdict()} for c in CRITICS]
+    for critic in CRITICS:
+        found = accuracy(critic).drop(columns="pixels")
+        rows += found.assign(critic=critic).to_dict("records")
+    rows += [{"metric": m, "critic": "", **score(m.lower())._asdict()} for m in ("LPIPS", "NIQE")]
+    return pd.DataFrame(rows).assign(source="ours", **every)[list(COLUMNS)]
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Sample, score and print; returns 0, or 2 for settings, pictures or weights that are wrong."""
+    end_with_parent()
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except (ConfigError, DataError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    overrides = {k: v for text in options.set for k, v in parse_override(text).items()}
+    if options.config and not options.config.is_file():
+        raise ConfigError(f"--config {options.config}: no such file")
+    config = (
+        load_config(options.config, **overrides)
+        if options.config
+        else load_profile(options.profile, **overrides)
+    )
+    folder, method = options.images, options.variant
+    if folder is None:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        folder = generate_split(
+            config, method, options.split, options.out_dir, options.limit, (rank, world)
+        )
+        if world > 1:
+            from accelerate import PartialState
+
+            PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+        print(f"pictures: {folder}", flush=True)
+        if options.sample_only or rank:
+            return 0
+    else:
+        method = resolve(folder).name
+    dataset = open_dataset(config, options.split)
+    per_image = score_folder(folder, dataset, config, options.limit)
+    seeds = str(config.sampling.seed) if method in VARIANTS else ""
+    rows = summarise(per_image, "evaluation", method, dataset.root.name, config, seeds)
+    target = config.run_dir / "evaluation" / f"{options.split}-{method}.csv"
+    write_frame(target, rows)
+    print(render_markdown(rows, f"{METHODS.get(method, method)}, {len(per_image)} faces."))
+    print(f"rows: {target}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ec2face_core.evaluate",
+        description="Sample a split with one adapter and score it, or score a folder of pictures. "
+        "What is there already is neither sampled nor scored again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--profile", default="mini", help="profile: smoke, mini or paper")
+    source.add_argument("--config", type=Path, metavar="FILE", help="a saved config.yaml instead")
+    add = parser.add_argument
+    add("--variant", default="both", choices=SOURCES, help="whose pictures")
+    add("--split", default="test", choices=("test", "zero_shot", "train"), help="of which faces")
+    add("--images", type=Path, metavar="DIR", help="score these {id}.png instead of sampling")
+    add("--out-dir", type=Path, help="where sampled pictures go (default: in runs/<profile>)")
+    add("--limit", type=int, default=0, help="the first faces only (0: all)")
+    add("--sample-only", action="store_true", help="stop after the pictures; works on N processes")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""What the notebooks of the tables and picture grids call: one function an experiment.
+
+Everything is kept (`generate.py`, `scoring.py`): an experiment whose pictures and scores are there
+is read, not repeated. Sentences about results are made from the numbers, so they stay true
+whatever the numbers are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attributes import CLASS_ID, GROUPS, pixel_counts
+from .checkpoints import write_folder
+from .config import VARIANTS, Config, adapter_dir
+from .datasets import FaceDataset, open_dataset
+from .evaluate import summarise, summarise_difference
+from .generate import REAL, evaluated_ids, generate_split, load_pictures
+from .launch import run
+from .lora import LORA_FILE
+from .results import METHODS
+from .scoring import CRITICS, load_critics, score_folder
+from .statistics import bootstrap_interval
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SYSTEMS = ("TediGAN", "UaC", "PixelFace+", "CoDiffusion", "ControlNeXt", "MM2Latent")
+MAIN = ("Text", "OAA", "HFA", "NFA", "RFA", "LPIPS", "NIQE")
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def short_run(config: Config, steps: int, variant: str = "both") -> Path:
+    """Train a variant for a few steps in a child process; returns its run folder.
+
+    The folder is named by the configuration, so another one begins anew, and the same one resumes.
+    """
+    steps = min(steps, config.trainer.steps)
+    config = config.replace(trainer={"steps": steps})
+    folder = config.run_dir / "training" / f"short-{variant}-{config.digest()}"
+    _train(config, variant, folder)
+    return folder
+
+
+def retrain(config: Config, variants: Sequence[str] = tuple(VARIANTS)) -> None:
+    """Train every variant to its end and put the adapters where `adapter_dir` finds them first.
+
+    Stopped, the same call resumes; what is trained already is only looked at.
+    """
+    for variant in variants:
+        folder = config.run_dir / "training" / variant
+        _train(config, variant, folder)
+        target = config.run_dir / "adapters" / variant
+        if not target.exists() or _content(target) != _content(folder / "final"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_folder(target, lambda part, f=folder: _copy(f / "final", part))
+
+
+def _train(config: Config, variant: str, folder: Path) -> None:
+    settings = folder.with_suffix(".yaml")
+    config.save(settings)
+    run(
+        "ec2face_core.train", "--config", str(settings), "--variant", variant,
+        "--run-dir", str(folder), num_processes=config.trainer.num_processes,
+    )  # fmt: skip
+
+
+def _content(folder: Path) -> bytes:
+    return (folder / LORA_FILE).read_bytes()
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def retrained(config: Config) -> list[str]:
+    """The variants whose adapters come from this profile's own training, not from the bundle."""
+    kept = config.run_dir / "adapters"
+    return [variant for variant in VARIANTS if adapter_dir(config, variant).parent == kept]
+
+
+# --------------------------------------------------------------------------------------- tables
+
+
+def scored(config: Config, variant: str, split: str = "test", seeds: int = 1) -> DataFrame:
+    """Scores of a variant's (or a reference's) pictures, one row a face.
+
+    Args:
+        seeds: pictures of each face, with sampling.seed, + 1, + 2 ...; scores are their mean,
+            pixel counts their sum. References have one.
+    """
+    import pandas as pd
+
+    dataset, tables = open_dataset(config, split), []
+    for k in range(seeds if variant in VARIANTS else 1):
+        seeded = config.replace(sampling={"seed": config.sampling.seed + k})
+        folder = _pictures(seeded, variant, split)
+        tables.append(score_folder(folder, dataset, seeded))
+    if len(tables) == 1:
+        return tables[0]
+    groups = pd.concat(tables).groupby("id", sort=False)
+    counted = [name for name in tables[0] if name.startswith(("support_", "correct_"))]
+    merged = groups.mean().assign(**{name: groups[name].sum() for name in counted})
+    return merged.reset_index()
+
+
+def _pictures(config: Config, variant: str, split: str) -> Path:
+    """`generate_split`, on as many processes as the profile trains with."""
+    processes = config.trainer.num_processes
+    if processes > 1 and variant in VARIANTS:
+        settings = config.run_dir / "images" / f"{split}-{variant}.yaml"
+        config.save(settings)
+        run(
+            "ec2face_core.evaluate", "--config", str(settings), "--variant", variant,
+            "--split", split, "--sample-only", num_processes=processes,
+        )  # fmt: skip
+    return generate_split(config, variant, split)
+
+
+def table_rows(
+    config: Config,
+    table: str,
+    methods: Mapping[str, str],
+    split: str = "test",
+    seeds: int = 1,
+    metrics: Sequence[str] = (),
+) -> DataFrame:
+    """Long rows of a table.
+
+    Args:
+        methods: name in the table -> variant or reference.
+        metrics: of these metrics and the classes only; empty: all.
+    """
+    import pandas as pd
+
+    name, parts = open_dataset(config, split).root.name, []
+    for method, variant in methods.items():
+        per_image = scored(config, variant, split, seeds)
+        used = seed_label(config, seeds) if variant in VARIANTS else ""
+        parts.append(summarise(per_image, table, method, name, config, used))
+    rows = pd.concat(parts, ignore_index=True)
+    wanted = rows["metric"].isin([*metrics, *CLASS_ID]) if metrics else slice(None)
+    return rows[wanted].reset_index(drop=True)
+
+
+def difference_rows(
+    config: Config,
+    table: str,
+    pairs: Mapping[str, tuple[str, str]],
+    split: str = "test",
+    seeds: int = 1,
+) -> DataFrame:
+    """Long rows of paired differences; pairs: label -> (variant, variant to subtract)."""
+    import pandas as pd
+
+    name, used, parts = open_dataset(config, split).root.name, seed_label(config, seeds), []
+    for label, variants in pairs.items():
+        first, second = (scored(config, variant, split, seeds) for variant in variants)
+        parts.append(summarise_difference(first, second, table, label, name, config, used))
+    rows = pd.concat(parts, ignore_index=True)
+    return rows[rows["metric"].isin(MAIN)].reset_index(drop=True)
+
+
+def seed_label(config: Config, seeds: int) -> str:
+    """`42`, or `42-44` for three sampling seeds."""
+    first = config.sampling.seed
+    return str(first) if seeds == 1 else f"{first}-{first + seeds - 1}"
+
+
+def substitutes(config: Config) -> str:
+    """What stands in for the paper's data and critics in this profile; "" at paper scale."""
+    e, p, found = config.evaluation, config.perception, []
+    if config.data.procedural:
+        found.append("procedural faces instead of photographs")
+    if p.clip.startswith("local-dir:"):
+        found.append("mini CLIP instead of ViT-L-14")
+    if p.parser.startswith("data/mini/"):
+        found.append("mini parsers instead of FaRL")
+    if e.lpips == "alex-random":
+        found.append("LPIPS with a randomly initialised AlexNet trunk")
+    if e.niqe_refit:
+        found.append(f"NIQE refitted on the training faces, block {e.niqe_block}")
+    return f"In this profile: {', '.join(found)}." if found else ""
+
+
+def describe_ceiling(rows: DataFrame, method: str, critic: str = "independent") -> str:
+    """How close a method comes to the real images, from the rows of a table."""
+    rows = rows[rows["critic"] == critic].set_index(["method", "metric"])["value"]
+    parts = []
+    for metric in ("OAA", *GROUPS):
+        value, top = rows[method, metric], rows[REAL, metric]
+        parts.append(f"{metric} {value:.1f} of {top:.1f} ({100 * value / top:.0f} %)")
+    return (
+        f"{METHODS.get(method, method)} against real images, {critic} parser: {'; '.join(parts)}."
+    )
+
+
+def describe_differences(
+    rows: DataFrame, metrics: Sequence[str] = ("Text", "OAA", "RFA"), critic: str = "independent"
+) -> str:
+    """A line a difference: what the intervals allow to say, and nothing more."""
+    lines = []
+    for label in dict.fromkeys(rows["method"]):
+        for metric in metrics:
+            row = rows[(rows["method"] == label) & (rows["metric"] == metric)]
+            row = row[row["critic"].isin([critic, ""])].iloc[0]
+            verdict = "no difference that these faces would show"
+            if row["ci_low"] > 0 or row["ci_high"] < 0:
+                verdict = "higher" if row["value"] > 0 else "lower"
+            span = f"[{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
+            lines.append(f"{label}, {metric}: {row['value']:+.2f} {span}: {verdict}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------- grids
+
+
+def pick_faces(
+    dataset: FaceDataset, classes: Sequence[str], skip: Sequence[str] = (), limit: int = 0
+) -> list[str]:
+    """One face for each class named, chosen by the masks alone, before any picture is drawn.
+
+    The first in manifest order that is not taken yet and shows at least the class's median area;
+    any face where no face has the class.
+    """
+    ids = dataset.ids[: limit or None]
+    areas = torch.stack([pixel_counts(dataset.label_map(name)[None])[0] for name in ids])
+    chosen: list[str] = []
+    for wanted in classes:
+        area = areas[:, CLASS_ID[wanted]]
+        enough = area[area > 0].median() if (area > 0).any() else 0
+        fitting = [n for n, a in zip(ids, area, strict=True) if a >= enough]
+        free = [n for n in [*fitting, *ids] if n not in chosen and n not in skip]
+        chosen.append(free[0] if free else ids[len(chosen) % len(ids)])
+    return chosen
+
+
+def faces(dataset: FaceDataset, ids: Sequence[str]) -> tuple[list[str], Tensor, Tensor]:
+    """(manifest captions, label maps `b h w`, real images `b 3 h w`) of some faces."""
+    maps = torch.stack([dataset.label_map(name) for name in ids])
+    images = torch.stack([dataset.image(name) for name in ids])
+    return [dataset.manifest_caption(name) for name in ids], maps, images
+
+
+def systems(config: Config, ids: Sequence[str], split: str = "test") -> dict[str, Tensor | None]:
+    """Columns of Figs. 3 and 6: nothing for the systems that are not run here, and EC²Face."""
+    dataset = open_dataset(config, split)
+    known = set(evaluated_ids(config, dataset))
+    if unknown := [name for name in ids if name not in known]:
+        raise ValueError(f"faces {unknown} are not among those evaluated: see evaluation.limit")
+    pictures = load_pictures(_pictures(config, "both", split), ids)
+    return {**dict.fromkeys(SYSTEMS), "EC²Face": pictures}
+
+
+def diversity(
+    config: Config, modes: Mapping[str, tuple[Tensor, Tensor | None]], dataset: FaceDataset
+) -> DataFrame:
+    """How much pictures of one condition differ, and whether they keep their mask.
+
+    Args:
+        modes: name -> (images `rows seeds 3 h w`, label maps `rows h w` or None without masks).
+        dataset: its first faces give the scale, the LPIPS between different real faces.
+
+    Returns:
+        Rows mode, quantity, value, ci_low, ci_high, n. Quantities: pairwise LPIPS (mean over the
+        pairs of a condition; interval over the n conditions) and, with masks, pixels that keep
+        their class by the independent parser (percent; interval over the n pictures).
+    """
+    import pandas as pd
+
+    critics, how, rows = load_critics(config), (config.evaluation.bootstrap, config.seed), []
+
+    def add(mode: str, quantity: str, values: Tensor) -> None:
+        interval = bootstrap_interval(values, *how)
+        rows.append({"mode": mode, "quantity": quantity, **interval._asdict()})
+
+    def distances(images: Tensor) -> Tensor:
+        pairs = np.array(list(itertools.combinations(range(len(images)), 2)))
+        return critics.lpips(images[pairs[:, 0]], images[pairs[:, 1]])
+
+    for mode, (images, maps) in modes.items():
+        add(mode, "pairwise LPIPS", torch.stack([distances(row).mean() for row in images]))
+        if maps is not None:
+            target = maps.repeat_interleave(images.shape[1], 0)
+            parsed = critics.parsers[CRITICS[0]].parse(images.flatten(0, 1).to(critics.device))
+            kept = (parsed.cpu() == target).double().flatten(1).mean(1)
+            add(mode, "pixels that keep their class (%)", 100 * kept)
+    real = torch.stack([dataset.image(name) for name in dataset.ids[:16]])
+    add("different real faces", "pairwise LPIPS", distances(real))
+    return pd.DataFrame(rows)

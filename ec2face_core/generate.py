@@ -1,0 +1,316 @@
+"""Folders of pictures: a split sampled with one adapter, its references, and grids of seeds.
+
+Chosen here:
+- A picture's noise is a function of (sampling.seed, id) alone: it depends neither on the batch nor
+  on the order, and a run that was stopped is completed by the same call.
+- A folder is named by a digest of all that shapes its pictures (weights, sampling settings,
+  captions and masks, this code), so what lies there is never stale.
+- Every sampled PNG says in its text chunks that it is synthetic, by which model, and from which
+  prompt (as a hash) and seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import VARIANTS, BackboneConfig, Config, ConfigError, adapter_dir, resolve
+from .datasets import FaceDataset, open_dataset
+from .lora import LORA_FILE
+from .results import path_digest
+from .validation import parallel, read_image
+
+BASE, REAL, ROUND_TRIP = "base", "real", "vae_round_trip"
+SOURCES = (*VARIANTS, BASE, REAL, ROUND_TRIP)  # whose pictures a folder can hold
+SHAPING = ("backbone", "conditioning", "generate", "lora", "pipeline")  # modules that draw
+NOTICE = "Synthetic face: not a photograph of a person."
+ABOUT = "about.json"
+
+
+# --------------------------------------------------------------------------- a split's pictures
+
+
+def generate_split(
+    config: Config,
+    variant: str,
+    split: str,
+    out_dir: Path | str | None = None,
+    limit: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = True,
+) -> Path:
+    """The pictures `{id}.png` of a split, each from its face's mask and manifest caption.
+
+    Args:
+        variant: one of `VARIANTS`; `base` (no adapter, text only); or a reference: `real` (the
+            faces themselves), `vae_round_trip` (through the autoencoder and back).
+        split: test, zero_shot or train.
+        out_dir: default `runs/<profile>/images/<split>-<variant>-<digest>`.
+        limit: the first faces only; 0 takes `evaluation.limit`, and 0 there means all.
+        shard: (rank, number of processes): this process makes every n-th picture.
+
+    Returns:
+        The folder. Pictures that are there already are not made again.
+
+    Raises:
+        ConfigError: an unknown variant, or a folder with pictures of other weights or settings.
+    """
+    if variant not in SOURCES:
+        raise ConfigError(f"variant {variant!r} does not exist; known: {', '.join(SOURCES)}")
+    dataset = open_dataset(config, split)
+    key = picture_key(config, variant, dataset)
+    folder = config.run_dir / "images" / f"{split}-{variant}-{key}"
+    folder = resolve(out_dir) if out_dir else folder
+    _claim(folder, {"key": key, "variant": variant, "split": split, "profile": config.profile})
+    rank, world = shard
+    own = evaluated_ids(config, dataset, limit)[rank::world]
+    missing = [name for name in own if not (folder / f"{name}.png").is_file()]
+    if missing:
+        draw, describe = _painter(config, variant, dataset)
+        what = f"{variant}, {split}"
+        for names in _batches(missing, config.sampling.batch_size, what, progress and rank == 0):
+            for name, image in zip(names, draw(names), strict=True):
+                save_picture(folder / f"{name}.png", image, describe(name))
+    return folder
+
+
+def evaluated_ids(config: Config, dataset: FaceDataset, limit: int = 0) -> list[str]:
+    """The ids that count: the first `limit`, else `evaluation.limit`, else all of the dataset."""
+    return dataset.ids[: limit or config.evaluation.limit or None]
+
+
+def picture_seed(config: Config, name: str) -> int:
+    """Seed of one picture's noise, from (sampling.seed, name) alone."""
+    digest = hashlib.sha256(f"{config.sampling.seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sample_grid(
+    config: Config,
+    variant: str,
+    name: str,
+    prompts: Sequence[str],
+    masks: Sequence[Tensor] | Tensor | None = None,
+    seeds: int = 6,
+    progress: bool = True,
+) -> Tensor:
+    """Several seeds of each condition, kept as PNG in `runs/<profile>/images/<name>-<digest>`.
+
+    Args:
+        name: what the grid is for; part of the pictures' seeds.
+        prompts: one text a row; "" for none.
+        masks: one label map `h w` a row; None: text alone.
+
+    Returns:
+        Images `rows seeds 3 h w` in [-1, 1].
+    """
+    conditions = hashlib.sha256(json.dumps(list(prompts)).encode())
+    conditions.update(b"" if masks is None else np.stack([np.asarray(m) for m in masks]).tobytes())
+    key = picture_key(config, variant, None, conditions.hexdigest())
+    folder = config.run_dir / "images" / f"{name}-{key}"
+    _claim(folder, {"key": key, "variant": variant, "grid": name, "profile": config.profile})
+    cells = [(row, k) for row in range(len(prompts)) for k in range(seeds)]
+    files = {cell: folder / f"{cell[0]:02d}_{cell[1]:02d}.png" for cell in cells}
+    missing = [cell for cell in cells if not files[cell].is_file()]
+    for some in _batches(missing, config.sampling.batch_size, name, progress):
+        numbers = [picture_seed(config, f"{name}/{row}/{k}") for row, k in some]
+        texts = [prompts[row] for row, _ in some]
+        maps = None if masks is None else [masks[row] for row, _ in some]
+        images = _sample(config, variant, texts, maps, numbers)
+        for cell, image, text, number in zip(some, images, texts, numbers, strict=True):
+            save_picture(files[cell], image, _notice(config, variant, text, number))
+    images = torch.stack([read_picture(files[cell]) for cell in cells])
+    return images.unflatten(0, (len(prompts), seeds))
+
+
+# ---------------------------------------------------------------------------------- what is drawn
+
+
+def _painter(
+    config: Config, variant: str, dataset: FaceDataset
+) -> tuple[Callable[[list[str]], Tensor], Callable[[str], dict[str, str]]]:
+    """(ids -> images `b 3 h w` in [0, 1], id -> PNG text chunks) of a source of pictures."""
+    if variant == REAL:
+
+        def draw(names: list[str]) -> Tensor:
+            return torch.stack([dataset.image(name) for name in names]) / 2 + 0.5
+
+        return draw, lambda name: {"Source": f"Face {name} of {dataset.root.name}."}
+
+    if variant == ROUND_TRIP:
+        from .backbone import decode_latents, encode_images, load_backbone
+
+        vae = load_backbone(config.backbone, ("vae",)).vae.to(_device())
+
+        @torch.no_grad()
+        def draw(names: list[str]) -> Tensor:
+            images = torch.stack([dataset.image(name) for name in names]).to(_device())
+            return decode_latents(vae, encode_images(vae, images)) / 2 + 0.5
+
+        chunk = f"Autoencoder round trip of a face of {dataset.root.name}, {config.backbone.path}."
+        return draw, lambda name: {"Source": chunk}
+
+    def draw(names: list[str]) -> Tensor:
+        texts = [dataset.manifest_caption(name) for name in names]
+        masks = None if variant == BASE else [dataset.label_map(name) for name in names]
+        return _sample(config, variant, texts, masks, [picture_seed(config, n) for n in names])
+
+    def describe(name: str) -> dict[str, str]:
+        seed = picture_seed(config, name)
+        return _notice(config, variant, dataset.manifest_caption(name), seed)
+
+    return draw, describe
+
+
+def _sample(
+    config: Config,
+    variant: str,
+    prompts: list[str],
+    masks: Sequence[Tensor] | None,
+    seeds: list[int],
+) -> Tensor:
+    """Images `b 3 h w` in [0, 1]; each has its own stream of noise, drawn on the CPU."""
+    if variant == BASE and masks is not None:
+        raise ConfigError("the base model has no mask branch: give no masks, or a variant")
+    pipe = _pipeline(config.backbone, config.data.size, config.sampling.guidance)
+    if variant != BASE:  # without masks no token feels a LoRA: the base needs no unloading
+        folder = adapter_dir(config, variant)
+        if getattr(pipe, "loaded", None) != (loaded := (str(folder), _adapter(config, variant))):
+            pipe.load_mask_lora(folder)
+            pipe.loaded = loaded
+    return pipe(
+        prompts,
+        masks,
+        num_inference_steps=config.sampling.steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).images
+
+
+@functools.lru_cache(maxsize=1)
+def _pipeline(backbone: BackboneConfig, size: int, guidance: float) -> Any:
+    """The backbone is loaded once; the variants only change its LoRA."""
+    from .backbone import load_backbone
+    from .pipeline import EC2FacePipeline
+
+    parts = load_backbone(backbone).components()
+    length = backbone.text_length
+    pipe = EC2FacePipeline(**parts, text_length=length, image_size=size, guidance=guidance)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(_device())
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+# -------------------------------------------------------------------------------- files and names
+
+
+def save_picture(path: Path, image: Tensor, chunks: dict[str, str]) -> None:
+    """Write an image `3 h w` in [0, 1] as PNG with text chunks, in one move."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, text in chunks.items():
+        info.add_itxt(name, text)
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    Image.fromarray(pixels.movedim(0, -1).numpy()).save(part, "PNG", pnginfo=info)
+    part.replace(path)
+
+
+def read_picture(path: Path) -> Tensor:
+    """An image `3 h w` in [-1, 1]."""
+    return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1) / 127.5 - 1
+
+
+def load_pictures(folder: Path, names: Sequence[str]) -> Tensor:
+    """The pictures `{name}.png` of a folder, `b 3 h w` in [-1, 1]."""
+    return torch.stack(list(parallel(read_picture, [folder / f"{n}.png" for n in names])))
+
+
+def picture_key(
+    config: Config, variant: str, dataset: FaceDataset | None, conditions: str = ""
+) -> str:
+    """Twelve hex digits of all that shapes the pictures of a variant."""
+    about = [variant, conditions, data_digest(dataset) if dataset else "", config.data.size]
+    if variant != REAL:
+        about += [_backbone(config.backbone), code_digest(SHAPING)]
+    if variant not in (REAL, ROUND_TRIP):
+        s, b = config.sampling, config.backbone
+        about += [s.steps, s.guidance, s.seed, b.dtype, b.text_length, _adapter(config, variant)]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+
+
+def data_digest(dataset: FaceDataset) -> str:
+    """Names a dataset's content: ids, captions, and names and sizes of its pictures and masks."""
+    ids, root = set(dataset.ids), Path(dataset.root)
+    about: list[Any] = [dataset.size, dataset.ids, path_digest(root / "manifest.csv")]
+    for kind in ("image", "mask"):
+        found = (f for f in os.scandir(root / kind) if Path(f.name).stem in ids)
+        about.append(sorted((f.name, f.stat().st_size) for f in found))
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def code_digest(modules: Sequence[str]) -> str:
+    """Names the source of modules of this package: results of changed code are made anew."""
+    return " ".join(path_digest(Path(__file__).with_name(f"{name}.py")) for name in modules)
+
+
+def _backbone(config: BackboneConfig) -> list[str]:
+    folder = resolve(config.path)
+    parts = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    return [config.path, *(path_digest(part) for part in parts)]
+
+
+def _adapter(config: Config, variant: str) -> str:
+    return "" if variant == BASE else path_digest(adapter_dir(config, variant) / LORA_FILE)
+
+
+def _notice(config: Config, variant: str, prompt: str, seed: int) -> dict[str, str]:
+    adapter = f", mask LoRA {variant} {_adapter(config, variant)}" if variant != BASE else ""
+    return {
+        "Disclaimer": NOTICE,
+        "Model": f"EC2Face on {config.backbone.path}{adapter}",
+        "Prompt-SHA256": hashlib.sha256(prompt.encode()).hexdigest()[:16],
+        "Seed": str(seed),
+    }
+
+
+def _claim(folder: Path, about: dict[str, str]) -> None:
+    """Make the folder ours, or see that it is; refuse one that holds other pictures."""
+    kept = folder / ABOUT
+    if kept.is_file():
+        if json.loads(kept.read_text())["key"] == about["key"]:
+            return
+        raise ConfigError(
+            f"{folder} holds pictures of other weights or settings: remove it or name another"
+        )
+    if any(folder.glob("*.png")) and not kept.is_file():  # another rank may just have begun
+        raise ConfigError(f"{folder} holds pictures of unknown origin: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = kept.with_name(f".{ABOUT}.{os.getpid()}")
+    part.write_text(json.dumps(about, indent=2) + "\n")
+    part.replace(kept)
+
+
+def _batches(items: Sequence[Any], size: int, what: str, show: bool) -> Any:
+    """Batches with a bar, and none where there is nothing to do."""
+    from tqdm.auto import tqdm
+
+    batches = [items[i : i + size] for i in range(0, len(items), size)]
+    hidden = not (show and batches)
+    return tqdm(batches, desc=what, unit="batch", mininterval=1, disable=hidden)
