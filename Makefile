@@ -57,7 +57,9 @@ lab: $(STAMP)
 	$(PYTHON) -m jupyterlab notebooks
 
 foundation: $(STAMP)
-	$(PYTHON) -m ec2face_core.foundation
+	for stage in vae latents flux; do $(PYTHON) -m ec2face_core.foundation $$stage || exit; done
+	for kind in parser clip; do for role in guiding scoring; do \
+	  $(PYTHON) -m ec2face_core.critics $$kind --role $$role || exit; done; done
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check

@@ -7,17 +7,29 @@ before it is used.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from .config import Config, ConfigError
+
+# What may change between the runs of one training; everything else decides the weights.
+FREE = {
+    "profile", "adapters", "sampling", "evaluation",
+    "perception.scoring_parser", "perception.scoring_clip",
+    "trainer.steps", "trainer.batch_size", "trainer.accumulation", "trainer.num_processes",
+    "trainer.gradient_checkpointing", "trainer.checkpoint_every", "trainer.keep_checkpoints",
+    "trainer.log_every",
+}  # fmt: skip
 TENSORS, ABOUT = "state.safetensors", "state.json"
 
 
@@ -64,6 +76,59 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] 
                 stacklevel=2,
             )
     return None
+
+
+def training_tensors(
+    parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> dict[str, Tensor]:
+    """Parameters and their optimiser state by name: `<parameter>/value`, `<parameter>/exp_avg` ...
+
+    parameters: in the order in which the optimiser got them.
+    """
+    tensors, state = {}, optimizer.state_dict()["state"]
+    for i, (name, p) in enumerate(parameters.items()):
+        tensors |= {f"{name}/value": p} | {f"{name}/{k}": v for k, v in state[i].items()}
+    return tensors
+
+
+def restore_training(
+    parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `training_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(parameters))}
+    number = {name: i for i, name in enumerate(parameters)}
+    for key, value in tensors.items():
+        name, _, what = key.partition("/")
+        if what == "value":
+            parameters[name].data.copy_(value)
+        else:
+            state[number[name]][what] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def training_identity(config: Config) -> dict[str, Any]:
+    """Every setting that decides the weights, flat: `{"loss.alpha_text": 0.5, ...}`."""
+
+    def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in values.items():
+            if prefix + key not in FREE:
+                nested = isinstance(value, dict)
+                flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        return flat
+
+    return flatten(dataclasses.asdict(config))
+
+
+def compare_identities(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    """Refuse to go on with a training of other settings: ConfigError that names them."""
+    other = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if other:
+        changes = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in other)
+        raise ConfigError(
+            f"{run_dir} holds a training with other settings ({changes}): take these, or another "
+            "--run-dir, or delete it"
+        )
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:

@@ -6,6 +6,7 @@ a configuration is relative to the repository root, found once, here (`ROOT`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -152,8 +153,10 @@ class Config:
     @property
     def figure_dir(self) -> Path:
         """`figures/<profile>` for mini and paper; inside `run_dir` for every other profile."""
-        return (ROOT if self.profile in ("mini", "paper") else self.run_dir) / "figures" / (
-            self.profile if self.profile in ("mini", "paper") else ""
+        return (
+            (ROOT if self.profile in ("mini", "paper") else self.run_dir)
+            / "figures"
+            / (self.profile if self.profile in ("mini", "paper") else "")
         )
 
     def digest(self) -> str:
@@ -257,10 +260,8 @@ def _build(cls: type, values: dict[str, Any], where: str = "") -> Any:
             kwargs[key] = _build(hint, value, f"{where}{key}.")
             continue
         if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)  # YAML 1.1 reads 1e-4 as a string
-            except ValueError:
-                pass
         if type(value) is not hint:
             raise ConfigError(f"{where}{key}: expected {hint.__name__}, got {value!r}")
         kwargs[key] = value

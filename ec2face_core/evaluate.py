@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .attributes import CLASSES
 from .config import (
     VARIANTS,
     Config,
@@ -32,19 +31,13 @@ from .datasets import DataError, open_dataset
 from .generate import SOURCES, generate_split
 from .launch import end_with_parent
 from .results import COLUMNS, METHODS, render_markdown
-from .scoring import CRITICS, load_critics, score_folder, write_frame
+from .scoring import CRITICS, counts, load_critics, score_folder, write_frame
 from .statistics import bootstrap_accuracy, bootstrap_interval, paired_accuracy_difference
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 __all__ = ["generate_split", "load_critics", "score_folder", "summarise", "summarise_difference"]
-
-
-def counts(per_image: DataFrame, critic: str) -> tuple[Any, Any]:
-    """(correct, support) of the rows of `score_folder`, each `(n, 19)`."""
-    correct = per_image[[f"correct_{critic}_{c}" for c in CLASSES]]
-    return correct.to_numpy(), per_image[[f"support_{c}" for c in CLASSES]].to_numpy()
 
 
 def summarise(

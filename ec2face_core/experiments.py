@@ -8,7 +8,6 @@ whatever the numbers are.
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +17,11 @@ import torch
 from torch import Tensor
 
 from .attributes import CLASS_ID, GROUPS, pixel_counts
-from .checkpoints import write_folder
-from .config import VARIANTS, Config, adapter_dir
+from .config import VARIANTS, Config
 from .datasets import FaceDataset, open_dataset
 from .evaluate import summarise, summarise_difference
 from .generate import REAL, evaluated_ids, generate_split, load_pictures
 from .launch import run
-from .lora import LORA_FILE
 from .results import METHODS
 from .scoring import CRITICS, load_critics, score_folder
 from .statistics import bootstrap_interval
@@ -34,58 +31,6 @@ if TYPE_CHECKING:
 
 SYSTEMS = ("TediGAN", "UaC", "PixelFace+", "CoDiffusion", "ControlNeXt", "MM2Latent")
 MAIN = ("Text", "OAA", "HFA", "NFA", "RFA", "LPIPS", "NIQE")
-
-
-# ------------------------------------------------------------------------------------- training
-
-
-def short_run(config: Config, steps: int, variant: str = "both") -> Path:
-    """Train a variant for a few steps in a child process; returns its run folder.
-
-    The folder is named by the configuration, so another one begins anew, and the same one resumes.
-    """
-    steps = min(steps, config.trainer.steps)
-    config = config.replace(trainer={"steps": steps})
-    folder = config.run_dir / "training" / f"short-{variant}-{config.digest()}"
-    _train(config, variant, folder)
-    return folder
-
-
-def retrain(config: Config, variants: Sequence[str] = tuple(VARIANTS)) -> None:
-    """Train every variant to its end and put the adapters where `adapter_dir` finds them first.
-
-    Stopped, the same call resumes; what is trained already is only looked at.
-    """
-    for variant in variants:
-        folder = config.run_dir / "training" / variant
-        _train(config, variant, folder)
-        target = config.run_dir / "adapters" / variant
-        if not target.exists() or _content(target) != _content(folder / "final"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_folder(target, lambda part, f=folder: _copy(f / "final", part))
-
-
-def _train(config: Config, variant: str, folder: Path) -> None:
-    settings = folder.with_suffix(".yaml")
-    config.save(settings)
-    run(
-        "ec2face_core.train", "--config", str(settings), "--variant", variant,
-        "--run-dir", str(folder), num_processes=config.trainer.num_processes,
-    )  # fmt: skip
-
-
-def _content(folder: Path) -> bytes:
-    return (folder / LORA_FILE).read_bytes()
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
-
-
-def retrained(config: Config) -> list[str]:
-    """The variants whose adapters come from this profile's own training, not from the bundle."""
-    kept = config.run_dir / "adapters"
-    return [variant for variant in VARIANTS if adapter_dir(config, variant).parent == kept]
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -192,11 +137,18 @@ def substitutes(config: Config) -> str:
     return f"In this profile: {', '.join(found)}." if found else ""
 
 
+def table_caption(config: Config, split: str, what: str) -> str:
+    """`what`, the faces it was measured on, and the profile's substitutes."""
+    dataset = open_dataset(config, split)
+    n = len(evaluated_ids(config, dataset))
+    return f"{what} {n} faces of {dataset.root.name}. {substitutes(config)}".strip()
+
+
 def describe_ceiling(rows: DataFrame, method: str, critic: str = "independent") -> str:
     """How close a method comes to the real images, from the rows of a table."""
     rows = rows[rows["critic"] == critic].set_index(["method", "metric"])["value"]
     parts = []
-    for metric in ("OAA", *GROUPS):
+    for metric in [name for name in ("OAA", *GROUPS) if (method, name) in rows]:
         value, top = rows[method, metric], rows[REAL, metric]
         parts.append(f"{metric} {value:.1f} of {top:.1f} ({100 * value / top:.0f} %)")
     return (
@@ -297,3 +249,11 @@ def diversity(
     real = torch.stack([dataset.image(name) for name in dataset.ids[:16]])
     add("different real faces", "pairwise LPIPS", distances(real))
     return pd.DataFrame(rows)
+
+
+def describe_diversity(table: DataFrame) -> str:
+    """What the rows of `diversity` say, with the distance of different real faces as the scale."""
+    lpips = table[table["quantity"] == "pairwise LPIPS"].set_index("mode")["value"]
+    scale = lpips["different real faces"]
+    parts = [f"{mode} {100 * value / scale:.0f} %" for mode, value in lpips.items()][:-1]
+    return f"Distance between seeds, of that between different real faces: {', '.join(parts)}."

@@ -5,10 +5,10 @@
     python -m ec2face_core.foundation flux       transformer and text encoders  -> data/mini/flux
 
 The transformer is pretrained on captions and on *generic* dense conditions of procedural scenes
-(depth, normals, albedo, edges, low resolution, regions in random colours), given as extra tokens in
-the very layout of the mask branch. So it reads condition tokens before any LoRA exists, as FLUX.1-dev
-can; what the fixed colours of a semantic mask mean is left for the LoRA to learn. Every stage can be
-killed and run again. `make foundation` runs all, with the critics of `critics.py`.
+(depth, normals, albedo, edges, low resolution, regions in random colours), given as extra tokens
+in the very layout of the mask branch. So it reads condition tokens before any LoRA exists, as
+FLUX.1-dev can; what the fixed colours of a semantic mask mean is left for the LoRA to learn. Every
+stage can be killed and run again. `make foundation` runs all, with the critics of `critics.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,7 +102,7 @@ def train_vae(samples: int, batch: int = 16) -> None:
     schedule = _one_cycle(optimizer, steps)
     state, begin = _resume(WORK / "vae.pt", vae, optimizer, schedule)
     held_out = render(sample_scenes(SEED + 1, range(128)), SIZE).image
-    # Eyes, lips and jewellery are few pixels: what a perceptual loss does at scale, weights do here.
+    # Eyes, lips and jewellery are few pixels: weights do here what a perceptual loss does at scale.
     counts = pixel_counts(render(sample_scenes(SEED + 1, range(256)), SIZE).label_map).sum(0)
     detail = class_weights(counts).pow(0.35).clamp(max=8).float()
     detail = detail / (detail * counts / counts.sum()).sum()
@@ -204,7 +203,9 @@ class TextToVelocity(nn.Module):
         self.transformer, self.clip = backbone.transformer, backbone.text_encoder
         self.t5 = backbone.text_encoder_2
 
-    def forward(self, z_t: Tensor, t: Tensor, ids: tuple[Tensor, Tensor], z_condition, keep) -> Tensor:
+    def forward(
+        self, z_t: Tensor, t: Tensor, ids: tuple[Tensor, Tensor], z_condition, keep
+    ) -> Tensor:
         text = TextEmbedding(self.t5(ids[1])[0], self.clip(ids[0]).pooler_output)
         return predict_velocity(self.transformer, z_t, t, text, z_condition, keep)
 
@@ -216,7 +217,10 @@ def local_attention_init(transformer: nn.Module, heads: int = 2) -> None:
     a sum of cos(frequency * distance), largest at distance 0 in rows and columns, for image and
     condition tokens alike. A small transformer else spends most of its training on finding this.
     """
-    head, (first, rows, _) = transformer.config.attention_head_dim, transformer.config.axes_dims_rope
+    head, (first, rows, _) = (
+        transformer.config.attention_head_dim,
+        transformer.config.axes_dims_rope,
+    )
     axes = (first, first + rows)
     local = [start + i for start in axes for i in (0, 2)]  # cosine parts of two frequencies each
     with torch.no_grad():
@@ -228,7 +232,7 @@ def local_attention_init(transformer: nn.Module, heads: int = 2) -> None:
                 norm.weight[local] = 1.5
 
 
-def train_flux(minutes: float, samples: int, batch: int, rate: float) -> None:
+def train_flux(samples: int, batch: int, rate: float) -> None:
     """Flow matching with captions (10 % dropped) and condition tokens (15 % dropped)."""
     from accelerate import Accelerator
 
@@ -238,7 +242,9 @@ def train_flux(minutes: float, samples: int, batch: int, rate: float) -> None:
     local_attention_init(backbone.transformer)
     model = TextToVelocity(backbone)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True
+    )
     world = accelerator.num_processes
     steps = samples // (batch * world)
     schedule = _one_cycle(optimizer, steps)
@@ -253,7 +259,9 @@ def train_flux(minutes: float, samples: int, batch: int, rate: float) -> None:
     wrapped = accelerator.prepare_model(model)
     clock = _Clock(steps, batch * world, begin, state)
 
-    def token_ids(indices: list[int], seeds: list[int], drop: Tensor | None) -> tuple[Tensor, Tensor]:
+    def token_ids(
+        indices: list[int], seeds: list[int], drop: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         texts = []
         for j, (i, s) in enumerate(zip(indices, seeds, strict=True)):
             style, row = rows[i]
@@ -314,9 +322,13 @@ def train_flux(minutes: float, samples: int, batch: int, rate: float) -> None:
         quality = held_out_loss()
         folder = ROOT / "data" / "mini" / "flux"
         save_backbone(backbone, folder)
-        record = {**provenance(load_profile("mini"), stage="foundation", samples=steps * batch * world,
-                               held_out_flow_loss=quality, seconds=round(clock.seconds()),
-                               autoencoder=json.loads((WORK / "vae.json").read_text()))}  # fmt: skip
+        record = provenance(
+            load_profile("mini"),
+            seconds=clock.seconds(),
+            samples=steps * batch * world,
+            held_out_flow_loss=quality,
+            autoencoder=json.loads((WORK / "vae.json").read_text()),
+        )
         (folder / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
         print(quality, flush=True)
 
@@ -377,9 +389,13 @@ def _resume(path: Path, model, optimizer, schedule) -> tuple[dict, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("stage", choices=("vae", "latents", "flux"))
-    parser.add_argument("--samples", type=int, default=0, help="training samples, or faces of the pool")
+    parser.add_argument(
+        "--samples", type=int, default=0, help="training samples, or faces of the pool"
+    )
     parser.add_argument("--part", type=int, default=0, help="latents: this part of the pool")
     parser.add_argument("--parts", type=int, default=1, help="latents: parts in all")
     parser.add_argument("--batch", type=int, default=16, help="samples a process and step")
@@ -391,7 +407,7 @@ def main() -> None:
     elif options.stage == "latents":
         encode_pool(options.samples or 24_576, options.part, options.parts)
     else:
-        train_flux(0, options.samples or 200_000, options.batch, options.rate)
+        train_flux(options.samples or 200_000, options.batch, options.rate)
 
 
 if __name__ == "__main__":

@@ -98,22 +98,24 @@ def comparison_grid(
     label_maps: Tensor,
     systems: Mapping[str, Tensor | None],
     boxed: Sequence[int] = GROUPS["RFA"],
+    real: Tensor | None = None,
 ) -> Figure:
     """Figs. 3 and 6: caption and mask, then one column a system, rare attributes boxed in red.
 
     Args:
         label_maps: `b h w`, one row each.
-        systems: name -> images `b 3 h w`, or None for a system without pictures here; the real
-            images may be the first of them.
+        systems: name -> images `b 3 h w`, or None for a system without pictures here.
         boxed: class ids to box, found in the mask.
+        real: `b 3 h w`, shown after the mask if given.
     """
+    columns = ({} if real is None else {"real": real}) | dict(systems)
     rows = [
-        [mask, *(None if images is None else images[i] for images in systems.values())]
+        [mask, *(None if images is None else images[i] for images in columns.values())]
         for i, mask in enumerate(label_maps)
     ]
     boxes = [rare_boxes(mask, boxed) for mask in label_maps]
-    cell = 1.1 if len(systems) < 6 else 0.92
-    return image_grid(rows, captions, ["mask", *systems], cell=cell, boxes=boxes)
+    cell = 1.1 if len(columns) < 6 else 0.92
+    return image_grid(rows, captions, ["mask", *columns], cell=cell, boxes=boxes)
 
 
 def unimodal_grid(

@@ -1,42 +1,33 @@
-"""What the notebooks of the parts call: bundle, class weights, reverse estimation, framework.
+"""The quality of what everything rests on (notebook 00), and class weights (notebook 01).
 
-Each function returns numbers or pictures; drawing is `plotting.py`'s, `grids.py`'s and, for what
-only a notebook draws, the figures at the end.
+Functions return numbers and pictures; drawing them is `plotting.py`'s and `grids.py`'s.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attributes import CLASSES, class_weights, long_tail_weights, pixel_counts
-from .backbone import decode_latents, encode_images, encode_text, load_backbone, load_mask_lora
-from .conditioning import mask_latents_of, predict_velocity
-from .config import ROOT, Config, adapter_dir, resolve
-from .datasets import FaceDataset, open_dataset
-from .flow import interpolate
-from .generate import BASE, REAL, ROUND_TRIP, data_digest, generate_split, load_pictures, picture_key
+from .attributes import CLASSES, GROUPS, class_weights, long_tail_weights, pixel_counts
+from .config import Config, resolve
+from .datasets import open_dataset
+from .generate import REAL, ROUND_TRIP, evaluated_ids, generate_split, load_pictures
 from .losses import latent_weights
 from .metrics import psnr
-from .plotting import CYCLE, beta_values, mask_picture, new_figure, picture, styled
-from .scoring import CRITICS, load_critics, write_frame
-from .statistics import bootstrap_interval, reliability, reverse_estimation, suggest_center
+from .scoring import CRITICS, load_critics
+from .statistics import bootstrap_interval
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from pandas import DataFrame
 
-TIMES = tuple(i / 10 for i in range(11))
 
-
-# --------------------------------------------------------------------------- the bundle (notebook 00)
+# ------------------------------------------------------------------------ the bundle (notebook 00)
 
 
 def bundle_provenance(folder: str = "data/mini") -> DataFrame:
@@ -76,7 +67,7 @@ def round_trip_quality(config: Config, split: str = "test") -> tuple[DataFrame, 
     """
     import pandas as pd
 
-    ids = open_dataset(config, split).ids[: config.evaluation.limit or None]
+    ids = evaluated_ids(config, open_dataset(config, split))
     real, copies = (
         load_pictures(generate_split(config, source, split), ids) for source in (REAL, ROUND_TRIP)
     )
@@ -142,12 +133,26 @@ def weight_table(counts: Tensor, clip: float) -> DataFrame:
     return table[present.numpy()].sort_values("raw", ignore_index=True)
 
 
+def describe_groups(frequency: DataFrame) -> str:
+    """How far the groups of Appendix A lie apart in this data, from `attribute_frequency`."""
+    lines = []
+    for group, rows in frequency.groupby("group"):
+        pixels, images = (
+            f"{rows[share].min():.3g} to {rows[share].max():.3g} %"
+            for share in ("pixel_share", "image_share")
+        )
+        lines.append(
+            f"{group}: {len(rows)} classes, {pixels} of the pixels, {images} of the images"
+        )
+    return "\n".join(lines)
+
+
 def reduction_table(label_maps: Tensor, counts: Tensor, config: Config) -> DataFrame:
     """What is left of a class's weight when the weights go to the latent grid.
 
     For each class and reduction: kept, the mean over the class's pixels of min(1, weight of the
     pixel's latent cell / weight of the class), and lost, the share of the images with the class in
-    which no cell has half of its weight (both in percent).
+    which no cell has half of its weight (both in percent); n, the images with the class.
 
     Args:
         label_maps: `b h w`.
@@ -167,9 +172,9 @@ def reduction_table(label_maps: Tensor, counts: Tensor, config: Config) -> DataF
                 continue
             best = (ratio * inside).flatten(1).amax(1)[own[:, i] > 0]
             kept = ratio[inside].clamp(max=1).mean()
-            rows.append({"class": name, "reduction": reduction, "kept": 100 * float(kept),
-                         "lost": 100 * float((best < 0.5).float().mean())})  # fmt: skip
-    return pd.DataFrame(rows)
+            lost = 100 * float((best < 0.5).float().mean())
+            rows.append((name, reduction, 100 * float(kept), lost, len(best)))
+    return pd.DataFrame(rows, columns=["class", "reduction", "kept", "lost", "n"])
 
 
 def reduced_weights(label_maps: Tensor, counts: Tensor, config: Config) -> dict[str, Tensor]:
@@ -181,126 +186,31 @@ def reduced_weights(label_maps: Tensor, counts: Tensor, config: Config) -> dict[
     return maps
 
 
-# --------------------------------------------------------- reverse estimation (notebooks 02 and 03)
+def weighting_effect(
+    label_maps: Tensor, counts: Tensor, config: Config, clips: Sequence[float] = (30.0, 10.0)
+) -> DataFrame:
+    """What Eq. 11's squared weights do to the loss of these faces, before any training.
 
-
-def reliability_curves(config: Config, variant: str, faces: int = 48) -> DataFrame:
-    """Fig. 2's curves for a variant, or for the base model (`base`, text alone).
-
-    The critics are those that guide training: it is their reading of the estimate that Eq. 9 uses.
-    Kept in `runs/<profile>/reliability/` and read from there when nothing changed.
-
-    Returns:
-        Rows t, metric (PSNR (dB), LPIPS, mask OAA (%), CLIP similarity), value, ci_low, ci_high, n.
+    Rows: raw weights, mean-normalised ones (the trainer's default), and clipped ones. Columns:
+    factor, the mean squared weight, by which loss and gradient grow; largest, the largest squared
+    weight over that mean; rare_share, the part of the loss's weight that cells with earring or
+    necklace have (percent; their part of the cells is in the last column); effective_cells, the
+    share of cells that would give an unweighted mean as steady (Kish, percent).
     """
     import pandas as pd
 
-    dataset = open_dataset(config, "test")
-    ids = dataset.ids[:faces]
-    key = picture_key(config, variant, dataset, f"{data_digest(dataset)} {faces}")
-    cache = config.run_dir / "reliability" / f"{variant}-{key}.csv"
-    if cache.is_file():
-        return pd.read_csv(cache)
-    model = _Estimator(config, variant, dataset)
-    critics, guiding = load_critics(config), CRITICS[1]
-    curves = reliability(
-        (model.batch(ids[i : i + 16]) for i in range(0, len(ids), 16)),
-        model.velocity,
-        model.decode,
-        TIMES,
-        critics.lpips,
-        critics.parsers[guiding],
-        critics.clips[guiding],
-        config.evaluation.bootstrap,
-        config.seed,
-    )
-    names = {"psnr": "PSNR (dB)", "lpips": "LPIPS", "OAA": "mask OAA (%)",
-             "clip_similarity": "CLIP similarity"}  # fmt: skip
-    curves = curves[curves["metric"].isin(names)].assign(metric=lambda c: c["metric"].map(names))
-    curves = curves.sort_values(["metric", "t"], ignore_index=True)
-    write_frame(cache, curves)
-    return curves
-
-
-def reverse_examples(
-    config: Config, variant: str, ids: Sequence[str], times: Sequence[float]
-) -> Tensor:
-    """Decoded reverse estimates of test faces: `faces times 3 h w` in [-1, 1]."""
-    model = _Estimator(config, variant, open_dataset(config, "test"))
-    batch = model.batch(ids)
-    noise = torch.randn(batch["z"].shape, generator=torch.Generator().manual_seed(config.seed))
-    noise = noise.to(batch["z"])
-    columns = [
-        reverse_estimation(batch, t, noise, model.velocity, model.decode)[1].cpu() for t in times
-    ]
-    return torch.stack(columns, 1)
-
-
-class _Estimator:
-    """A variant's velocity on faces of a dataset, in the form that `statistics` asks for."""
-
-    def __init__(self, config: Config, variant: str, dataset: FaceDataset) -> None:
-        self.config, self.dataset, self.masked = config, dataset, variant != BASE
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone = load_backbone(config.backbone).to(self.device)
-        if self.masked:
-            load_mask_lora(self.backbone.transformer, adapter_dir(config, variant))
-
-    @torch.no_grad()
-    def batch(self, ids: Sequence[str]) -> dict[str, Any]:
-        """z, image, label_map, z_mask and the embedded manifest captions of these faces."""
-        maps = torch.stack([self.dataset.label_map(name) for name in ids]).to(self.device)
-        image = torch.stack([self.dataset.image(name) for name in ids]).to(self.device)
-        captions = [self.dataset.manifest_caption(name) for name in ids]
-        return {
-            "z": encode_images(self.backbone.vae, image),
-            "z_mask": mask_latents_of(self.backbone.vae, maps) if self.masked else None,
-            "text": encode_text(self.backbone, captions, self.config.backbone.text_length),
-            "image": image,
-            "label_map": maps,
-        }
-
-    def velocity(self, z_t: Tensor, t: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        guidance = self.config.sampling.guidance
-        return predict_velocity(
-            self.backbone.transformer, z_t, t, batch["text"], batch["z_mask"], guidance=guidance
-        )
-
-    def decode(self, z: Tensor) -> Tensor:
-        return decode_latents(self.backbone.vae, z)
-
-
-def scaled_curves(curves: DataFrame) -> DataFrame:
-    """Each metric brought to [0, 1] with 1 at its reliable end, as `plotting.beta_curves` wants."""
-    import pandas as pd
-
-    parts = []
-    for _, rows in curves.groupby("metric"):
-        rows = rows.sort_values("t")
-        first, last = rows["value"].iloc[0], rows["value"].iloc[-1]
-        worst = rows["value"].min() if first > last else rows["value"].max()
-        best = rows["value"].max() if first > last else rows["value"].min()
-        span = best - worst if best != worst else 1.0
-        parts.append(rows.assign(value=(rows["value"] - worst) / span)[["t", "metric", "value"]])
-    return pd.concat(parts, ignore_index=True)
-
-
-def fitted_beta(curves: DataFrame, config: Config) -> DataFrame:
-    """The β(t) that follows each reliability curve, below the configured one.
-
-    Rows: source, steepness, center, and half_weight, the t at which t · β(t) is largest.
-    """
-    import pandas as pd
-
-    settings = {"configured (Eq. 8)": (config.loss.steepness, config.loss.center)}
-    for metric, rows in curves.groupby("metric"):
-        if rows["value"].nunique() >= 3:
-            settings[f"fitted to {metric}"] = suggest_center(rows)
-    t = np.linspace(0, 1, 1001)
-    return pd.DataFrame(
-        [
-            {"source": source, "steepness": steepness, "center": center,
-             "strongest_at": float(t[(t * beta_values(t, steepness, center)).argmax()])}
-            for source, (steepness, center) in settings.items()
-        ]  # fmt: skip
-    )
+    settings = {"raw": (0.0, "none"), "normalised": (0.0, "mean")}
+    settings |= {f"clipped at {clip:g}, normalised": (clip, "mean") for clip in clips}
+    side, rows = latent_side(config), []
+    rare = torch.isin(label_maps, torch.tensor(GROUPS["RFA"])).float()
+    rare = F.adaptive_max_pool2d(rare, side) > 0
+    for name, (clip, normalize) in settings.items():
+        loss = dataclasses.replace(config.loss, clip=clip, normalize=normalize)
+        squared = latent_weights(label_maps, counts, side, loss).double().square()
+        total, mean = squared.sum(), squared.mean()
+        kish = total.square() / squared.square().sum() / squared.numel()
+        part = squared[rare].sum() / total
+        values = (mean, squared.max() / mean, 100 * part, 100 * kish, 100 * rare.double().mean())
+        rows.append((name, *map(float, values)))
+    columns = ["weights", "factor", "largest", "rare_share", "effective_cells", "rare_cells"]
+    return pd.DataFrame(rows, columns=columns)

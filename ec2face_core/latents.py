@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .attributes import pixel_counts
-from .backbone import Backbone, TextEmbedding, encode_images, encode_text
+from .backbone import Backbone, TextEmbedding, encode_images, encode_text, load_backbone
 from .conditioning import mask_latents_of
 from .config import BackboneConfig, Config, resolve
 from .results import path_digest
@@ -224,6 +224,7 @@ def _encoder_digest(config: BackboneConfig) -> list[str]:
     if not folder.is_dir():  # a hub id: its commit names the content
         from huggingface_hub import hf_hub_download
 
+        load_backbone(config, ())  # says what is wrong if it is not to be had
         return [config.path, Path(hf_hub_download(config.path, "vae/config.json")).parts[-3]]
     parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     return [path_digest(folder / part) for part in parts]

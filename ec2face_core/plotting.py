@@ -9,7 +9,6 @@ Here: the style and every chart. Picture grids are in `grids.py`, Fig. 1 in `dia
 from __future__ import annotations
 
 import functools
-import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from .attributes import CLASS_ID, CLASSES, GROUPS, PALETTE, display_name
+from .journal import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,11 +31,6 @@ BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = (
     "#ece133", "#56b4e9",
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, BROWN, SKY)
-CURVES = {  # names of `statistics.reliability` -> headings
-    "psnr": "PSNR (dB)", "lpips": "LPIPS (0 = same)", "latent_mse": "latent error (MSE)",
-    "pixel_accuracy": "pixel accuracy (%)", "OAA": "mask accuracy OAA (%)",
-    "clip_similarity": "CLIP similarity",
-}  # fmt: skip
 GROUP_COLOURS = {"HFA": BLUE, "NFA": GREY, "RFA": RED}
 GROUP_NAMES = {"HFA": "high-frequency", "NFA": "normal-frequency", "RFA": "rare-frequency"}
 STYLE = {
@@ -146,7 +141,7 @@ def reliability_figure(
     panels = bottom.subplots(1, len(metrics), squeeze=False)[0]
     for k, (ax, metric) in enumerate(zip(panels, metrics, strict=True)):
         _band(ax, curves[curves["metric"] == metric], "t", CYCLE[k % 7])
-        ax.set(title=CURVES.get(metric, metric), xlabel="t", xlim=(0, 1))
+        ax.set(title=metric, xlabel="t", xlim=(0, 1))
         twin = ax.twinx()
         (dashed,) = twin.plot(t, beta_values(t, steepness, center), "--", color="0.45", lw=1.3)
         twin.set(ylim=(0, 1.02), yticks=[0, 0.5, 1] if ax is panels[-1] else [])
@@ -183,7 +178,7 @@ def beta_curves(
         for marker, (metric, rows) in zip("os^Dv", reliability.groupby("metric"), strict=False):
             rows = rows.sort_values("t")
             ax.plot(rows["t"], rows["value"], ls=":", lw=1, marker=marker, ms=4, color="0.35",
-                    label=f"measured: {CURVES.get(metric, metric)}")  # fmt: skip
+                    label=f"measured: {metric}")  # fmt: skip
     ax.set(xlabel="t  (0 data, 1 noise)", ylabel="β(t)", xlim=(0, 1), ylim=(-0.02, 1.03))
     ax.grid(axis="y")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -194,13 +189,13 @@ def beta_curves(
 def training_curves(runs: Mapping[str, Path | DataFrame], smoothing: float = 0.9) -> Figure:
     """The losses of one or several runs against the step, from `metrics.jsonl`.
 
-    One panel for each of total, flow, text and mask that was logged. Pale: as logged; dark:
-    exponential mean with the given smoothing.
+    runs: name -> path of the file, or its rows. One panel for each of total, flow, text and mask
+    that was logged. Pale: as logged; dark: exponential mean with the given smoothing.
     """
     import pandas as pd
 
     tables = {
-        name: run if isinstance(run, pd.DataFrame) else read_metrics(run)
+        name: run if isinstance(run, pd.DataFrame) else pd.DataFrame(read_metrics(run.parent))
         for name, run in runs.items()
     }
     parts = [p for p in ("total", "flow", "text", "mask") if any(p in t for t in tables.values())]
@@ -221,13 +216,6 @@ def training_curves(runs: Mapping[str, Path | DataFrame], smoothing: float = 0.9
         handles, labels = fig.axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=len(tables))
     return fig
-
-
-def read_metrics(path: Path) -> DataFrame:
-    """`metrics.jsonl` -> one row a logged step."""
-    import pandas as pd
-
-    return pd.DataFrame([json.loads(line) for line in Path(path).read_text().splitlines() if line])
 
 
 # ----------------------------------------------------------------------------- distributions

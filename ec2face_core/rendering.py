@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attributes import CLASS_ID
+from .canvas import Canvas, Geometry, ellipse
 from .synthetic import Scenes
 
 
@@ -40,8 +40,8 @@ def render(scenes: Scenes, size: int, device: str = "cpu") -> Rendered:
     for name, value in scenes.values.items():
         x = torch.as_tensor(value, dtype=torch.float32, device=device)
         p[name] = x[:, None, None] if x.ndim == 1 else x[:, :, None, None]
-    canvas = _Canvas(len(scenes), size, device)
-    g = _Geometry(p, size, device)
+    canvas = Canvas(len(scenes), size, device)
+    g = Geometry(p, size, device)
     _background(canvas, g, p, scenes.look)
     _back_hair(canvas, g, p)
     _neck_and_clothes(canvas, g, p)
@@ -61,61 +61,7 @@ def render(scenes: Scenes, size: int, device: str = "cpu") -> Rendered:
     return _shade(canvas, p, scenes.look)
 
 
-class _Canvas:
-    """Albedo `b 3 h w` in [0, 1], label map and height of a batch, painted in place."""
-
-    def __init__(self, b: int, size: int, device: str):
-        self.rgb = torch.zeros(b, 3, size, size, device=device)
-        self.label = torch.zeros(b, size, size, dtype=torch.int64, device=device)
-        self.height = torch.zeros(b, size, size, device=device)
-        self.pixel = 1 / size
-
-    def paint(
-        self, sdf: Tensor, colour: Tensor, label: str = "", height: Tensor | None = None,
-        opacity: float | Tensor = 1.0, soft: float = 0.0,
-    ) -> None:  # fmt: skip
-        """Blend `colour` in where sdf < 0, over `soft` (at least a pixel); label and height too."""
-        inside = sdf < 0
-        alpha = (0.5 - sdf / max(self.pixel, soft)).clamp_(0, 1) * opacity
-        self.rgb.lerp_(colour.expand_as(self.rgb), alpha[:, None])
-        if label:
-            self.label.masked_fill_(inside, CLASS_ID[label])
-        if height is not None:
-            self.height = torch.where(inside, height, self.height)
-
-    def take(self, rows: Tensor) -> _Canvas:
-        part = object.__new__(_Canvas)
-        part.rgb, part.label, part.height = self.rgb[rows], self.label[rows], self.height[rows]
-        part.pixel = self.pixel
-        return part
-
-    def put(self, rows: Tensor, part: _Canvas) -> None:
-        self.rgb[rows], self.label[rows], self.height[rows] = part.rgb, part.label, part.height
-
-
-class _Geometry:
-    """Coordinates of the pixel centres: of the picture, of the head, and of the turned face."""
-
-    def __init__(self, p: dict[str, Tensor], size: int, device: str):
-        line = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size
-        self.page_x, self.page_y = (line - 0.5)[None, None, :], line[None, :, None]
-        x, y = self.page_x - p["shift_x"], self.page_y - 0.5 - p["shift_y"]
-        cos, sin = torch.cos(p["roll"]), torch.sin(p["roll"])
-        self.x = (x * cos + y * sin) / p["scale"]  # head coordinates, unrolled
-        self.y = (y * cos - x * sin) / p["scale"] + 0.5
-        # A turned face: features move with the yaw and the far side narrows.
-        d = self.x - 0.035 * p["yaw"]
-        self.u = d + 0.55 * p["yaw"] * d * d.abs().clamp(max=0.4) + 0.6 * p["yaw"] * d * d
-        self.v = self.y - p["pitch"]
-
-    def take(self, rows: Tensor) -> _Geometry:
-        part = object.__new__(_Geometry)
-        part.page_x, part.page_y = self.page_x, self.page_y
-        part.x, part.y, part.u, part.v = self.x[rows], self.y[rows], self.u[rows], self.v[rows]
-        return part
-
-
-def _some(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor], flag: str, draw) -> None:
+def _some(canvas: Canvas, g: Geometry, p: dict[str, Tensor], flag: str, draw) -> None:
     """Draw a rare part on those faces of the batch that have it."""
     rows = p[flag].flatten().nonzero().flatten()
     if len(rows):
@@ -124,24 +70,11 @@ def _some(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor], flag: str, draw) 
         canvas.put(rows, part)
 
 
-# --- shapes: signed distances, negative inside ---
-
-
-def _ellipse(x: Tensor, y: Tensor, rx, ry, power=2.0) -> Tensor:
-    """Superellipse around the origin; the distance is exact in scale at the shorter axis."""
-    if isinstance(power, float) and power == 2.0:
-        radius = ((x / rx) ** 2 + (y / ry) ** 2).sqrt()
-    else:
-        radius = ((x / rx).abs() ** power + (y / ry).abs() ** power) ** (1 / power)
-    short = torch.minimum(torch.as_tensor(rx), torch.as_tensor(ry))
-    return (radius - 1) * short
-
-
-def _head_shape(g: _Geometry, p: dict[str, Tensor]) -> Tensor:
+def _head_shape(g: Geometry, p: dict[str, Tensor]) -> Tensor:
     """Skull above, jaw below; the jaw's power makes it round or square."""
     middle = 0.5 * (p["head_top"] + p["face_h"] + 0.5)
-    top = _ellipse(g.x, g.y - middle, p["face_w"] * 1.02, middle - p["head_top"], 2.3)
-    jaw = _ellipse(
+    top = ellipse(g.x, g.y - middle, p["face_w"] * 1.02, middle - p["head_top"], 2.3)
+    jaw = ellipse(
         g.x - 0.01 * p["yaw"],
         g.y - middle,
         p["face_w"] * 1.02,
@@ -151,26 +84,26 @@ def _head_shape(g: _Geometry, p: dict[str, Tensor]) -> Tensor:
     return torch.where(g.y < middle, top, jaw)
 
 
-def _waves(g: _Geometry, p: dict[str, Tensor]) -> Tensor:
+def _waves(g: Geometry, p: dict[str, Tensor]) -> Tensor:
     """Displacement of the hair's outline: none for straight, ripples for wavy, curls for curly."""
     amount = torch.tensor([0.0, 0.010, 0.016], device=g.y.device)[p["hair_style"].long()]
     frequency = torch.tensor([20.0, 34.0, 58.0], device=g.y.device)[p["hair_style"].long()]
     return amount * torch.sin(frequency * g.y + 0.3 * frequency * g.x + p["wave_phase"])
 
 
-def _hair_shape(g: _Geometry, p: dict[str, Tensor]) -> Tensor:
+def _hair_shape(g: Geometry, p: dict[str, Tensor]) -> Tensor:
     """Everything the hair covers, before the face is cut out of it."""
     long, volume = p["hair_length"], p["hair_volume"]
     rx = p["face_w"] + 0.034 + 0.036 * long + (0.030 + 0.030 * long) * volume
     top = p["head_top"] - 0.06 - 0.09 * volume
-    dome = _ellipse(g.x, g.y - 0.42, rx, 0.42 - top, 2.2)
+    dome = ellipse(g.x, g.y - 0.42, rx, 0.42 - top, 2.2)
     end = torch.where(long > 1.5, 1.2, torch.where(long > 0.5, 0.80 + 0.1 * volume, 0.50))
     flare = rx + 0.13 * long * (g.y - 0.42).clamp(min=0) * (0.3 + volume)
     fall = torch.maximum(g.x.abs() - flare, torch.maximum(0.42 - g.y, g.y - end))
     return torch.minimum(dome.masked_fill((g.y > 0.52) & (long < 0.5), 1.0), fall) + _waves(g, p)
 
 
-def _strands(g: _Geometry, p: dict[str, Tensor]) -> Tensor:
+def _strands(g: Geometry, p: dict[str, Tensor]) -> Tensor:
     """Hair colour with strands and a sheen, `b 3 h w`."""
     style = p["hair_style"]
     bend = style * 0.03 * torch.sin(26 * g.y + p["wave_phase"])
@@ -183,7 +116,7 @@ def _strands(g: _Geometry, p: dict[str, Tensor]) -> Tensor:
 # --- parts, back to front ---
 
 
-def _background(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor], look: str) -> None:
+def _background(canvas: Canvas, g: Geometry, p: dict[str, Tensor], look: str) -> None:
     angle, f = p["bg_angle"], p["bg_freq"]
     x, y = g.page_x, g.page_y
     ramp = 0.5 + 0.5 * (torch.cos(angle) * x * 1.6 + torch.sin(angle) * (y - 0.5) * 1.6)
@@ -198,52 +131,52 @@ def _background(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor], look: str) 
     canvas.rgb.copy_(p["bg_a"] * (1 - mix) + p["bg_b"] * mix)
 
 
-def _back_hair(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _back_hair(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     shape = _hair_shape(g, p).masked_fill(p["bald"] > 0, 1.0)
     dark = _strands(g, p) * 0.72
     canvas.paint(shape, dark, "hair", 0.10 + 0.1 * (0.2 - g.x**2))
 
 
-def _neck_and_clothes(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _neck_and_clothes(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     half = 0.145 + 0.03 * p["male"] + 0.5 * (g.y - 0.86).clamp(min=0)
     sides = (g.x - 0.01 * p["yaw"]).abs() - half
     neck = torch.maximum(sides, 0.7 - g.y)
     chin = torch.exp(-(((g.y - 0.86) / 0.06) ** 2)) * 0.34  # shadow of the chin
     canvas.paint(neck, p["skin_rgb"] * (0.93 - chin[:, None]), "neck",
                  0.16 + 0.12 * (0.09 - (g.x / 1.6) ** 2))  # fmt: skip
-    shoulders = _ellipse(g.x, g.y - p["shoulder_y"] - 0.30, 0.62, 0.31, 2.3)
+    shoulders = ellipse(g.x, g.y - p["shoulder_y"] - 0.30, 0.62, 0.31, 2.3)
     shoulders = torch.maximum(shoulders, p["shoulder_y"] - g.y)
     depth = 0.02 + 0.07 * p["neckline"]
-    opening = _ellipse(g.x, g.y - p["shoulder_y"] + 0.02, 0.13 + 0.07 * p["neckline"], depth + 0.03)
+    opening = ellipse(g.x, g.y - p["shoulder_y"] + 0.02, 0.13 + 0.07 * p["neckline"], depth + 0.03)
     cloth = torch.maximum(shoulders, -opening)
     folds = 1 + 0.10 * torch.sin(38 * g.x + 14 * g.y + p["wave_phase"])
     canvas.paint(cloth, (p["cloth_rgb"] * folds[:, None]).clamp(0, 1), "cloth", 0.15 - 0.2 * g.x**2)
 
 
-def _necklace(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _necklace(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     drop = p["necklace_y"] - 0.9 * g.x**2 / 0.3
     chain = torch.maximum((g.y - drop).abs() - p["necklace_w"], g.x.abs() - 0.12)
     pearl = 0.85 + 0.3 * torch.sin(150 * g.x) ** 2
-    pendant = _ellipse(g.x, g.y - p["necklace_y"] - 0.016, 0.014, 0.018) + 1 - p["pendant"]
+    pendant = ellipse(g.x, g.y - p["necklace_y"] - 0.016, 0.014, 0.018) + 1 - p["pendant"]
     shape = torch.minimum(chain, pendant)
     canvas.paint(shape, (p["necklace_rgb"] * pearl[:, None]).clamp(0, 1), "neck_l", 0.22 + 0 * g.x)
 
 
-def _ears(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _ears(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     for side, name, cover in ((1, "l_ear", "cover_l"), (-1, "r_ear", "cover_r")):
         x = side * g.x - p["face_w"] * 1.02 - 0.012 + 0.035 * side * p["yaw"].clamp(-1, 1)
         y = g.y - 0.545 + 0.25 * x
-        ear = _ellipse(x, y, 0.042, 0.088) + p[cover] * 0.2
+        ear = ellipse(x, y, 0.042, 0.088) + p[cover] * 0.2
         canvas.paint(ear, p["skin_rgb"] * 0.92, name, 0.14 + 0 * g.x)
-        canvas.paint(_ellipse(x + 0.004, y + 0.008, 0.018, 0.05) + p[cover] * 0.2,
+        canvas.paint(ellipse(x + 0.004, y + 0.008, 0.018, 0.05) + p[cover] * 0.2,
                      p["skin_rgb"] * 0.68, opacity=0.8, soft=0.02)  # fmt: skip
 
 
-def _head(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _head(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     head = _head_shape(g, p)
     dome = (1 - (g.x / 0.34) ** 2 - ((g.y - 0.5) / 0.62) ** 2).clamp(min=0.02).sqrt()
     canvas.paint(head, p["skin_rgb"], "skin", 0.06 + 0.34 * dome)
-    cheek = _ellipse(g.u.abs() - 0.145, g.v - 0.61, 0.07, 0.05)
+    cheek = ellipse(g.u.abs() - 0.145, g.v - 0.61, 0.07, 0.05)
     pink = p["skin_rgb"] * p["skin_rgb"].new_tensor([1.0, 0.74, 0.74])[:, None, None]
     blush = (0.15 + 0.55 * p["rosy_cheeks"] + 0.3 * p["heavy_makeup"]).clamp(max=0.75)
     canvas.paint(torch.maximum(cheek, head), pink, opacity=blush, soft=0.09)
@@ -256,7 +189,7 @@ def _head(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(fold, dark, opacity=0.35 * p["smiling"], soft=0.012)
 
 
-def _beard(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _beard(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     head = _head_shape(g, p)
     edge = 0.66 + 0.9 * (0.22 - g.u.abs()).clamp(-0.1, 0.12)  # cheeks free, jaw covered
     beard = torch.maximum(head, edge - g.v)
@@ -265,19 +198,17 @@ def _beard(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(beard, colour, opacity=p["beard_density"], soft=0.03)
 
 
-def _mustache(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _mustache(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     y = g.v - 0.692 - 1.6 * g.u**2
-    canvas.paint(
-        _ellipse(g.u, y, 0.085, 0.017, 2.5), p["hair_rgb"] * 0.85, opacity=0.85, soft=0.012
-    )
+    canvas.paint(ellipse(g.u, y, 0.085, 0.017, 2.5), p["hair_rgb"] * 0.85, opacity=0.85, soft=0.012)
 
 
-def _lens(g: _Geometry, p: dict[str, Tensor]) -> Tensor:
+def _lens(g: Geometry, p: dict[str, Tensor]) -> Tensor:
     x, y = g.u.abs() - p["eye_x"] - 0.004, g.v - p["eye_y"] - 0.012
-    return _ellipse(x, y, p["lens_w"], p["lens_h"], p["lens_p"])
+    return ellipse(x, y, p["lens_w"], p["lens_h"], p["lens_p"])
 
 
-def _glasses(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _glasses(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     lens = _lens(g, p)
     bridge = torch.maximum((g.v - p["eye_y"] + 0.01).abs() - 0.007, g.u.abs() - 0.05)
     temple = torch.maximum(
@@ -289,13 +220,13 @@ def _glasses(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(frame, p["frame_rgb"], "eye_g", canvas.height + 0.01)
 
 
-def _sunglasses(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _sunglasses(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     lens = _lens(g, p)
     glare = 0.18 * torch.exp(-(((g.u - g.v + 0.5) / 0.05) ** 2))[:, None]
     canvas.paint(lens, p["frame_rgb"] * 0.6 + glare, "eye_g", canvas.height + 0.008)
 
 
-def _eyes_and_brows(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _eyes_and_brows(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     dark = p["skin_rgb"] * 0.35
     for side, eye, brow in ((1, "l_eye", "l_brow"), (-1, "r_eye", "r_brow")):
         x = side * g.u - p["eye_x"]  # outwards from the nose is positive
@@ -303,7 +234,7 @@ def _eyes_and_brows(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None
         arc = (1 - (x / p["eye_w"]) ** 2).clamp(min=0)
         upper, lower = p["eye_h"] * 1.15 * arc, p["eye_h"] * 0.85 * arc
         almond = torch.maximum(torch.maximum(-upper - y, y - lower), x.abs() - p["eye_w"])
-        socket = _ellipse(x, y + 0.006, p["eye_w"] * 1.45, p["eye_h"] * 2.3)
+        socket = ellipse(x, y + 0.006, p["eye_w"] * 1.45, p["eye_h"] * 2.3)
         shadow = torch.where(p["heavy_makeup"][:, None] > 0, p["shadow_rgb"], p["skin_rgb"] * 0.72)
         canvas.paint(socket, shadow, opacity=0.35 + 0.3 * p["heavy_makeup"], soft=0.03)
         bag = torch.maximum(
@@ -312,10 +243,10 @@ def _eyes_and_brows(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None
         canvas.paint(bag, dark, opacity=0.6 * p["bags_under_eyes"], soft=0.010)
         canvas.paint(almond, almond.new_tensor([0.93, 0.92, 0.90])[None, :, None, None], eye)
         iris_x = side * g.u - p["eye_x"] - side * p["gaze"]
-        iris = torch.maximum(_ellipse(iris_x, y + 0.001, 0.0175, 0.0175), almond)
+        iris = torch.maximum(ellipse(iris_x, y + 0.001, 0.0175, 0.0175), almond)
         canvas.paint(iris, p["iris_rgb"])
-        canvas.paint(torch.maximum(_ellipse(iris_x, y + 0.001, 0.008, 0.008), almond), dark * 0.2)
-        glint = _ellipse(g.u - side * p["eye_x"] - p["gaze"] + 0.005, y + 0.006, 0.0042, 0.0042)
+        canvas.paint(torch.maximum(ellipse(iris_x, y + 0.001, 0.008, 0.008), almond), dark * 0.2)
+        glint = ellipse(g.u - side * p["eye_x"] - p["gaze"] + 0.005, y + 0.006, 0.0042, 0.0042)
         canvas.paint(torch.maximum(glint, almond), torch.ones_like(p["skin_rgb"]))
         lid = torch.maximum(
             (y + upper).abs() - 0.0045 - 0.003 * p["heavy_makeup"], x.abs() - p["eye_w"] * 1.06
@@ -330,7 +261,7 @@ def _eyes_and_brows(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None
                      opacity=0.88)  # fmt: skip
 
 
-def _nose(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _nose(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     tip = p["nose_y"]
     s = ((g.v - 0.445) / (tip - 0.445)).clamp(0, 1)  # 0 at the root, 1 at the base
     half = 0.026 + (p["nose_w"] - 0.012) * s**1.7
@@ -340,13 +271,13 @@ def _nose(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(nose, p["skin_rgb"] * 0.975, "nose", canvas.height + bump)
     base = torch.maximum((g.v - tip - 0.004).abs() - 0.006, g.u.abs() - p["nose_w"] * 0.9)
     canvas.paint(base, p["skin_rgb"] * 0.6, opacity=0.6, soft=0.012)
-    nostril = _ellipse(g.u.abs() - p["nose_w"] * 0.45, g.v - tip + 0.002, 0.012, 0.007)
+    nostril = ellipse(g.u.abs() - p["nose_w"] * 0.45, g.v - tip + 0.002, 0.012, 0.007)
     canvas.paint(nostril, p["skin_rgb"] * 0.35, opacity=0.9)
-    canvas.paint(_ellipse(g.u + 0.006, g.v - tip + 0.035, 0.012, 0.02), p["skin_rgb"] * 0.5 + 0.5,
+    canvas.paint(ellipse(g.u + 0.006, g.v - tip + 0.035, 0.012, 0.02), p["skin_rgb"] * 0.5 + 0.5,
                  opacity=0.35, soft=0.03)  # fmt: skip
 
 
-def _mouth(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _mouth(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     x = g.u / p["mouth_w"]
     arch = (1 - x**2).clamp(min=0)
     line = p["mouth_y"] - p["smile"] * (x**2).clamp(max=1.2) + 0.4 * p["smile"]
@@ -369,17 +300,18 @@ def _mouth(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(lower, p["lip_rgb"], "l_lip", canvas.height + 0.03)
     seam = torch.maximum((g.v - line).abs() - 0.0035, ends)
     canvas.paint(seam, p["lip_rgb"] * 0.45, opacity=0.9 * (1 - p["mouth_open"]))
-    shine = _ellipse(g.u + 0.02, g.v - line - 0.65 * gap - 0.4 * p["lip_l"], 0.02, 0.004)
+    shine = ellipse(g.u + 0.02, g.v - line - 0.65 * gap - 0.4 * p["lip_l"], 0.02, 0.004)
     canvas.paint(
         shine, torch.ones_like(p["skin_rgb"]), opacity=0.15 + 0.4 * p["lipstick"], soft=0.01
     )
 
 
-def _front_hair(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _front_hair(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     hair = _hair_shape(g, p)
     x = g.x - p["hair_part"] * (1 - p["bangs"])
-    top = torch.where(p["bangs"] > 0, 0.375 + 0.012 * torch.sin(90 * g.x + p["wave_phase"]),
-                      p["hairline"] + 0.9 * x**2 + 0.02 * torch.sin(9 * x + p["wave_phase"]))  # fmt: skip
+    fringe = 0.375 + 0.012 * torch.sin(90 * g.x + p["wave_phase"])
+    swept = p["hairline"] + 0.9 * x**2 + 0.02 * torch.sin(9 * x + p["wave_phase"])
+    top = torch.where(p["bangs"] > 0, fringe, swept)
     covered = torch.where(g.x > 0, p["cover_l"], p["cover_r"])
     # Covered ears: curtains run down beside the face. Free ears: hair ends at the sideburns.
     side = p["face_w"] * (0.93 - 0.06 * p["hair_volume"]) + 0.30 * (g.y - 0.62).clamp(min=0)
@@ -395,16 +327,16 @@ def _front_hair(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
     )
 
 
-def _earrings(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _earrings(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     size = p["earring_size"]
     kind = p["earring_type"]
     glitter = (0.9 + 0.25 * torch.sin(140 * g.x) * torch.sin(140 * g.y))[:, None]
     for side in (1, -1):
         x = side * g.x - p["face_w"] * 1.02 - 0.014 + 0.035 * side * p["yaw"].clamp(-1, 1)
         y = g.y - 0.635
-        stud = _ellipse(x, y, 0.023 * size, 0.023 * size)
-        hoop = _ellipse(x, y - 0.055 * size, 0.042 * size, 0.058 * size).abs() - 0.0105
-        drop = _ellipse(x, y - 0.075 * size, 0.024 * size, 0.052 * size)
+        stud = ellipse(x, y, 0.023 * size, 0.023 * size)
+        hoop = ellipse(x, y - 0.055 * size, 0.042 * size, 0.058 * size).abs() - 0.0105
+        drop = ellipse(x, y - 0.075 * size, 0.024 * size, 0.052 * size)
         hook = torch.maximum(x.abs() - 0.007, (y - 0.015).abs() - 0.02)
         ring = torch.where(
             kind < 0.5, stud, torch.where(kind < 1.5, hoop, torch.minimum(drop, hook))
@@ -415,20 +347,18 @@ def _earrings(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
         )
 
 
-def _hat(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
+def _hat(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     kind = p["hat_type"]
     rx = p["face_w"] + 0.07 + 0.02 * p["hair_volume"]
-    dome = _ellipse(g.x, g.y - p["hat_y"], rx, p["hat_y"] + 0.02, 2.5)
+    dome = ellipse(g.x, g.y - p["hat_y"], rx, p["hat_y"] + 0.02, 2.5)
     crown = torch.maximum(dome, g.y - p["hat_y"] - 0.35 * g.x**2 * (kind < 1.5))
     reach = torch.where(kind < 0.5, rx * 0.95, torch.where(kind < 1.5, rx, rx * 1.42))
     thick = torch.where(kind < 0.5, 0.045, torch.where(kind < 1.5, 0.035, 0.042))
-    brim = _ellipse(
-        g.x - 0.1 * p["yaw"] * (kind < 0.5), g.y - p["hat_y"] - 0.012, reach, thick, 2.5
-    )
+    brim = ellipse(g.x - 0.1 * p["yaw"] * (kind < 0.5), g.y - p["hat_y"] - 0.012, reach, thick, 2.5)
     band = 0.85 + 0.15 * torch.cos(p["hat_stripe"] * 22 * (g.y - p["hat_y"]))
     knit = 1 + 0.12 * torch.sin(110 * g.x) * ((kind > 0.5) & (kind < 1.5))
     colour = (p["hat_rgb"] * (band * knit)[:, None]).clamp(0, 1)
-    shadow = _ellipse(g.x, g.y - p["hat_y"] - 0.05, rx, 0.04)
+    shadow = ellipse(g.x, g.y - p["hat_y"] - 0.05, rx, 0.04)
     canvas.paint(
         torch.maximum(shadow, _head_shape(g, p)), p["skin_rgb"] * 0.5, opacity=0.5, soft=0.04
     )
@@ -436,7 +366,7 @@ def _hat(canvas: _Canvas, g: _Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(brim, colour * 0.82, "hat", 0.42 - 0.3 * g.x**2 + 0 * g.y)
 
 
-def _shade(canvas: _Canvas, p: dict[str, Tensor], look: str) -> Rendered:
+def _shade(canvas: Canvas, p: dict[str, Tensor], look: str) -> Rendered:
     """Lambert shading of the albedo by the height field, a tint, and the dense maps."""
     depth = canvas.height
     slope = 0.5 / (4 * canvas.pixel)  # central differences per image side, relief halved

@@ -3,8 +3,8 @@
     python -m ec2face_core.reproduce --profile mini [--only 05 06] [--force] [--train] [--seeds N]
 
 A notebook is skipped while nothing that shapes it has changed: its code, its parameters, the
-package, the profile, the bundle, the adapters, the notebooks it reads from, and the artefacts it
-made. Papermill alone lets several failures pass as success; here a parameter that no notebook
+package, the profile, the bundle, the adapters and the manifests, and while its artefacts are there.
+Papermill alone lets several failures pass as success; here a parameter that no notebook
 declares is refused, each notebook runs in a child process whose exit code counts (a killed kernel
 leaves a copy that looks complete), a cell that was skipped counts as failed, and the stamp that
 says "up to date" is written last.
@@ -27,12 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import ROOT, Config, ConfigError, load_profile
+from .config import ROOT, Config, ConfigError, load_profile, resolve
 from .launch import child_environment
 from .results import path_digest, provenance
 
-# Notebooks that read what another one wrote: they run again when that one's identity changes.
-READS = {"03": ("02",)}
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # tags of cells that papermill adds
 Parameters = dict[str, Any]
 
@@ -194,8 +192,9 @@ def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
         ROOT / "data/mini",
         ROOT / "data/paper",
     ]
-    for number in READS.get(notebook.name[:2], ()):
-        inputs += sorted(notebook.parent.glob(f"{number}_*.ipynb"))
+    if not config.data.procedural:
+        roots = (config.data.root, config.data.zero_shot_root)
+        inputs += [resolve(root) / "manifest.csv" for root in roots]
     if "train" not in papermill.inspect_notebook(str(notebook)):
         inputs.append(config.run_dir / "adapters")  # one that trains writes them instead
     code = [cell.source for cell in cells if cell.cell_type == "code"]

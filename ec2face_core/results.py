@@ -373,7 +373,7 @@ def _in_order(methods: Iterable[str]) -> list[str]:
 
 def _title(rows: DataFrame) -> str:
     name = rows["table"].iloc[0]
-    return f"Table {name[5:]}" if name[5:].isdigit() else name
+    return f"Table {name[5:]}" if name[5:].isdigit() else name.replace("_", " ").capitalize()
 
 
 def _notes(rows: DataFrame) -> list[str]:

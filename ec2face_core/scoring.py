@@ -106,11 +106,13 @@ def score_folder(
 
     folder = resolve(images_dir)
     ids = evaluated_ids(config, dataset, limit)
-    files = _named_files(folder, dataset, ids)
+    files, report = _named_files(folder, dataset, ids)
+    if report.problems:  # say at once what else is wrong
+        _check_pictures(report, files, config.data.size)
     cache = config.run_dir / "scores" / f"{folder.name}-{_score_key(files, dataset, config)}.csv"
     if cache.is_file():
         return pd.read_csv(cache, dtype={"id": str}, float_precision="round_trip")
-    _check_pictures(folder, files, config.data.size)
+    _check_pictures(report, files, config.data.size)
 
     from tqdm.auto import tqdm
 
@@ -123,6 +125,12 @@ def score_folder(
     table.insert(0, "id", ids)
     write_frame(cache, table)
     return table
+
+
+def counts(per_image: DataFrame, critic: str) -> tuple[Any, Any]:
+    """(correct, support) of the rows of `score_folder`, each `(n, 19)`."""
+    correct = per_image[[f"correct_{critic}_{c}" for c in CLASSES]]
+    return correct.to_numpy(), per_image[[f"support_{c}" for c in CLASSES]].to_numpy()
 
 
 def _columns() -> list[str]:
@@ -151,8 +159,10 @@ def _score(
     return torch.cat(columns + [table.double().cpu() for table in tables], dim=1)
 
 
-def _named_files(folder: Path, dataset: FaceDataset, ids: Sequence[str]) -> dict[str, Path]:
-    """The picture of each id; DataError names missing ids and pictures of no face."""
+def _named_files(
+    folder: Path, dataset: FaceDataset, ids: Sequence[str]
+) -> tuple[dict[str, Path], Report]:
+    """The picture of each id that has one, and a report of missing ones and of those of no face."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder of pictures")
     report, known = Report(folder, len(ids)), set(dataset.ids)
@@ -163,13 +173,11 @@ def _named_files(folder: Path, dataset: FaceDataset, ids: Sequence[str]) -> dict
     for name, path in files.items():
         if name not in known:
             report.add(path, f"no face {name} in {dataset.root.name}, split {dataset.split}")
-    report.raise_if_bad()
-    return {name: files[name] for name in ids}
+    return {name: files[name] for name in ids if name in files}, report
 
 
-def _check_pictures(folder: Path, files: Mapping[str, Path], size: int) -> None:
-    """DataError names every unreadable picture and every one that is not `size` pixels wide."""
-    report = Report(folder, len(files))
+def _check_pictures(report: Report, files: Mapping[str, Path], size: int) -> None:
+    """Add every unreadable picture and every one that is not `size` pixels wide; then raise."""
 
     def check(path: Path) -> str:
         try:
@@ -186,12 +194,18 @@ def _check_pictures(folder: Path, files: Mapping[str, Path], size: int) -> None:
 
 def _score_key(files: Mapping[str, Path], dataset: FaceDataset, config: Config) -> str:
     """Twelve hex digits of pictures, faces, critics, settings and code."""
+    about = [critics_digest(config), data_digest(dataset), list(files)]
+    about.append(list(parallel(path_digest, files.values())))
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+
+
+def critics_digest(config: Config) -> str:
+    """Twelve hex digits of the critics' weights and settings, and of the code that scores."""
     p, e = config.perception, config.evaluation
     names = (p.parser, p.scoring_parser, p.clip, p.scoring_clip)
     about: list[Any] = [names, [path_digest(resolve(n.removeprefix(LOCAL_DIR))) for n in names]]
-    about += [p.parser_size, e.lpips, e.niqe_block, e.niqe_refit, data_digest(dataset)]
+    about += [p.parser_size, e.lpips, e.niqe_block, e.niqe_refit, code_digest(SCORING)]
     about += [data_digest(open_dataset(config, "train")) if e.niqe_refit else ""]
-    about += [code_digest(SCORING), list(files), list(parallel(path_digest, files.values()))]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
 
 

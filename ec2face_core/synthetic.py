@@ -18,11 +18,20 @@ import numpy as np
 
 _DRAWS = 160  # uniform numbers per face; more than are used
 
-SKIN_TONES = ((255, 226, 202), (242, 201, 164), (222, 172, 128), (190, 134, 92), (136, 86, 56), (92, 58, 42))  # fmt: skip
+SKIN_TONES = (
+    (255, 226, 202), (242, 201, 164), (222, 172, 128), (190, 134, 92), (136, 86, 56), (92, 58, 42),
+)  # fmt: skip
 HAIR_COLOURS = ("black", "brown", "blond", "red", "gray")
 HAIR_RGB = ((30, 26, 28), (92, 60, 38), (216, 180, 112), (158, 74, 36), (172, 170, 168))
 HAIR_STYLES = ("straight", "wavy", "curly")
 HAIR_LENGTHS = ("short", "medium", "long")
+
+FLAGS = (
+    "male", "young", "bald", "bangs", "receding_hairline", "smiling", "mouth_open", "eyeglasses",
+    "hat", "earrings", "necklace", "beard", "mustache", "lipstick", "heavy_makeup",
+    "arched_eyebrows", "bushy_eyebrows", "big_nose", "big_lips", "narrow_eyes", "bags_under_eyes",
+    "pale_skin", "rosy_cheeks", "chubby", "oval_face",
+)  # fmt: skip
 
 # Probabilities of the accessories: (women, men). Balanced frequencies train the critics.
 FREQUENCIES = {
@@ -52,14 +61,9 @@ class Scenes:
     def attributes(self) -> list[dict[str, bool | str]]:
         """What is visible in each face, in the words that `captions.captions` reads."""
         v = self.values
-        flags = (
-            "male young bald bangs receding_hairline smiling mouth_open eyeglasses hat earrings "
-            "necklace beard mustache lipstick heavy_makeup arched_eyebrows bushy_eyebrows big_nose "
-            "big_lips narrow_eyes bags_under_eyes pale_skin rosy_cheeks chubby oval_face"
-        ).split()
         rows = []
         for i in range(len(self)):
-            row: dict[str, bool | str] = {name: bool(v[name][i]) for name in flags}
+            row: dict[str, bool | str] = {name: bool(v[name][i]) for name in FLAGS}
             row["hair_colour"] = HAIR_COLOURS[int(v["hair_colour"][i])]
             row["hair_style"] = HAIR_STYLES[int(v["hair_style"][i])]
             row["hair_length"] = HAIR_LENGTHS[int(v["hair_length"][i])]
@@ -201,8 +205,9 @@ def sample_scenes(
     v["wrinkles"] = old * d.uniform(0.5, 1.0)
     v["skin_rgb"] = np.clip(_tone(tone) + d.colour(-0.02, 0.02), 0, 1)
     reds = np.array([(196, 48, 60), (176, 30, 70), (214, 90, 110), (140, 28, 40)]) / 255
-    v["lip_rgb"] = np.where(v["lipstick"][:, None] > 0, reds[d.choice(0.35, 0.2, 0.3, 0.15).astype(int)],
-                            v["skin_rgb"] * np.array([0.86, 0.62, 0.6]))  # fmt: skip
+    lipstick = reds[d.choice(0.35, 0.2, 0.3, 0.15).astype(int)]
+    natural = v["skin_rgb"] * np.array([0.86, 0.62, 0.6])
+    v["lip_rgb"] = np.where(v["lipstick"][:, None] > 0, lipstick, natural)
     v["shadow_rgb"] = d.colour(0.15, 0.5)
 
     # accessories
@@ -253,7 +258,7 @@ def write_dataset(
     look: str = "first",
     progress: bool = True,
 ) -> None:
-    """Write faces in the real layout: `root/{image,mask,text}/{id}.*`, manifest.csv, attributes.csv.
+    """Write faces in the real layout: `root/{image,mask,text}/{id}.*`, manifest and attributes.
 
     splits: split name -> number of faces, ids counted on from one split to the next, as
     CelebA-HQ's are. Ten captions a face (nine for the second look). The folder appears under its

@@ -14,7 +14,6 @@ itself: config.yaml, metrics.jsonl (one line a step), checkpoints/, final/ (the 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -26,7 +25,15 @@ import torch
 from torch import Tensor
 
 from .backbone import add_mask_lora, load_backbone, save_mask_lora
-from .checkpoints import newest_checkpoint, save_checkpoint, write_folder
+from .checkpoints import (
+    compare_identities,
+    newest_checkpoint,
+    restore_training,
+    save_checkpoint,
+    training_identity,
+    training_tensors,
+    write_folder,
+)
 from .conditioning import predict_velocity
 from .config import VARIANTS, Config, ConfigError, resolve
 from .draws import Draws, SampleStream
@@ -37,14 +44,6 @@ from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
 from .losses import LossBreakdown, flow_matching_loss, latent_weights, total_loss
 from .perception import ClipScorer, FaceParser
 
-# What may change between the runs of one training; everything else decides the weights.
-FREE = {
-    "profile", "adapters", "sampling", "evaluation",
-    "perception.scoring_parser", "perception.scoring_clip",
-    "trainer.steps", "trainer.batch_size", "trainer.accumulation", "trainer.num_processes",
-    "trainer.gradient_checkpointing", "trainer.checkpoint_every", "trainer.keep_checkpoints",
-    "trainer.log_every",
-}  # fmt: skip
 METRICS = ("t", "total", "flow", "text", "mask", "beta", "unweighted_flow", "grad_norm")
 
 
@@ -256,50 +255,38 @@ class Trainer:
 
     # ------------------------------------------------------------------- files and messages
 
-    def _identity(self) -> dict[str, Any]:
-        """Every setting that decides the weights, flat."""
-        flat = _flatten(dataclasses.asdict(self.config)) | {"variant": self.variant}
-        return {k: v for k, v in flat.items() if k not in FREE and k.split(".")[0] not in FREE}
-
     def _checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest valid checkpoint of this run_dir; ConfigError if it is of another training."""
         found = newest_checkpoint(self.run_dir / "checkpoints")
         if found is not None:
-            before, now = found[1]["identity"], self._identity()
-            other = [k for k in {*before, *now} if before.get(k) != now.get(k)]
-            if other:
-                changes = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in sorted(other))
-                raise ConfigError(
-                    f"{self.run_dir} holds a training with other settings ({changes}): take these, "
-                    "or another --run-dir, or delete it"
-                )
+            compare_identities(found[1]["identity"], self._identity(), self.run_dir)
         return found
 
-    def _names(self) -> list[str]:
-        return [n for n, p in self.transformer.named_parameters() if p.requires_grad]
+    def _identity(self) -> dict[str, Any]:
+        return training_identity(self.config) | {"variant": self.variant}
 
     def _save(self) -> None:
         if self.is_main:
-            tensors, state = {}, self.optimizer.state_dict()["state"]
-            for i, (name, p) in enumerate(zip(self._names(), self.parameters, strict=True)):
-                tensors |= {f"{name}/value": p} | {f"{name}/{k}": v for k, v in state[i].items()}
             about = {"samples": self.samples, "identity": self._identity()}
             if self.accelerator.scaler is not None:  # fp16
                 about["scaler"] = self.accelerator.scaler.state_dict()
-            folder, keep = self.run_dir / "checkpoints", self.config.trainer.keep_checkpoints
-            save_checkpoint(folder, self.step, tensors, about, keep)
+            save_checkpoint(
+                self.run_dir / "checkpoints",
+                self.step,
+                training_tensors(self._named_parameters(), self.optimizer),
+                about,
+                self.config.trainer.keep_checkpoints,
+            )
         self.accelerator.wait_for_everyone()
 
     def _restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for i, (name, p) in enumerate(zip(self._names(), self.parameters, strict=True)):
-            own = {k.split("/")[1]: v for k, v in tensors.items() if k.split("/")[0] == name}
-            p.data.copy_(own.pop("value"))
-            state[i] = own
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        restore_training(self._named_parameters(), self.optimizer, tensors)
         if "scaler" in about and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(about["scaler"])
         self.step, self.samples = about["step"], about["samples"]
+
+    def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
 
     def _begin_files(self) -> None:
         """config.yaml, metrics.jsonl cut back to the step resumed from, and a first message."""
@@ -376,13 +363,3 @@ def _accelerator(config: Any, device: str | None) -> Any:
             f"{config.num_processes}: set it to what you start, or start with launch.run"
         )
     return accelerator
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

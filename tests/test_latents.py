@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from ec2face_core import latents
 from ec2face_core.attributes import palette_image
@@ -33,7 +33,7 @@ def cache(dataset, encoders, tiny_config, tmp_path_factory):
 
 def contents(folder):
     """Tensors by file; the bytes of a safetensors file vary with the order of its metadata."""
-    return {path: load_file(path) for path in sorted(folder.iterdir())}
+    return {path: load(path.read_bytes()) for path in sorted(folder.iterdir())}
 
 
 def test_a_batch_holds_the_latents_and_the_caption_of_its_ids(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -66,7 +67,7 @@ def test_command_lines():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children end with their parent on Linux only")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_a_child_ends_with_its_parent(module, tmp_path, how):
+def test_a_child_ends_with_its_parent(module, tmp_path, monkeypatch, how):
     pid_file = tmp_path / "pid"
     name, env = module(
         "waits",
@@ -74,18 +75,15 @@ def test_a_child_ends_with_its_parent(module, tmp_path, how):
         "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
         "time.sleep(120)\n",
     )
-    code = f"from ec2face_core import launch; launch.run({name!r}, {str(pid_file)!r})"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=dict(os.environ) | env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    monkeypatch.setenv("PYTHONPATH", env["PYTHONPATH"])
+    fork = multiprocessing.get_context("fork")  # a parent that does not import torch again
+    parent = fork.Process(target=launch.run, args=(name, str(pid_file)))
+    parent.start()
     wait_for(lambda: pid_file.exists() and pid_file.read_text())
     child = Path(f"/proc/{pid_file.read_text()}")
     assert child.exists()
-    parent.send_signal(how)
-    parent.wait(240)
+    os.kill(parent.pid, how)
+    parent.join(60)
     wait_for(lambda: not child.exists() or "\nState:\tZ" in (child / "status").read_text())
 
 
@@ -104,7 +102,7 @@ def test_two_processes_are_two_ranks(module, capfd):
     assert "rank 0 of 2 sum 3.0" in out and "rank 1 of 2 sum 3.0" in out
 
 
-def wait_for(condition, seconds=240):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"

@@ -104,3 +104,23 @@ def test_the_subjects_left_is_image_right(real_root):
             (labels == CLASS_ID[name]).nonzero()[:, 2].float().mean() for name in ("l_eye", "r_eye")
         )
         assert left - right > 8
+
+
+@pytest.mark.slow
+def test_real_faces_are_cached_and_trained_on(real_root, tiny_config, tmp_path):
+    from ec2face_core.journal import read_metrics
+    from ec2face_core.trainer import Trainer
+
+    config = tiny_config.replace(
+        data={"root": str(real_root), "procedural": False},
+        trainer={"steps": 3, "batch_size": 4},
+    )
+    trainer = Trainer(config, "both", tmp_path / "run")
+    final = trainer.fit()
+    faces = FaceDataset(real_root, "train")
+    assert torch.equal(trainer.cache.label_counts(), faces.label_counts())
+    batch = trainer.cache.batch([faces.ids[5], faces.ids[1]], [0, 0])
+    assert torch.equal(batch["label_map"], torch.stack([faces[5].label_map, faces[1].label_map]))
+    assert batch["captions"] == [faces.caption(faces.ids[i], 0) for i in (5, 1)]
+    rows = read_metrics(final.parent)
+    assert len(rows) == 3 and all(row["text"] > 0 and row["mask"] > 0 for row in rows)

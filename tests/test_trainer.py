@@ -47,9 +47,10 @@ def straight(tiny_config: Config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exact(tiny_config: Config, tmp_path_factory):
-    """A trainer set up in float32, with conditions dropped often; its LoRA is not zero."""
+    """Set up in float32, conditions dropped often, strong guidance; its LoRA is not zero."""
     config = tiny_config.replace(
-        trainer={"mixed_precision": "no", "drop_probability": 0.4, "batch_size": 4}
+        loss={"alpha_text": 500.0, "alpha_mask": 500.0},
+        trainer={"mixed_precision": "no", "drop_probability": 0.4, "batch_size": 4},
     )
     trainer = Trainer(config, "both", tmp_path_factory.mktemp("run") / "exact")
     trainer.setup()
@@ -130,7 +131,7 @@ def test_two_stage_gradient_is_the_end_to_end_gradient(exact):
         return (flat(left) - flat(right)).norm() / flat(right).norm()
 
     assert error(two_stage, end_to_end) < 1e-4
-    assert error(only_flow, end_to_end) > 1e-3  # the pixel losses are felt at all
+    assert error(only_flow, end_to_end) > 0.1  # so the pixel losses were in the comparison
     for name, value in parts.mean().items():
         torch.testing.assert_close(means[name], value, rtol=1e-4, atol=1e-5)
 
