@@ -98,6 +98,7 @@ class TrainerConfig:
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     warmup: int = 0  # steps of linear warm-up
+    schedule: str = "constant"  # after the warm-up: constant | cosine (to 0 at the last step)
     max_grad_norm: float = 1.0
     drop_probability: float = 0.1  # p of Eq. 13, text and mask independently
     mixed_precision: str = "bf16"  # no | bf16 | fp16

@@ -35,7 +35,7 @@ from .checkpoints import (
     write_folder,
 )
 from .conditioning import predict_velocity
-from .config import VARIANTS, Config, ConfigError, resolve
+from .config import VARIANTS, Config, ConfigError, TrainerConfig, resolve
 from .draws import Draws, SampleStream
 from .flow import interpolate, reverse_estimate, velocity
 from .guidance import PixelGuidance
@@ -196,7 +196,7 @@ class Trainer:
                 accelerator.backward(loss / c.accumulation)
             sums += torch.stack([means[name] for name in METRICS[:-1]])
         for group in self.optimizer.param_groups:
-            group["lr"] = c.learning_rate * min(1.0, (self.step + 1) / max(1, c.warmup))
+            group["lr"] = learning_rate(c, self.step)
         norm = accelerator.clip_grad_norm_(self.parameters, c.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -338,6 +338,15 @@ class Trainer:
             data=self.cache.folder.name,
         )
         (folder / "provenance.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def learning_rate(config: TrainerConfig, step: int) -> float:
+    """Rate of step 0, 1, ...: a linear warm-up, then constant or half a cosine down to 0."""
+    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+    if config.schedule == "cosine":
+        rest = (step - config.warmup) / max(1, config.steps - config.warmup)
+        rate *= 0.5 * (1 + math.cos(math.pi * max(0.0, rest)))
+    return rate
 
 
 def _accelerator(config: Any, device: str | None) -> Any:

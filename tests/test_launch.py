@@ -77,7 +77,7 @@ def test_a_child_ends_with_its_parent(module, tmp_path, monkeypatch, how):
     )
     monkeypatch.setenv("PYTHONPATH", env["PYTHONPATH"])
     fork = multiprocessing.get_context("fork")  # a parent that does not import torch again
-    parent = fork.Process(target=launch.run, args=(name, str(pid_file)))
+    parent = fork.Process(target=run_interruptibly, args=(name, str(pid_file)))
     parent.start()
     wait_for(lambda: pid_file.exists() and pid_file.read_text())
     child = Path(f"/proc/{pid_file.read_text()}")
@@ -100,6 +100,11 @@ def test_two_processes_are_two_ranks(module, capfd):
     launch.run(name, num_processes=2, env=env)
     out = capfd.readouterr().out
     assert "rank 0 of 2 sum 3.0" in out and "rank 1 of 2 sum 3.0" in out
+
+
+def run_interruptibly(*args):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    launch.run(*args)
 
 
 def wait_for(condition, seconds=60):

@@ -1,4 +1,4 @@
-"""data/paper/table1.csv ... table4.csv: complete, in the long form, and consistent in themselves."""
+"""data/paper/table1.csv ... table4.csv: complete, in the long form, consistent in themselves."""
 
 from __future__ import annotations
 

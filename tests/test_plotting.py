@@ -1,4 +1,4 @@
-"""Every figure function on small fake data: what it draws, how large the type is, what it leaves."""
+"""Every figure function on small fake data: what it draws, how large its type is, what it leaves."""
 
 from __future__ import annotations
 
