@@ -117,7 +117,10 @@ def training_identity(config: Config) -> dict[str, Any]:
                 flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
         return flat
 
-    return flatten(dataclasses.asdict(config))
+    flat = flatten(dataclasses.asdict(config))
+    if config.trainer.schedule == "cosine":  # then the length decides every step's rate
+        flat["trainer.steps"] = config.trainer.steps
+    return flat
 
 
 def compare_identities(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:

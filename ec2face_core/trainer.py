@@ -70,6 +70,8 @@ class Trainer:
     ) -> None:
         if variant not in VARIANTS:
             raise ConfigError(f"variant {variant!r} does not exist; known: {', '.join(VARIANTS)}")
+        if config.trainer.schedule not in ("constant", "cosine"):
+            raise ConfigError(f"trainer.schedule {config.trainer.schedule!r}: constant or cosine")
         self.config = config.replace(**VARIANTS[variant])
         self.variant, self.device_name = variant, device
         self.run_dir = resolve(run_dir or config.run_dir / "training" / variant)
