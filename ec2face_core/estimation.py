@@ -18,7 +18,7 @@ from .backbone import decode_latents, encode_images, encode_text, load_backbone
 from .conditioning import mask_latents_of, predict_velocity
 from .config import Config, adapter_dir
 from .datasets import FaceDataset, open_dataset
-from .generate import BASE, picture_key
+from .generate import BASE, code_digest, picture_key
 from .lora import load_mask_lora
 from .plotting import CYCLE, beta_values, mask_picture, new_figure, picture, styled
 from .scoring import CRITICS, critics_digest, load_critics, write_frame
@@ -44,7 +44,8 @@ def reliability_curves(config: Config, variant: str, faces: int = 48) -> DataFra
 
     dataset = open_dataset(config, "test")
     ids = dataset.ids[:faces]
-    key = picture_key(config, variant, dataset, f"{faces} {critics_digest(config)}")
+    code = code_digest(("estimation", "flow", "statistics"))
+    key = picture_key(config, variant, dataset, f"{faces} {critics_digest(config)} {code}")
     cache = config.run_dir / "reliability" / f"{variant}-{key}.csv"
     if cache.is_file():
         return pd.read_csv(cache)

@@ -31,7 +31,14 @@ from .validation import parallel, read_image
 
 BASE, REAL, ROUND_TRIP = "base", "real", "vae_round_trip"
 SOURCES = (*VARIANTS, BASE, REAL, ROUND_TRIP)  # whose pictures a folder can hold
-SHAPING = ("backbone", "conditioning", "generate", "lora", "pipeline")  # modules that draw
+SHAPING = (
+    "attributes",
+    "backbone",
+    "conditioning",
+    "generate",
+    "lora",
+    "pipeline",
+)  # modules that draw
 NOTICE = "Synthetic face: not a photograph of a person."
 ABOUT = "about.json"
 

@@ -20,11 +20,13 @@ from .datasets import open_dataset
 from .generate import REAL, ROUND_TRIP, evaluated_ids, generate_split, load_pictures
 from .losses import latent_weights
 from .metrics import psnr
-from .scoring import CRITICS, load_critics
+from .scoring import load_critics
 from .statistics import bootstrap_interval
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+CHUNK = 64  # pictures in memory at once
 
 
 # ------------------------------------------------------------------------ the bundle (notebook 00)
@@ -58,21 +60,24 @@ def bundle_provenance(folder: str = "data/mini") -> DataFrame:
     return pd.DataFrame(rows, columns=["part", "MB", "minutes", "commit", "recorded"])
 
 
-def round_trip_quality(config: Config, split: str = "test") -> tuple[DataFrame, Tensor, Tensor]:
+def round_trip_quality(
+    config: Config, split: str = "test", shown: int = 8
+) -> tuple[DataFrame, ...]:
     """The autoencoder on held-out faces.
 
     Returns:
-        One row metric, value, ci_low, ci_high, n (PSNR in dB); the real images and their round
-        trips, `b 3 h w`.
+        One row metric, value, ci_low, ci_high, n (PSNR in dB); the first real images and their
+        round trips, each `shown 3 h w`.
     """
     import pandas as pd
 
     ids = evaluated_ids(config, open_dataset(config, split))
-    real, copies = (
-        load_pictures(generate_split(config, source, split), ids) for source in (REAL, ROUND_TRIP)
-    )
-    interval = bootstrap_interval(psnr(copies, real), config.evaluation.bootstrap, config.seed)
-    return pd.DataFrame([{"metric": "PSNR (dB)", **interval._asdict()}]), real, copies
+    real, copies = (generate_split(config, source, split) for source in (REAL, ROUND_TRIP))
+    parts = [ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)]
+    values = [psnr(load_pictures(copies, part), load_pictures(real, part)) for part in parts]
+    interval = bootstrap_interval(torch.cat(values), config.evaluation.bootstrap, config.seed)
+    table = pd.DataFrame([{"metric": "PSNR (dB)", **interval._asdict()}])
+    return table, load_pictures(real, ids[:shown]), load_pictures(copies, ids[:shown])
 
 
 def clip_retrieval(config: Config, split: str = "test", candidates: int = 256) -> DataFrame:
@@ -84,13 +89,12 @@ def clip_retrieval(config: Config, split: str = "test", candidates: int = 256) -
 
     dataset = open_dataset(config, split)
     ids, rows = dataset.ids[:candidates], []
-    images = torch.stack([dataset.image(name) for name in ids])
     captions = [dataset.manifest_caption(name) for name in ids]
-    for critic in CRITICS:
-        clip = load_critics(config).clips[critic]
+    for critic, clip in load_critics(config).clips.items():
         with torch.no_grad():
-            seen = torch.cat([clip.image_features(x.to(clip.device)) for x in images.split(32)])
-        rows.append({"critic": critic, **retrieval(seen, clip.text_features(captions), captions)})
+            seen = [clip.image_features(dataset.image(n)[None].to(clip.device)) for n in ids]
+        found = retrieval(torch.cat(seen), clip.text_features(captions), captions)
+        rows.append({"critic": critic, **found})
     return pd.DataFrame(rows)
 
 

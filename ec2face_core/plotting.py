@@ -9,6 +9,7 @@ Here: the style and every chart. Picture grids are in `grids.py`, Fig. 1 in `dia
 from __future__ import annotations
 
 import functools
+import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,11 +59,23 @@ def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, that lays itself out."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _notebook_figure()(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
     return figure
+
+
+@functools.cache
+def _notebook_figure() -> type[Figure]:
+    """A Figure that notebooks show as a picture although pyplot knows nothing of it."""
+    from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            png = io.BytesIO()
+            self.savefig(png, format="png", dpi=110, bbox_inches="tight")
+            return png.getvalue()
+
+    return NotebookFigure
 
 
 # ---------------------------------------------------------------------------------- pictures
@@ -129,7 +142,7 @@ def reliability_figure(
             a metric, each with β(t) dashed on a second axis.
     """
     metrics = list(dict.fromkeys(curves["metric"]))
-    strip = len(images) * (8.4 / len(times)) + 0.2
+    strip = len(images) * min(8.4 / len(times), 1.25) + 0.2
     fig = new_figure(8.4, strip + 2.4)
     top, bottom = fig.subfigures(2, 1, height_ratios=[strip, 2.4])
     for i, row in enumerate(top.subplots(len(images), len(times), squeeze=False)):
