@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attributes import NUM_CLASSES, class_weights, pixel_counts
+from .attributes import class_weights, pixel_counts
 from .backbone import Backbone, TextEmbedding, encode_images, save_backbone, tiny_backbone
 from .captions import captions
 from .conditioning import predict_velocity
 from .config import ROOT, load_profile
+from .dense import CONDITIONS, dense_condition
 from .flow import interpolate, velocity
 from .rendering import Rendered, render
 from .results import provenance
@@ -36,40 +37,8 @@ from .synthetic import sample_scenes
 
 WORK = ROOT / "runs" / "foundation"
 SEED, SIZE, TEXT_LENGTH = 5_001, 64, 32
-CONDITIONS = ("regions", "albedo", "normals", "depth", "edges", "low resolution")
-SHARES = (0.40, 0.15, 0.15, 0.10, 0.10, 0.10)
+SHARES = (0.40, 0.15, 0.15, 0.10, 0.10, 0.10)  # of CONDITIONS
 STYLE = {"first": "mm-celeba-hq", "second": "ffhq-text"}
-
-
-# ------------------------------------------------------------------ generic dense conditions
-
-
-def dense_condition(kind: str, faces: Rendered, generator: torch.Generator) -> Tensor:
-    """One of CONDITIONS as a picture `b 3 h w` in [-1, 1]."""
-    if kind == "albedo":
-        return faces.albedo
-    if kind == "normals":
-        return faces.normals
-    if kind == "depth":
-        return faces.depth.expand(-1, 3, -1, -1)
-    if kind == "low resolution":
-        small = F.avg_pool2d(faces.image, 8)
-        return F.interpolate(small, scale_factor=8, mode="nearest")
-    if kind == "edges":
-        grey = F.pad(faces.image.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-        dx = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
-        dy = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
-        return ((dx**2 + dy**2).sqrt().clamp(0, 1) * 2 - 1).expand(-1, 3, -1, -1)
-    # Regions: every face has its own colours, and half of the faces have some classes merged.
-    b = len(faces.image)
-    colours = torch.rand(b, NUM_CLASSES, 3, generator=generator) * 2 - 1
-    other = torch.randint(NUM_CLASSES, (b, NUM_CLASSES), generator=generator)
-    merge = torch.rand(b, NUM_CLASSES, generator=generator) < 0.15
-    merge &= torch.rand(b, 1, generator=generator) < 0.5
-    merged = torch.gather(colours, 1, other[..., None].expand(-1, -1, 3))
-    colours = torch.where(merge[..., None], merged, colours)
-    flat = torch.gather(colours, 1, faces.label_map.flatten(1)[..., None].expand(-1, -1, 3))
-    return flat.movedim(1, 2).unflatten(2, faces.label_map.shape[1:]).contiguous()
 
 
 def draw(start: int, count: int) -> tuple[Rendered, list[dict], str]:

@@ -10,27 +10,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .canvas import Canvas, Geometry, ellipse
-from .synthetic import Scenes
+
+if TYPE_CHECKING:
+    from .synthetic import Scenes
 
 
 @dataclass
 class Rendered:
-    """Pictures of a batch of faces.
+    """Pictures of a batch of faces, in [-1, 1]."""
 
-    image `b 3 h w` in [-1, 1]; label_map `b h w` int64 ids; albedo `b 3 h w` in [-1, 1], flat
-    colours without light; normals `b 3 h w` in [-1, 1]; depth `b 1 h w` in [-1, 1], near is 1.
-    """
-
-    image: Tensor
-    label_map: Tensor
-    albedo: Tensor
-    normals: Tensor
-    depth: Tensor
+    image: Tensor  # b 3 h w
+    label_map: Tensor  # b h w, int64 ids
+    albedo: Tensor  # b 3 h w, flat colours without light
+    normals: Tensor  # b 3 h w
+    depth: Tensor  # b 1 h w, near is 1
 
 
 @torch.no_grad()

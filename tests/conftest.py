@@ -83,5 +83,8 @@ def tiny_config(tmp_path_factory, tiny_faces, tiny_backbone_dir, tiny_critics_di
         backbone={"path": str(tiny_backbone_dir)},
         lora={"rank": 4, "alpha": 4.0},
         perception=critics,
-        trainer={"steps": 4, "batch_size": 2, "warmup": 2, "log_every": 1, "checkpoint_every": 2},
-    )
+        trainer={
+            "steps": 4, "batch_size": 2, "learning_rate": 1e-3, "warmup": 2,
+            "schedule": "constant", "log_every": 1, "checkpoint_every": 2,
+        },
+    )  # fmt: skip

@@ -28,7 +28,7 @@ FLOORS = {
     ],
     3: [
         "conditioning diagram grids guidance metrics rendering reproduce",
-        "synthetic",
+        "dense synthetic",
         "datasets",
     ],
     4: ["critics foundation latents", "adapters draws pipeline", "generate"],
