@@ -102,9 +102,7 @@ def test_left_is_the_subjects_left():
     labels = render(sample_scenes(42, range(64)), 64).label_map
     columns = torch.arange(64.0)
     for part in ("eye", "brow", "ear"):
-        left, right = (
-            (labels == CLASS_ID[f"{side}_{part}"]).float().sum((0, 1)) for side in "lr"
-        )
+        left, right = ((labels == CLASS_ID[f"{side}_{part}"]).float().sum((0, 1)) for side in "lr")
         assert (left * columns).sum() / left.sum() > (right * columns).sum() / right.sum() + 8
 
 
