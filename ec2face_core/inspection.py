@@ -33,7 +33,7 @@ CHUNK = 64  # pictures in memory at once
 
 
 def bundle_provenance(folder: str = "data/mini") -> DataFrame:
-    """What made each part of the bundle: part, MB, seconds, commit, and what its file records."""
+    """What made each part of the bundle: part, MB, and the training's samples, minutes, commit."""
     import pandas as pd
 
     rows, root = [], resolve(folder)
@@ -47,17 +47,12 @@ def bundle_provenance(folder: str = "data/mini") -> DataFrame:
         whole = path.parent if path.stem == "provenance" else path.with_suffix(".pt")
         files = whole.rglob("*") if whole.is_dir() else [whole]
         size = sum(f.stat().st_size for f in files if f.is_file())
-        made = {k: v for k, v in about["parameters"].items() if isinstance(v, int | float | str)}
-        rows.append(
-            {
-                "part": whole.relative_to(root).as_posix(),
-                "MB": round(size / 2**20, 2),
-                "minutes": round((about["seconds"] or 0) / 60, 1),
-                "commit": (about["commit"] or "–")[:7],
-                "recorded": ", ".join(f"{k} {v}" for k, v in made.items()),
-            }
-        )
-    return pd.DataFrame(rows, columns=["part", "MB", "minutes", "commit", "recorded"])
+        made = about["parameters"]
+        samples = made.get("samples", made.get("faces_seen"))
+        minutes, commit = round((about["seconds"] or 0) / 60, 1), (about["commit"] or "–")[:7]
+        part, size = whole.relative_to(root).as_posix(), round(size / 2**20, 2)
+        rows.append((part, size, samples, minutes, commit))
+    return pd.DataFrame(rows, columns=["part", "MB", "samples", "minutes", "commit"])
 
 
 def round_trip_quality(

@@ -75,7 +75,10 @@ class FaceParser:
     def logits(self, images: Tensor) -> Tensor:
         """Images [-1, 1] `b 3 h w` -> float32 logits `b 19 h w`, differentiable."""
         x = _resize(_unit(images), self.size, "bilinear")
-        logits = self.net(x)[0].float()[:, FACER_CHANNEL.to(x.device)]
+        # TorchScript would rewrite the graph after its first calls and round differently from then
+        # on: a resumed training, whose calls are counted anew, would leave the uninterrupted one.
+        with torch.jit.optimized_execution(False):
+            logits = self.net(x)[0].float()[:, FACER_CHANNEL.to(x.device)]
         return _resize(logits, images.shape[-2:], "bilinear")
 
     def probabilities(self, images: Tensor) -> Tensor:

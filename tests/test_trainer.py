@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -21,9 +22,11 @@ from ec2face_core.conditioning import predict_velocity
 from ec2face_core.config import ROOT, Config, ConfigError, load_profile, resolve
 from ec2face_core.draws import SampleStream
 from ec2face_core.flow import interpolate, reverse_estimate, velocity
+from ec2face_core.guidance import PixelGuidance
 from ec2face_core.journal import read_metrics
 from ec2face_core.losses import flow_matching_loss, total_loss
-from ec2face_core.trainer import Trainer
+from ec2face_core.perception import FaceParser
+from ec2face_core.trainer import Trainer, learning_rate
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -314,6 +317,31 @@ def test_a_full_disk_leaves_the_checkpoints_valid(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
+def test_the_critics_round_alike_from_the_first_call_on(exact):
+    """What the resume rests on: a fresh process's first gradient is a warm one's hundredth."""
+    draws = exact.stream.draw(range(2))
+    batch = exact.cache.batch(draws.ids, draws.captions)
+    fresh = FaceParser.from_config(exact.config.perception)
+    guidance = PixelGuidance(exact.guidance.vae, exact.guidance.clip, fresh, exact.config.loss)
+    gradients = [
+        guidance.gradient(batch["z"], batch["captions"], batch["label_map"], draws.t)[0]
+        for _ in range(4)
+    ]
+    assert all(torch.equal(gradients[0], g) for g in gradients)
+
+
+def test_learning_rates(tiny_config):
+    """The paper's constant rate, and the miniature's cosine that ends at 0."""
+    constant = tiny_config.replace(trainer={"warmup": 4, "steps": 20}).trainer
+    rates = [learning_rate(constant, step) for step in range(20)]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4] + [1e-3] * 17)
+    cosine = tiny_config.replace(trainer={"warmup": 4, "steps": 20, "schedule": "cosine"}).trainer
+    rates = [learning_rate(cosine, step) for step in range(21)]
+    assert rates[:5] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+    assert rates[12] == pytest.approx(5e-4) and rates[20] == pytest.approx(0, abs=1e-12)
+    assert all(left >= right for left, right in itertools.pairwise(rates[4:]))
+
+
 # -------------------------------------------------------------------------- command line
 
 
@@ -354,7 +382,7 @@ def _child(config: Config, run_dir, *more: str) -> list[str]:
 def test_killed_at_a_random_step_and_resumed_ends_bit_for_bit_alike(tiny_config, tmp_path):
     config = tiny_config.replace(trainer={"steps": 8, "checkpoint_every": 3})
     environment = launch.child_environment()
-    kill_after = random.randrange(1, 8)
+    kill_after = random.randrange(4, 8)  # so that there is something to resume from
     command = _child(config, tmp_path / "killed")
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
