@@ -12,6 +12,8 @@ STAMP := .venv/.up-to-date
 # Spinning OpenMP threads slow small models down tenfold on shared cores.
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
+# Trust what the machine trusts, as pip does where it is configured so.
+export UV_SYSTEM_CERTS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce test lab foundation lint clean
