@@ -381,19 +381,18 @@ def _child(config: Config, run_dir, *more: str) -> list[str]:
 @pytest.mark.slow
 def test_killed_at_a_random_step_and_resumed_ends_bit_for_bit_alike(tiny_config, tmp_path):
     config = tiny_config.replace(trainer={"steps": 8, "checkpoint_every": 3})
-    environment = launch.child_environment()
     kill_after = random.randrange(4, 8)  # so that there is something to resume from
     command = _child(config, tmp_path / "killed")
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
+    start = {"cwd": ROOT, "env": launch.child_environment()}
+    straight = subprocess.Popen(_child(config, tmp_path / "straight"), **start)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **start) as process:
         for line in process.stdout:
             if line.startswith(f"step {kill_after}/"):
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "final").exists()
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    subprocess.run(_child(config, tmp_path / "straight"), cwd=ROOT, env=environment, check=True)
+    subprocess.run(command, check=True, **start)
+    assert straight.wait() == 0
     assert_bitwise(final_lora(tmp_path / "killed"), final_lora(tmp_path / "straight"))
     assert [row["step"] for row in read_metrics(tmp_path / "killed")] == list(range(1, 9))
 
