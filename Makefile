@@ -59,7 +59,9 @@ lab: $(STAMP)
 	$(PYTHON) -m jupyterlab notebooks
 
 foundation: $(STAMP)
-	for stage in vae latents flux; do $(PYTHON) -m ec2face_core.foundation $$stage || exit; done
+	$(PYTHON) -m ec2face_core.foundation vae --samples 57600
+	$(PYTHON) -m ec2face_core.foundation latents --samples 16384
+	$(PYTHON) -m ec2face_core.foundation flux --samples 150000 --batch 32
 	for kind in parser clip; do for role in guiding scoring; do \
 	  $(PYTHON) -m ec2face_core.critics $$kind --role $$role || exit; done; done
 
