@@ -19,7 +19,13 @@ from .backbone import TextEmbedding, encode_images, pack, position_ids, unpack
 from .config import LoraConfig
 from .lora import MaskBranch, install_mask_branch
 
-__all__ = ["MaskBranch", "install_mask_branch", "mask_latents_of", "predict_velocity"]
+__all__ = [
+    "MaskBranch",
+    "guided_velocity",
+    "install_mask_branch",
+    "mask_latents_of",
+    "predict_velocity",
+]
 
 
 def predict_velocity(
@@ -77,6 +83,37 @@ def predict_velocity(
         **({"mask_tokens": mask_tokens} if branch else {}),
     )[0]
     return unpack(v[:, :image_tokens], h, w).to(z_t.dtype)
+
+
+def guided_velocity(
+    transformer: nn.Module,
+    z: Tensor,
+    t: Tensor,
+    text: TextEmbedding,
+    null: TextEmbedding,
+    mask_latents: Tensor | None,
+    keep_mask: Tensor | None,
+    guidance: float,
+    s_t: float = 1.0,
+    s_m: float = 1.0,
+) -> Tensor:
+    """Classifier-free guidance for two conditions, `b c h w` (Ho & Salimans 2022).
+
+    v(0, 0) + s_t [v(text, 0) - v(0, 0)] + s_m [v(text, mask) - v(text, 0)], where 0 is the null
+    text or no mask. Terms whose factor vanishes are not computed. Without masks `s_m` has no say.
+    """
+    if mask_latents is None:
+        s_m = 0.0
+    terms = [
+        (s_m, text, mask_latents, keep_mask),
+        (s_t - s_m, text, None, None),
+        (1 - s_t, null, None, None),
+    ]
+    return sum(
+        factor * predict_velocity(transformer, z, t, words, mask, keep, guidance)
+        for factor, words, mask, keep in terms
+        if factor
+    )
 
 
 def mask_latents_of(vae: nn.Module, label_map: Tensor) -> Tensor:

@@ -115,6 +115,8 @@ class SamplingConfig:
 
     steps: int = 28
     guidance: float = 3.5  # guidance embedding of FLUX.1-dev
+    text_guidance: float = 1.0  # classifier-free guidance, for a base that is not distilled; 1: off
+    mask_guidance: float = 1.0
     seed: int = 42
     batch_size: int = 4
 

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from .attributes import CLASSES, FACER_TO_CELEBAMASK, GROUPS, NUM_CLASSES, class_weights
 from .captions import captions
 from .config import ROOT, load_profile, resolve
+from .contrastive import area_under_curve, contrastive_loss, fact_targets, facts, retrieval
+from .metrics import mask_accuracy
 from .perception import (
     CLIP_MEAN,
     CLIP_STD,
@@ -42,10 +44,10 @@ from .perception import (
 )
 from .rendering import render
 from .results import provenance
-from .synthetic import HAIR_COLOURS, HAIR_LENGTHS, HAIR_STYLES, sample_scenes
+from .synthetic import sample_scenes
 
 SIZE = 64
-SAMPLES = {"parser": 48_000, "clip": 64_000}  # about five minutes each on one core
+SAMPLES = {"parser": 48_000, "clip": 64_000}  # five and fifteen minutes on one core
 # look, frequencies, share of every batch
 MIXTURE = (
     ("first", "balanced", 0.4),
@@ -56,7 +58,6 @@ MIXTURE = (
 STYLE = {"first": "mm-celeba-hq", "second": "ffhq-text"}
 BLOCK = 128  # faces drawn at once; a checkpoint lies between two blocks
 HELD_OUT_SEED, HELD_OUT = 90_001, 384  # faces of a world that no critic is trained on
-WORDS = {"hair_colour": HAIR_COLOURS, "hair_style": HAIR_STYLES, "hair_length": HAIR_LENGTHS}
 
 
 @dataclass(frozen=True)
@@ -133,18 +134,15 @@ def augment(images: Tensor, strength: float) -> Tensor:
 
 
 def class_recall(predicted: Tensor, target: Tensor) -> dict[str, Any]:
-    """Percent of each class's pixels that are found, pooled, and its means OAA, HFA, NFA, RFA."""
-    support = target.flatten().bincount(minlength=NUM_CLASSES)
-    correct = target[predicted == target].bincount(minlength=NUM_CLASSES)
-    recall = 100 * correct / support
-    groups = {"OAA": range(NUM_CLASSES), **GROUPS}
-    means = {name: round(recall[list(ids)].nanmean().item(), 2) for name, ids in groups.items()}
-    names = zip(CLASSES, recall.tolist(), support.tolist(), strict=True)
-    classes = {name: round(value, 2) if n else None for name, value, n in names}
+    """`mask_accuracy` as a JSON object: groups, and the classes that occur."""
+    found = mask_accuracy(predicted, target)
+    means = {name: round(float(getattr(found, name)), 2) for name in ("OAA", *GROUPS)}
+    named = zip(CLASSES, found.per_class, found.support, strict=True)
+    classes = {name: round(float(value), 2) if n else None for name, value, n in named}
     return {**means, "classes": classes, "faces": len(target)}
 
 
-def train_parser(role: Role, path: Path, samples: int, minutes: float) -> None:
+def train_parser(role: Role, path: Path, samples: int) -> None:
     """Cross-entropy with mild class weights, AdamW, one cycle; writes `path` and its JSON."""
     torch.manual_seed(role.seed)
     net = MiniParserNet(role.widths, SIZE)
@@ -180,57 +178,16 @@ def train_parser(role: Role, path: Path, samples: int, minutes: float) -> None:
         }
 
     run = Run(path, net, loss, quality, role, batch=32, rate=4e-3)
-    record = run.fit(samples, minutes)
+    record = run.fit(samples)
     save_parser(net, path)
     _write_json(path.with_suffix(".json"), record)
 
 
-def attribute_targets(attributes: list[dict[str, bool | str]]) -> Tensor:
-    """Attributes -> `(b, n)` in {0, 1}: the flags, and one column for each word of hair."""
-    flags = sorted(key for key, value in attributes[0].items() if isinstance(value, bool))
-    rows = [
-        [float(row[key]) for key in flags]
-        + [float(row[key] == word) for key, words in WORDS.items() for word in words]
-        for row in attributes
-    ]
-    return torch.tensor(rows)
+def train_clip(role: Role, folder: Path, samples: int) -> None:
+    """CLIP's contrastive loss, and beside it a classifier whose weights are sentences of one fact.
 
-
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, captions: list[str]) -> Tensor:
-    """CLIP's symmetric cross-entropy; equal captions share the probability of being the right one.
-
-    image, text: unit features `(b, d)`; scale: the inverse temperature.
-    """
-    ids = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    group = torch.tensor([ids[caption] for caption in captions])
-    target = (group[:, None] == group[None]).float()
-    target = target / target.sum(1, keepdim=True)
-    logits = scale * image @ text.T
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def retrieval(image: Tensor, text: Tensor, captions: list[str]) -> dict[str, float]:
-    """Held-out quality of a CLIP, in percent; equal captions count as right.
-
-    top1, top5: images whose caption is among the nearest; pairs: how often a face is nearer to its
-    caption than to another face's; cosine, cosine_other: mean scores of own and other captions.
-    """
-    similarity = 100 * image @ text.T
-    own = similarity.diagonal()
-    same = torch.tensor([[a == b for b in captions] for a in captions])
-    rank = ((similarity > own[:, None]) & ~same).sum(1)
-    wins = (own[:, None] > similarity)[~same].float().mean()
-    values = {
-        "top1": 100 * (rank < 1).float().mean(), "top5": 100 * (rank < 5).float().mean(),
-        "pairs": 100 * wins, "cosine": own.mean(), "cosine_other": similarity[~same].mean(),
-    }  # fmt: skip
-    return {"candidates": len(own), **{k: round(float(v), 2) for k, v in values.items()}}
-
-
-def train_clip(role: Role, folder: Path, samples: int, minutes: float) -> None:
-    """Contrastive loss, and during training a linear head that reads the attributes off the image.
-
-    The head is thrown away; it tells the image tower where to look when captions tell little.
+    Whole captions are told apart by gender, age and hair alone; that a face smiles or wears
+    earrings then stays unread. "This person is wearing earrings." against every face teaches it.
     """
     corpus = [
         caption
@@ -242,8 +199,9 @@ def train_clip(role: Role, folder: Path, samples: int, minutes: float) -> None:
     config = mini_clip_config(len(tokenizer), **role.clip)
     torch.manual_seed(role.seed)
     model = build_mini_clip(config)
-    names = attribute_targets(draw_faces(role.seed, 2**30, 8).attributes).shape[1]
-    nets = nn.ModuleDict({"clip": model, "head": nn.Linear(config["embed_dim"], names)})
+    told = facts(draw_faces(role.seed, 2**30, 8).attributes[0])
+    prior = nn.ParameterDict({"bias": torch.full((len(told),), -1.0), "scale": torch.tensor(2.3)})
+    nets = nn.ModuleDict({"clip": model, "prior": prior})
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     held_out = draw_faces(HELD_OUT_SEED, 0, HELD_OUT, (("first", "natural", 1.0),))
 
@@ -256,22 +214,30 @@ def train_clip(role: Role, folder: Path, samples: int, minutes: float) -> None:
         return torch.tensor(padded["input_ids"])
 
     def loss(faces: Faces) -> Tensor:
-        image = model.encode_image(pixels(augment(faces.image, role.strength)))
-        text = model.encode_text(tokens(faces.captions), normalize=True)
+        seed, style = int(torch.randint(2**31, ())), list(STYLE.values())[int(torch.randint(2, ()))]
+        sentences = [captions(fact, 1, seed, style)[0] for fact in told]
+        image = model.encode_image(pixels(augment(faces.image, role.strength)), normalize=True)
+        text = model.encode_text(tokens(faces.captions + sentences), normalize=True)
+        text, fact = text.split([len(faces.captions), len(told)])
+        logits = prior["scale"].exp() * image @ fact.T + prior["bias"]
+        attributes = F.binary_cross_entropy_with_logits(logits, fact_targets(faces.attributes))
         scale = model.logit_scale.exp().clamp(max=100)
-        seen = nets["head"](image)
-        attributes = F.binary_cross_entropy_with_logits(seen, attribute_targets(faces.attributes))
-        unit = F.normalize(image, dim=-1)
-        return contrastive_loss(unit, text, scale, faces.captions) + 4 * attributes
+        return contrastive_loss(image, text, scale, faces.captions) + 4 * attributes
 
     @torch.no_grad()
     def quality() -> dict[str, Any]:
         image = model.encode_image(pixels(held_out.image), normalize=True)
         text = model.encode_text(tokens(held_out.captions), normalize=True)
-        return retrieval(image, text, held_out.captions)
+        fact = model.encode_text(tokens([captions(f, 1, 0)[0] for f in told]), normalize=True)
+        truth = fact_targets(held_out.attributes).bool()
+        areas = {
+            " ".join(map(str, *told[i].items())): round(100 * area_under_curve(scores, holds), 1)
+            for i, (scores, holds) in enumerate(zip((image @ fact.T).T, truth.T, strict=True))
+        }
+        return {**retrieval(image, text, held_out.captions), "facts": areas}
 
     run = Run(folder, nets, loss, quality, role, batch=64, rate=2e-3)
-    record = run.fit(samples, minutes)
+    record = run.fit(samples)
     save_mini_clip(folder, model, config, tokenizer)
     _write_json(folder / "provenance.json", record)
 
@@ -292,23 +258,20 @@ class Run:
     batch: int
     rate: float
 
-    def fit(self, samples: int, minutes: float) -> dict[str, Any]:
-        """Train on `samples` faces, or for `minutes` if those pass first (0 = no limit of time)."""
+    def fit(self, samples: int) -> dict[str, Any]:
+        """Train on `samples` faces; returns the provenance."""
         optimizer = torch.optim.AdamW(
             self.nets.parameters(), lr=self.rate, weight_decay=0.02, betas=(0.9, 0.98)
         )
-        plan = repr((self.path, self.role, self.batch, self.rate, samples, minutes))
+        plan = repr((self.path, self.role, self.batch, self.rate, samples))
         digest = hashlib.sha256(plan.encode()).hexdigest()[:8]  # another plan is another file
         file = ROOT / "runs" / "critics" / f"{self.path.stem}-{digest}.pt"
         seen, seconds = self._resume(file, optimizer)
         last = mark = time.perf_counter()
         loss = torch.tensor(math.nan)
-        while True:
-            progress = max(seen / samples, seconds / (60 * minutes) if minutes else 0.0)
-            if progress >= 1:
-                break
+        while seen < samples:
             for group in optimizer.param_groups:
-                group["lr"] = self.rate * one_cycle(progress)
+                group["lr"] = self.rate * one_cycle(seen / samples)
             torch.manual_seed(self.role.seed * 1_000_003 + seen)
             self.nets.train()
             for faces in draw_faces(self.role.seed, seen, BLOCK).split(self.batch):
@@ -321,10 +284,10 @@ class Run:
             now = time.perf_counter()
             seconds, last = seconds + now - last, now
             if now - mark > 20:
-                self._report(seen, seconds, loss, progress)
+                self._report(seen, samples, seconds, loss)
                 self._save(file, optimizer, seen, seconds)
                 mark = time.perf_counter()
-        held_out = self._report(seen, seconds, loss, 1.0)
+        held_out = self._report(seen, samples, seconds, loss)
         file.unlink(missing_ok=True)
         return provenance(
             load_profile("mini"), seconds=seconds, critic=self.path.stem, faces_seen=seen,
@@ -333,12 +296,12 @@ class Run:
             held_out_seed=HELD_OUT_SEED,
         )  # fmt: skip
 
-    def _report(self, seen: int, seconds: float, loss: Tensor, progress: float) -> dict[str, Any]:
+    def _report(self, seen: int, samples: int, seconds: float, loss: Tensor) -> dict[str, Any]:
         self.nets.eval()
         found = self.quality()
         numbers = found.get("first look", found)
         brief = ", ".join(f"{k} {v}" for k, v in numbers.items() if isinstance(v, float))
-        done = f"{seen} faces, {seconds:.0f} s, {100 * progress:.0f} %"
+        done = f"{seen}/{samples} faces, {seconds:.0f} s"
         print(f"{self.path.stem}: {done}, loss {loss.item():.4f}, {brief}", flush=True)
         return found
 
@@ -382,15 +345,14 @@ def main() -> None:
     parser.add_argument("--role", choices=tuple(ROLES), required=True, help="guides, or scores")
     parser.add_argument("--out", type=Path, default=Path("data/mini"), help="folder of the bundle")
     parser.add_argument("--samples", type=int, default=0, help="faces to see; 0 = default of kind")
-    parser.add_argument("--minutes", type=float, default=0, help="end earlier; 0 = no limit")
     options = parser.parse_args()
     torch.set_num_threads(1)
     role, out = ROLES[options.role], resolve(options.out)
     samples = options.samples or SAMPLES[options.kind]
     if options.kind == "parser":
-        train_parser(role, out / f"parser_{options.role}.pt", samples, options.minutes)
+        train_parser(role, out / f"parser_{options.role}.pt", samples)
     else:
-        train_clip(role, out / f"clip_{options.role}", samples, options.minutes)
+        train_clip(role, out / f"clip_{options.role}", samples)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def _sample(
     """Images `b 3 h w` in [0, 1]; each has its own stream of noise, drawn on the CPU."""
     if variant == BASE and masks is not None:
         raise ConfigError("the base model has no mask branch: give no masks, or a variant")
-    pipe = _pipeline(config.backbone, config.data.size, config.sampling.guidance)
+    pipe = _pipeline(config.backbone, config.data.size)
     if variant != BASE:  # without masks no token feels a LoRA: the base needs no unloading
         folder = adapter_dir(config, variant)
         if getattr(pipe, "loaded", None) != (loaded := (str(folder), _adapter(config, variant))):
@@ -198,20 +198,22 @@ def _sample(
         prompts,
         masks,
         num_inference_steps=config.sampling.steps,
+        guidance_scale=config.sampling.guidance,
+        text_guidance=config.sampling.text_guidance,
+        mask_guidance=config.sampling.mask_guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="pt",
     ).images
 
 
 @functools.lru_cache(maxsize=1)
-def _pipeline(backbone: BackboneConfig, size: int, guidance: float) -> Any:
+def _pipeline(backbone: BackboneConfig, size: int) -> Any:
     """The backbone is loaded once; the variants only change its LoRA."""
     from .backbone import load_backbone
     from .pipeline import EC2FacePipeline
 
     parts = load_backbone(backbone).components()
-    length = backbone.text_length
-    pipe = EC2FacePipeline(**parts, text_length=length, image_size=size, guidance=guidance)
+    pipe = EC2FacePipeline(**parts, text_length=backbone.text_length, image_size=size)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(_device())
 
@@ -258,7 +260,8 @@ def picture_key(
         about += [_backbone(config.backbone), code_digest(SHAPING)]
     if variant not in (REAL, ROUND_TRIP):
         s, b = config.sampling, config.backbone
-        about += [s.steps, s.guidance, s.seed, b.dtype, b.text_length, _adapter(config, variant)]
+        about += [s.steps, s.guidance, s.text_guidance, s.mask_guidance, s.seed]
+        about += [b.dtype, b.text_length, _adapter(config, variant)]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
 
 

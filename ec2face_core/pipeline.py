@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .attributes import NUM_CLASSES
 from .backbone import decode_latents, encode_text, load_backbone
-from .conditioning import mask_latents_of, predict_velocity
+from .conditioning import guided_velocity, mask_latents_of
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
 from .datasets import labels_from_palette
 from .lora import ADAPTER, load_mask_lora, read_mask_lora, save_mask_lora
@@ -47,8 +47,9 @@ class EC2FacePipelineOutput(BaseOutput):
 class EC2FacePipeline(DiffusionPipeline):
     """Text and mask to face, on the parts of a FluxPipeline and a mask LoRA.
 
-    `text_length` (T5 tokens), `image_size` (pixels) and `guidance` (of the guidance embedding) are
-    the model's own defaults; a loaded mask LoRA brings the text length that it was trained with.
+    `text_length` (T5 tokens), `image_size` (pixels), `guidance` (of the guidance embedding),
+    `text_guidance` and `mask_guidance` (classifier-free) are the model's own defaults; a loaded
+    mask LoRA brings the text length that it was trained with.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
@@ -65,6 +66,8 @@ class EC2FacePipeline(DiffusionPipeline):
         text_length: int | None = None,
         image_size: int | None = None,
         guidance: float = SamplingConfig.guidance,
+        text_guidance: float = SamplingConfig.text_guidance,
+        mask_guidance: float = SamplingConfig.mask_guidance,
     ):
         super().__init__()
         self.register_modules(
@@ -81,6 +84,8 @@ class EC2FacePipeline(DiffusionPipeline):
             or min(BackboneConfig.text_length, tokenizer_2.model_max_length),
             image_size=image_size or vae.config.sample_size,
             guidance=guidance,
+            text_guidance=text_guidance,
+            mask_guidance=mask_guidance,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * 2)
@@ -103,6 +108,8 @@ class EC2FacePipeline(DiffusionPipeline):
             text_length=config.backbone.text_length,
             image_size=config.data.size,
             guidance=config.sampling.guidance,
+            text_guidance=config.sampling.text_guidance,
+            mask_guidance=config.sampling.mask_guidance,
         )
         if adapter:
             pipeline.load_mask_lora(adapter)
@@ -145,6 +152,8 @@ class EC2FacePipeline(DiffusionPipeline):
         mask: MaskLike | Sequence[MaskLike | None] | None = None,
         num_inference_steps: int = SamplingConfig.steps,
         guidance_scale: float | None = None,
+        text_guidance: float | None = None,
+        mask_guidance: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -162,6 +171,9 @@ class EC2FacePipeline(DiffusionPipeline):
                 colours. Resized to the picture's size by the nearest pixel.
             num_inference_steps: Euler steps.
             guidance_scale: value of the guidance embedding; default: the model's own.
+            text_guidance, mask_guidance: classifier-free guidance `s_t` and `s_m` towards text and
+                mask (see `guided_velocity`); default: the model's own. A step costs one pass of
+                the transformer at 1 and 1, two where they are equal or one is 1, else three.
             generator: one per picture, or one from which the pictures' noise is drawn in turn.
             height, width: pixels, multiples of 2 * vae_scale_factor; default: the model's own.
             num_images_per_prompt: pictures of each prompt-mask pair, kept together.
@@ -199,12 +211,14 @@ class EC2FacePipeline(DiffusionPipeline):
             raise ValueError(f"latents have shape {tuple(z.shape)}, expected {shape}")
         timesteps = self._timesteps(num_inference_steps, shape[-2] * shape[-1] // 4, device)
         guidance = self.config.guidance if guidance_scale is None else guidance_scale
+        s_t = self.config.text_guidance if text_guidance is None else text_guidance
+        s_m = self.config.mask_guidance if mask_guidance is None else mask_guidance
+        null = text if s_t == 1 else encode_text(self, [""] * b, self.config.text_length)
+        condition = (text, null, mask_latents, keep_mask)
         with self.progress_bar(total=len(timesteps)) as bar:
             for time in timesteps:
                 t = (time / 1000).expand(b)
-                v = predict_velocity(
-                    self.transformer, z, t, text, mask_latents, keep_mask, guidance
-                )
+                v = guided_velocity(self.transformer, z, t, *condition, guidance, s_t, s_m)
                 z = self.scheduler.step(v, time, z, return_dict=False)[0]
                 bar.update()
         images = self.image_processor.postprocess(decode_latents(self.vae, z), output_type)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ec2face_core.attributes import CLASS_ID, NUM_CLASSES, pixel_counts
 from ec2face_core.config import PerceptionConfig, load_profile
-from ec2face_core.critics import attribute_targets, contrastive_loss
+from ec2face_core.contrastive import contrastive_loss, fact_targets
 from ec2face_core.perception import (
     ClipScorer,
     FaceParser,
@@ -174,16 +174,12 @@ def test_equal_captions_are_not_negatives():
     torch.testing.assert_close(loss, torch.log(torch.tensor(2.0)) / 2)
 
 
-def test_attribute_targets_name_every_attribute():
-    row = {
-        "male": True,
-        "hat": False,
-        "hair_colour": "red",
-        "hair_style": "wavy",
-        "hair_length": "long",
-    }
-    target = attribute_targets([row])
-    assert target.tolist() == [[0, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1]]
+def test_fact_targets_name_every_fact():
+    row = {"male": True, "hat": False, "young": True}
+    row |= {"hair_colour": "red", "hair_style": "wavy", "hair_length": "long"}
+    flags, either = [0, 1, 1], [0, 0]  # hat, male, young; not male, not young
+    colours, styles, lengths = [0, 0, 0, 1, 0], [0, 1, 0], [0, 1]  # medium length is never said
+    assert fact_targets([row]).tolist() == [flags + either + colours + styles + lengths]
 
 
 def test_the_miniature_s_critics_read_procedural_faces():

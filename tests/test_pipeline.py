@@ -73,6 +73,39 @@ def test_text_only_is_flux_pipeline(backbone, pipe):
     torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
 
 
+def test_text_guidance_is_flux_pipeline_s_true_guidance(backbone, pipe):
+    from diffusers import FluxPipeline
+
+    flux = FluxPipeline(**backbone.components())
+    flux.set_progress_bar_config(disable=True)
+    expected = flux(
+        CORPUS[0], negative_prompt="", true_cfg_scale=2.5, height=32, width=32,
+        num_inference_steps=3, guidance_scale=1.0, max_sequence_length=24,
+        generator=seeded(3)[0], output_type="pt",
+    ).images  # fmt: skip
+    images = draw(pipe, CORPUS[0], seed=3, num_inference_steps=3, text_guidance=2.5)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("s_t, s_m", [(1.0, 1.0), (1.0, 3.0), (2.0, 2.0), (2.5, 0.5)])
+def test_guidance_towards_both_conditions(pipe, label_map, s_t, s_m):
+    """Each of the three velocities by itself, then the sum as it stands in the docstring."""
+    from ec2face_core.backbone import encode_text
+    from ec2face_core.conditioning import guided_velocity, mask_latents_of, predict_velocity
+
+    z, t = torch.randn(2, 8, 8, 8, generator=seeded(0)[0]), torch.tensor([0.3, 0.8])
+    text, null = encode_text(pipe, CORPUS, 24), encode_text(pipe, ["", ""], 24)
+    mask, keep = mask_latents_of(pipe.vae, label_map.expand(2, -1, -1)), torch.tensor([True, False])
+    with torch.no_grad():
+        v_0 = predict_velocity(pipe.transformer, z, t, null)
+        v_text = predict_velocity(pipe.transformer, z, t, text)
+        v_both = predict_velocity(pipe.transformer, z, t, text, mask, keep)
+        v = guided_velocity(pipe.transformer, z, t, text, null, mask, keep, 1.0, s_t, s_m)
+    expected = v_0 + s_t * (v_text - v_0) + s_m * (v_both - v_text)
+    torch.testing.assert_close(v, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(v[1], (v_0 + s_t * (v_text - v_0))[1], atol=2e-5, rtol=1e-4)
+
+
 def test_three_modes_differ_and_are_deterministic(pipe, label_map):
     modes = [
         {"prompt": CORPUS[0], "mask": label_map},

@@ -29,7 +29,7 @@ FLOORS = {
     3: [
         "conditioning diagram grids guidance metrics rendering reproduce",
         "dense synthetic",
-        "datasets",
+        "contrastive datasets",
     ],
     4: ["critics foundation latents", "adapters draws pipeline", "generate"],
     5: ["scoring trainer", "estimation evaluate inspection", "experiments"],
