@@ -61,7 +61,7 @@ lab: $(STAMP)
 foundation: $(STAMP)
 	$(PYTHON) -m ec2face_core.foundation vae --samples 57600
 	$(PYTHON) -m ec2face_core.foundation latents --samples 16384
-	$(PYTHON) -m ec2face_core.foundation flux --samples 150000 --batch 32
+	$(PYTHON) -m ec2face_core.foundation flux --samples 400000 --batch 32 --rate 1.2e-3
 	for kind in parser clip; do for role in guiding scoring; do \
 	  $(PYTHON) -m ec2face_core.critics $$kind --role $$role || exit; done; done
 
