@@ -26,7 +26,7 @@ from ec2face_core.experiments import table_rows
 from ec2face_core.journal import read_metrics
 from ec2face_core.results import read_rows, save_table
 
-FACES, TRAIN = 8, 6
+FACES, TRAIN = 16, 14
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def config(tmp_path_factory, tiny_backbone_dir, tiny_critics_dir) -> Config:
             "log_every": 1,
         },
         sampling={"steps": 2, "batch_size": 1},
-        evaluation={"lpips": "alex-random", "niqe_block": 32, "niqe_refit": True, "bootstrap": 50},
+        evaluation={"lpips": "alex-random", "niqe_block": 16, "niqe_refit": True, "bootstrap": 50},
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_from_raw_downloads_to_a_table(raw, config, tmp_path, capsys):
     )
     subprocess.run(command, check=True, **start)
     pictures = sorted(config.run_dir.glob("images/test-both-*/*.png"))
-    assert [picture.stem for picture in pictures] == ["6", "7"]
+    assert [picture.stem for picture in pictures] == ["14", "15"]
     made = [picture.stat().st_mtime_ns for picture in pictures]
     assert evaluate(sampling) == 0
     assert [picture.stat().st_mtime_ns for picture in pictures] == made
