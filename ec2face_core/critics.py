@@ -47,7 +47,7 @@ from .results import provenance
 from .synthetic import sample_scenes
 
 SIZE = 64
-SAMPLES = {"parser": 48_000, "clip": 48_000}  # five and ten minutes on one core
+SAMPLES = {"parser": 48_000, "clip": 80_000}  # five and nine minutes on one core
 # look, frequencies, share of every batch
 MIXTURE = (
     ("first", "balanced", 0.4),
