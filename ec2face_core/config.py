@@ -56,7 +56,7 @@ class LoraConfig:
 
     rank: int = 4
     alpha: float = 4.0
-    attention: str = "joint"  # joint (Eq. 4) | decoupled
+    attention: str = "joint"  # joint (Eq. 4) | decoupled: mask tokens see mask tokens only
     mask_position: str = "offset"  # first position id of mask tokens: offset = 1 | aligned = 0
 
 

@@ -35,6 +35,7 @@ SHAPING = (
     "attributes",
     "backbone",
     "conditioning",
+    "decoupled",
     "generate",
     "lora",
     "pipeline",

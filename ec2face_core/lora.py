@@ -10,6 +10,10 @@ blocks), so "the last n tokens" is right in every layer, and A and B are compute
 and stock pipelines are untouched; merging the LoRA into the base weights, which would put it on
 all tokens, is refused.
 
+What mask tokens attend to is part of the adapter and of its file: `joint` is the transformer's
+stock forward; `decoupled` brings its own (`decoupled.py`), in every pipeline and trainer that
+calls the transformer.
+
 Chosen here: LoRA on the visual embedder, attention and feed-forward output projections of the image
 stream and all projections of the single blocks, no AdaLN: 0.091 % of FLUX.1-dev at rank 4. The last
 single block's `to_q`, `proj_mlp` and `proj_out` are left out: the mask tokens' output ends there,
@@ -32,6 +36,25 @@ ADAPTER = "mask"  # peft's name of the mask branch's LoRA
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
+class _AddToTail(torch.autograd.Function):
+    """`result[:, -n:] += delta` in place: slicing, padding and adding would each copy `result`.
+
+    Allowed because `result` is what the base layer has just made, and its backward needs only its
+    input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, delta: Tensor) -> Tensor:
+        ctx.tokens = delta.shape[1]
+        result[:, -ctx.tokens :].add_(delta)
+        ctx.mark_dirty(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient[:, -ctx.tokens :]
+
+
 class MaskBranch:
     """What the mask LoRA's layers of *one* transformer share: how many tail tokens are mask tokens.
 
@@ -40,8 +63,8 @@ class MaskBranch:
     with the count of the latest call: run backward before the next forward, as training does.
     """
 
-    def __init__(self, config: LoraConfig | None = None):
-        self.config = config or LoraConfig()
+    def __init__(self) -> None:
+        self.config = LoraConfig()  # what the adapter was trained with
         self.tokens = 0
 
     def set_tokens(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -60,10 +83,13 @@ class MaskBranch:
         """Add the LoRA to the mask tokens' rows of `result` `(b, tokens, d)`."""
         if self.tokens == 0:
             return result
-        x = module.lora_dropout[active_adapter](x[:, -self.tokens :])
-        delta = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
-        delta = (delta * module.scaling[active_adapter]).to(result.dtype)
-        return result + nn.functional.pad(delta, (0, 0, result.shape[1] - self.tokens, 0))
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        x = module.lora_dropout[active_adapter](x[:, -self.tokens :].to(A.weight.dtype))
+        delta, scaling = B(A(x)), module.scaling[active_adapter]
+        delta = (delta if scaling == 1 else delta * scaling).to(result.dtype)
+        if torch.compiler.is_compiling():  # which fuses this, and does not know mark_dirty
+            return result + nn.functional.pad(delta, (0, 0, result.shape[1] - self.tokens, 0))
+        return _AddToTail.apply(result, delta)
 
     def merge_unsafe(self, *_: Any) -> None:
         """Refuse: a merged LoRA would act on text and noise tokens, too."""
@@ -77,40 +103,56 @@ class MaskBranch:
 
 
 def _check(config: LoraConfig) -> None:
-    if config.attention != "joint":
-        raise ConfigError(f"lora.attention {config.attention!r}: only 'joint' is implemented")
+    if config.attention not in ("joint", "decoupled"):
+        raise ConfigError(f"lora.attention {config.attention!r}: use joint or decoupled")
     if config.mask_position not in ("offset", "aligned"):
         raise ConfigError(f"lora.mask_position {config.mask_position!r}: use offset or aligned")
 
 
 def install_mask_branch(transformer: nn.Module, config: LoraConfig | None = None) -> MaskBranch:
-    """Restrict the transformer's `mask` LoRA to mask tokens. Idempotent; a second call updates.
+    """Restrict the transformer's `mask` LoRA to mask tokens, and let these attend as in training.
+
+    Idempotent; a second call updates.
 
     Args:
         transformer: FluxTransformer2DModel with the adapter `mask` (`add_mask_lora`,
             `load_lora_weights(..., adapter_name="mask")`).
-        config: what the adapter was trained with; decides where `predict_velocity` puts the mask.
+        config: what the adapter was trained with (`read_mask_lora`): its attention mode, and where
+            `predict_velocity` puts the mask. None: the one that is installed already.
 
     Raises:
         ConfigError: an attention mode that does not exist.
-        ValueError: the transformer has no adapter `mask`.
+        ValueError: the transformer has no adapter `mask`, or nothing says how it was trained.
     """
     from peft.tuners.lora import LoraLayer
 
-    if config is not None:
-        _check(config)
     layers = [m for m in transformer.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
     if not layers:
         raise ValueError("the transformer has no `mask` adapter: call add_mask_lora or load it")
     branch = getattr(transformer, "mask_branch", None)
+    if config is None and branch is None:
+        raise ValueError(
+            "how was the `mask` adapter trained? Give its LoraConfig: "
+            "`install_mask_branch(transformer, read_mask_lora(folder)[0])`"
+        )
     if branch is None:
-        branch = transformer.mask_branch = MaskBranch(config)
+        branch = transformer.mask_branch = MaskBranch()
         transformer.register_forward_pre_hook(branch.set_tokens, with_kwargs=True)
-    elif config is not None:
+    if config is not None:
+        _check(config)
+        _set_attention(transformer, branch.config.attention, config.attention)
         branch.config = config
     for layer in layers:
         layer.lora_variant[ADAPTER] = branch
+        layer.cast_input_dtype_enabled = False  # peft would cast all tokens for the sake of some
     return branch
+
+
+def _set_attention(transformer: nn.Module, before: str, after: str) -> None:
+    if before != after:
+        from . import decoupled
+
+        (decoupled.install if after == "decoupled" else decoupled.uninstall)(transformer)
 
 
 def add_mask_lora(transformer: nn.Module, config: LoraConfig) -> list[nn.Parameter]:
@@ -150,10 +192,10 @@ def save_mask_lora(
 ) -> None:
     """Write the LoRA as a diffusers file, `folder/pytorch_lora_weights.safetensors`.
 
-    Any pipeline's `load_lora_weights` reads it, but would apply it to *all* tokens until
-    `install_mask_branch(pipeline.transformer)` is called; `load_mask_lora` does both.
-    The metadata carry what the weights were trained for: attention, mask_position, text_length,
-    rank, alpha.
+    Any pipeline's `load_lora_weights` reads it, but applies it to *all* tokens in joint attention:
+    a plain call gives wrong pictures without a complaint, and lets the LoRA be fused. Load with
+    `load_mask_lora(pipeline.transformer, folder)`, also into stock pipelines. The metadata carry
+    what the weights were trained for: attention, mask_position, text_length, rank, alpha.
     """
     from diffusers import FluxPipeline
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -207,8 +249,8 @@ def read_mask_lora(folder: Path | str) -> tuple[LoraConfig, int]:
 def load_mask_lora(transformer: nn.Module, folder: Path | str) -> LoraConfig:
     """Load an adapter into the mask branch, in place of the one that is there.
 
-    The one loading helper: plain `load_lora_weights` would leave the LoRA active on all tokens.
-    Returns the LoraConfig that the file was trained with.
+    The one loading helper: plain `load_lora_weights` would leave the LoRA active on all tokens and
+    forget the attention mode. Returns the LoraConfig that the file was trained with.
     """
     config, _ = read_mask_lora(folder)
     _check(config)

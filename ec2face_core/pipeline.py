@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .attributes import NUM_CLASSES
 from .backbone import decode_latents, encode_text, load_backbone
-from .conditioning import guided_velocity, mask_latents_of
+from .conditioning import guided_velocity, is_decoupled, mask_latents_of, remember_mask
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
 from .datasets import labels_from_palette
 from .lora import ADAPTER, load_mask_lora, read_mask_lora, save_mask_lora
@@ -160,6 +160,7 @@ class EC2FacePipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         output_type: str = "pil",
         latents: Tensor | None = None,
+        mask_strength: float = 1.0,
     ) -> EC2FacePipelineOutput:
         """Draw faces. Mask only: leave `prompt` empty. Text only: leave `mask` out.
 
@@ -179,6 +180,8 @@ class EC2FacePipeline(DiffusionPipeline):
             num_images_per_prompt: pictures of each prompt-mask pair, kept together.
             output_type: "pil"; "np" or "pt": in [0, 1].
             latents: noise `b c h/f w/f` to begin with, instead of `generator`'s.
+            mask_strength: how much text and picture heed the mask, >= 0: the factor on each mask
+                token in their softmax. 1 is as trained, 0 is no mask.
 
         Raises:
             ValueError: numbers of prompts, masks, generators or latents that do not fit; a label
@@ -201,6 +204,8 @@ class EC2FacePipeline(DiffusionPipeline):
         if any(m is not None for m in masks):
             maps = [torch.zeros(size).long() if m is None else _resize(m, size) for m in masks]
             mask_latents = mask_latents_of(self.vae, torch.stack(maps).to(device))
+            if is_decoupled(self.transformer):  # then one pass over the masks serves every step
+                mask_latents = remember_mask(self.transformer, mask_latents)
             index = torch.arange(b) // num_images_per_prompt % len(masks)
             mask_latents = mask_latents[index]
             keep_mask = torch.tensor([m is not None for m in masks])[index]
@@ -218,7 +223,9 @@ class EC2FacePipeline(DiffusionPipeline):
         with self.progress_bar(total=len(timesteps)) as bar:
             for time in timesteps:
                 t = (time / 1000).expand(b)
-                v = guided_velocity(self.transformer, z, t, *condition, guidance, s_t, s_m)
+                v = guided_velocity(
+                    self.transformer, z, t, *condition, guidance, s_t, s_m, mask_strength
+                )
                 z = self.scheduler.step(v, time, z, return_dict=False)[0]
                 bar.update()
         images = self.image_processor.postprocess(decode_latents(self.vae, z), output_type)

@@ -212,7 +212,7 @@ def test_load_lora_weights_in_a_stock_pipeline(tiny, base, adapted, batch, tmp_p
     pipeline = FluxKontextPipeline(**{**tiny.components(), "transformer": base})
     pipeline.load_lora_weights(str(tmp_path), adapter_name="mask")
     everywhere = stock(base, batch)
-    install_mask_branch(base)
+    install_mask_branch(base, config)
     expected = pack(predict_velocity(adapted, **batch))
     assert torch.equal(stock(base, batch), expected)
     assert (everywhere - expected).abs().max() > 1e-3  # why install_mask_branch is needed
@@ -277,8 +277,8 @@ def test_mask_latents_are_the_palette_image(tiny):
 def test_errors(base):
     with pytest.raises(ValueError, match="no `mask` adapter"):
         install_mask_branch(base)
-    with pytest.raises(ConfigError, match=r"lora\.attention 'decoupled'"):
-        add_mask_lora(base, LoraConfig(attention="decoupled"))
+    with pytest.raises(ConfigError, match=r"lora\.attention 'causal'"):
+        add_mask_lora(base, LoraConfig(attention="causal"))
     assert not hasattr(base, "peft_config")  # refused before anything was added
     with pytest.raises(ConfigError, match=r"lora\.mask_position"):
         add_mask_lora(copy.deepcopy(base), LoraConfig(mask_position="left"))

@@ -22,6 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FLOORS = {
     1: ["attributes config flow"],
     2: [
+        "decoupled",
         "canvas captions checkpoints journal launch lora losses perception results statistics "
         "validation",
         "backbone conversion plotting",
