@@ -69,7 +69,7 @@ def _train(config: Config, variant: str, folder: Path) -> None:
     config.save(settings)
     run(
         "ec2face_core.train", "--config", str(settings), "--variant", variant,
-        "--run-dir", str(folder), num_processes=config.trainer.num_processes,
+        "--run-dir", str(folder), num_processes=config.trainer.num_processes, logs=folder / "logs",
     )  # fmt: skip
 
 

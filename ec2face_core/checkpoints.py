@@ -27,8 +27,8 @@ FREE = {
     "profile", "adapters", "sampling", "evaluation",
     "perception.scoring_parser", "perception.scoring_clip",
     "trainer.steps", "trainer.batch_size", "trainer.accumulation", "trainer.num_processes",
-    "trainer.gradient_checkpointing", "trainer.checkpoint_every", "trainer.keep_checkpoints",
-    "trainer.log_every",
+    "trainer.gradient_checkpointing", "trainer.recompute_every", "trainer.compile",
+    "trainer.shard", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.log_every",
 }  # fmt: skip
 TENSORS, ABOUT = "state.safetensors", "state.json"
 
@@ -124,7 +124,11 @@ def training_identity(config: Config) -> dict[str, Any]:
 
 
 def compare_identities(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
-    """Refuse to go on with a training of other settings: ConfigError that names them."""
+    """Refuse to go on with a training of other settings: ConfigError that names them.
+
+    A setting that an older checkpoint does not know had the effect of its default.
+    """
+    before = training_identity(Config()) | before
     other = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if other:
         changes = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in other)

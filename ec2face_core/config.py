@@ -48,6 +48,7 @@ class BackboneConfig:
     dtype: str = "bfloat16"  # of the frozen weights
     text_length: int = 128  # T5 tokens; padded, so part of every cache key
     guidance: float = 1.0  # value of the guidance embedding in training
+    pixel_decoder: str = ""  # AutoencoderTiny (TAEF1) for the pixel losses; empty: the VAE's own
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class LossConfig:
     reduction: str = "max"  # weights to latent resolution: max | mean | nearest
     normalize: str = "mean"  # mean: mean squared weight of a batch is 1 | none
     clip: float = 0.0  # upper bound of the weights after Eq. 10; 0 = none
+    gate: float = 0.0  # pixel losses with p = gate beta(t) t / max, weighted by 1/p; 0 = always
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,12 @@ class TrainerConfig:
     schedule: str = "constant"  # after the warm-up: constant | cosine (to 0 at the last step)
     max_grad_norm: float = 1.0
     drop_probability: float = 0.1  # p of Eq. 13, text and mask independently
+    even_times: bool = False  # times of neighbouring samples cover [0, 1] evenly, not by chance
     mixed_precision: str = "bf16"  # no | bf16 | fp16
     gradient_checkpointing: bool = False
+    recompute_every: int = 1  # with gradient_checkpointing: only each n-th block is recomputed
+    compile: bool = False  # torch.compile of the transformer's blocks
+    shard: bool = False  # FSDP2 over the frozen weights, for GPUs that cannot hold them
     num_processes: int = 8
     checkpoint_every: int = 250
     keep_checkpoints: int = 2

@@ -9,15 +9,17 @@ be saved. Every epoch shows each face once, in an order of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .flow import sample_timesteps
+from .flow import even_timesteps, sample_timesteps
 from .latents import LatentCache
 from .losses import drop_conditions
+
+BLOCK = 32  # neighbours whose even times and gates are drawn together; whatever a step's size is
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Draws:
     noise: Tensor  # b c h w
     keep_text: Tensor  # (b,) bool, Eq. 13
     keep_mask: Tensor  # (b,) bool
+    gate: Tensor | None = None  # (b,) weight of the pixel losses: 1/p or 0; None = 1 for all
 
 
 class SampleStream:
@@ -39,24 +42,42 @@ class SampleStream:
         cache: its faces are drawn from.
         seed: other seeds give other sequences.
         drop_probability: p of Eq. 13.
+        even_times: times of neighbours cover [0, 1] evenly; all else is as without.
+        gate: `t (b,) -> p (b,)`, the probability of a sample's pixel losses; None = 1.
     """
 
-    def __init__(self, cache: LatentCache, seed: int, drop_probability: float) -> None:
+    def __init__(
+        self,
+        cache: LatentCache,
+        seed: int,
+        drop_probability: float,
+        even_times: bool = False,
+        gate: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.cache, self.seed, self.drop_probability = cache, seed, drop_probability
+        self.even_times, self.gate = even_times, gate
         self._orders: dict[int, list[int]] = {}  # epoch -> its order of the faces
 
     def draw(self, indices: Sequence[int]) -> Draws:
         """The samples of these global indices, on the CPU."""
         shape, p = (1, *self.cache.latent_shape), self.drop_probability
-        ids, captions, parts = [], [], []
+        blocks = {index // BLOCK for index in indices}
+        even = {k: self._times(k) for k in blocks} if self.even_times else None
+        gates = {k: self._gates(k) for k in blocks} if self.gate else None
+        ids, captions, parts, gate = [], [], [], []
         for index in indices:
             id, caption, generator = self._begin(index)
-            t = sample_timesteps(1, generator)
+            (k, position), t = divmod(index, BLOCK), sample_timesteps(1, generator)
+            if even:
+                t = even[k][position, None]
+            if gates:
+                gate.append(gates[k][position])
             keep_text, keep_mask = drop_conditions(1, p, generator)
             ids.append(id)
             captions.append(caption)
             parts.append((t, torch.randn(shape, generator=generator), keep_text, keep_mask))
-        return Draws(ids, captions, *(torch.cat(part) for part in zip(*parts, strict=True)))
+        together = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Draws(ids, captions, *together, torch.stack(gate) if gates else None)
 
     def ids(self, indices: Sequence[int]) -> list[str]:
         """Only the faces of these samples."""
@@ -66,6 +87,19 @@ class SampleStream:
         """The captions that these samples will be told: what has to be embedded."""
         begun = (self._begin(index) for index in indices)
         return {self.cache.captions(id)[caption] for id, caption, _ in begun}
+
+    def _times(self, block: int) -> Tensor:
+        """Times of the samples `block * BLOCK ...`, `(BLOCK,)`."""
+        if self.even_times:
+            return even_timesteps(BLOCK, self._generator("times", block))
+        generators = (self._begin(block * BLOCK + i)[2] for i in range(BLOCK))
+        return torch.cat([sample_timesteps(1, generator) for generator in generators])
+
+    def _gates(self, block: int) -> Tensor:
+        """Weights of the pixel losses of the samples `block * BLOCK ...`, `(BLOCK,)` float32."""
+        p = self.gate(self._times(block).double())
+        u = torch.rand((), generator=self._generator("gate", block), dtype=torch.float64)
+        return systematic_sample(p, float(u)).div(p).float()
 
     def _begin(self, index: int) -> tuple[str, int, torch.Generator]:
         """Face, caption, and the generator that goes on to draw the rest."""
@@ -86,3 +120,21 @@ class SampleStream:
     def _generator(self, purpose: str, index: int) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}/{purpose}/{index}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def systematic_sample(p: Tensor, u: float) -> Tensor:
+    """Choose each i with probability p_i, as evenly as that can be done, with one random number.
+
+    Laid end to end, the p_i cover the line from 0; chosen are those that hold one of the points
+    1 - u, 2 - u, ... So any run of neighbours has as many chosen ones as its p add up to, rounded
+    up or down: ranks, which take such runs, get equal shares of the work.
+
+    Args:
+        p: probabilities `(n,)` float64.
+        u: uniform in [0, 1).
+
+    Returns:
+        `(n,)` bool.
+    """
+    ends = (p.cumsum(0) + u).floor()
+    return ends.diff(prepend=ends.new_zeros(1)) > 0

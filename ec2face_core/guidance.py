@@ -5,7 +5,9 @@
 Chosen here: two stages. The gradient g = dL/dz_hat is taken at a *detached* z_hat, and the training
 loss gets `(z_hat * g).sum()`, whose gradient is the same by the chain rule. So the graph through
 decoder, parser and CLIP is freed before the transformer's backward begins, pictures are decoded a
-few at a time, and no parameter that ranks share is involved.
+few at a time, and no parameter that ranks share is involved. The same makes two savings possible
+(off by default): the gate decodes only some samples of a batch, and a small decoder (TAEF1) stands
+in for the VAE's.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import decode_latents
-from .config import LossConfig
+from .config import BackboneConfig, ConfigError, LossConfig, resolve
 from .losses import mask_consistency_loss, text_consistency_loss, total_loss
 from .perception import ClipScorer, FaceParser
 
@@ -27,7 +29,7 @@ class PixelGuidance:
     """The consistency losses of Eqs. 6 and 7 and their modulated gradient at z_hat.
 
     Args:
-        vae: decodes.
+        vae: decodes; AutoencoderKL, or AutoencoderTiny (`load_tiny_decoder`).
         clip: reads the text; None = no text consistency.
         parser: reads the mask; None = no mask consistency.
         config: reads alpha_*, balance, smoothing, steepness, center.
@@ -64,6 +66,7 @@ class PixelGuidance:
         t: Tensor,
         keep_text: Tensor | None = None,
         keep_mask: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The first stage.
 
@@ -73,10 +76,37 @@ class PixelGuidance:
             label_map: `b H W` int64, of the size of the decoded pictures.
             t: times `(b,)`; every sample counts, however small beta(t) is.
             keep_text, keep_mask: `(b,)` bool; a dropped condition asks for nothing. None = all.
+            gate: `(b,)` weights on the CPU; samples of weight 0 are not even decoded. None = 1.
 
         Returns:
-            g `b c h w`, of the *sum* over samples of Eq. 9, and the losses `(b,)`, detached.
+            g `b c h w`, of the *sum* over samples of Eq. 9, and the losses `(b,)`, detached; all
+            times the gate's weights.
         """
+        if gate is None:
+            return self._gradient(z_hat, captions, label_map, t, keep_text, keep_mask)
+        chosen = gate.nonzero()[:, 0]
+        rows, weights = chosen.to(z_hat.device), gate[chosen].to(z_hat.device)
+        g, text, mask = torch.zeros_like(z_hat), None, None
+        if len(chosen):
+            keep = [None if k is None else k[rows] for k in (keep_text, keep_mask)]
+            some = [captions[i] for i in chosen.tolist()]
+            part, text, mask = self._gradient(z_hat[rows], some, label_map[rows], t[rows], *keep)
+            g[rows] = part * weights[:, None, None, None]
+        zero, losses = torch.zeros_like(t), []
+        for critic, loss in ((self.clip, text), (self.parser, mask)):
+            full = zero if loss is None else zero.index_copy(0, rows, (loss * weights).to(t.dtype))
+            losses.append(None if critic is None else full)
+        return g, *losses
+
+    def _gradient(
+        self,
+        z_hat: Tensor,
+        captions: Sequence[str],
+        label_map: Tensor,
+        t: Tensor,
+        keep_text: Tensor | None,
+        keep_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         side = label_map.shape[-1]
         at_once = max(1, PIXELS_AT_ONCE // side**2)
         gradients, losses = [], []
@@ -94,3 +124,45 @@ class PixelGuidance:
             None if parts[0] is None else torch.cat(parts) for parts in zip(*losses, strict=True)
         )
         return torch.cat(gradients), text, mask
+
+
+def load_tiny_decoder(config: BackboneConfig, latent_shape: Sequence[int], size: int) -> nn.Module:
+    """The AutoencoderTiny of `backbone.pixel_decoder`, frozen, with its decoder only.
+
+    It reads the transformer's latents as they are: its scale is 1 and its shift 0.
+
+    Args:
+        config: reads pixel_decoder (a folder or a hub id) and dtype.
+        latent_shape: `(c, h, w)` that it has to decode.
+        size: pixels of the side of the pictures.
+
+    Raises:
+        FileNotFoundError: no such decoder.
+        ConfigError: it belongs to other latents.
+    """
+    from diffusers import AutoencoderTiny
+    from safetensors import SafetensorError
+
+    name = config.pixel_decoder
+    folder = resolve(name)
+    try:
+        vae = AutoencoderTiny.from_pretrained(
+            str(folder) if folder.is_dir() else name,
+            torch_dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise FileNotFoundError(
+            f"the small decoder {name!r} (setting backbone.pixel_decoder) cannot be loaded: "
+            f"{str(error).splitlines()[0]}. FLUX.1's is the hub's madebyollin/taef1: name it or a "
+            "folder that holds it, or leave the setting empty for the backbone's own decoder"
+        ) from error
+    (c, h, _), factor = latent_shape, 2 ** (len(vae.config.decoder_block_out_channels) - 1)
+    if vae.config.latent_channels != c or h * factor != size:
+        raise ConfigError(
+            f"backbone.pixel_decoder {name!r} belongs to another autoencoder: it makes pictures of "
+            f"{factor} times the side out of {vae.config.latent_channels} channels, but here it is "
+            f"{size // h} times and {c} channels"
+        )
+    del vae.encoder
+    return vae.requires_grad_(False).eval()

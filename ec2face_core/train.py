@@ -1,7 +1,8 @@
 """`python -m ec2face_core.train`: train one adapter. The same command again resumes it.
 
-On N processes: `accelerate launch --multi_gpu --num_processes N -m ec2face_core.train ... --set
-trainer.num_processes=N` (`launch.run` writes that command), also without a GPU.
+On N processes: `torchrun --standalone --nproc-per-node N -m ec2face_core.train ... --set
+trainer.num_processes=N`, also without a GPU; `launch.command` writes that line, also for several
+machines, and `launch.run` runs it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import json
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,21 @@ from .checkpoints import (
 )
 from .conditioning import predict_velocity
 from .config import VARIANTS, Config, ConfigError, TrainerConfig, resolve
+from .distribution import average_gradients, make_accelerator, shard_base
 from .draws import Draws, SampleStream
 from .flow import interpolate, reverse_estimate, velocity
-from .guidance import PixelGuidance
+from .guidance import PixelGuidance, load_tiny_decoder
 from .journal import add_metrics, cut_metrics, print_progress, read_metrics
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
-from .losses import LossBreakdown, flow_matching_loss, latent_weights, total_loss
+from .losses import (
+    LossBreakdown,
+    flow_matching_loss,
+    gate_probability,
+    latent_weights,
+    total_loss,
+)
 from .perception import ClipScorer, FaceParser
+from .tuning import attention_kernel, prepare_blocks
 
 METRICS = ("t", "total", "flow", "text", "mask", "beta", "unweighted_flow", "grad_norm")
 
@@ -124,7 +133,7 @@ class Trainer:
         from .datasets import open_dataset
 
         config, c = self.config, self.config.trainer
-        self.accelerator = _accelerator(c, self.device_name)
+        self.accelerator = make_accelerator(c, self.device_name)
         self.device = self.accelerator.device
         with self.accelerator.main_process_first():
             dataset = open_dataset(config, "train")
@@ -141,14 +150,17 @@ class Trainer:
         self.counts = self.cache.label_counts()
 
         guided = config.loss.alpha_text > 0, config.loss.alpha_mask > 0
-        parts = ("transformer", "vae") if any(guided) else ("transformer",)
+        tiny = config.backbone.pixel_decoder
+        parts = ("transformer", "vae") if any(guided) and not tiny else ("transformer",)
         backbone = load_backbone(config.backbone, parts)
+        if any(guided) and tiny:
+            shape = self.cache.latent_shape
+            backbone.vae = load_tiny_decoder(config.backbone, shape, config.data.size)
         self.transformer = backbone.transformer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.parameters = add_mask_lora(self.transformer, config.lora)
-        if c.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        prepare_blocks(self.transformer, c)
         self.guidance = None
         if any(guided):
             of = {"config": config.perception, "device": self.device}
@@ -164,7 +176,11 @@ class Trainer:
             weight_decay=c.weight_decay,
             fused=self.device.type == "cuda",
         )
-        self.model, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
+        if c.shard:
+            self.model = shard_base(self.transformer, self.accelerator)
+            self.optimizer = self.accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
 
     @property
     def is_main(self) -> bool:
@@ -178,7 +194,9 @@ class Trainer:
         return c.batch_size * c.accumulation * c.num_processes
 
     def _stream(self, cache: LatentCache) -> SampleStream:
-        return SampleStream(cache, self.config.seed, self.config.trainer.drop_probability)
+        c, loss = self.config.trainer, self.config.loss
+        gate = partial(gate_probability, config=loss) if loss.gate else None
+        return SampleStream(cache, self.config.seed, c.drop_probability, c.even_times, gate)
 
     # ----------------------------------------------------------------------------- one step
 
@@ -197,6 +215,8 @@ class Trainer:
                 loss, means = self.loss(draws, None if weights is None else weights[rows])
                 accelerator.backward(loss / c.accumulation)
             sums += torch.stack([means[name] for name in METRICS[:-1]])
+        if c.shard:
+            average_gradients(self.parameters)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, self.step)
         norm = accelerator.clip_grad_norm_(self.parameters, c.max_grad_norm or math.inf)
@@ -236,7 +256,7 @@ class Trainer:
             z_hat = reverse_estimate(z_t, v, t)
             with self.accelerator.autocast():
                 g, text_loss, mask_loss = self.guidance.gradient(
-                    z_hat, batch["captions"], label_map, t, keep_text, keep_mask
+                    z_hat, batch["captions"], label_map, t, keep_text, keep_mask, draws.gate
                 )
             loss = loss + (z_hat * g).sum() / len(t)
 
@@ -302,9 +322,18 @@ class Trainer:
         print(
             f"{self.variant}: {learnt:,} LoRA parameters ({share:.3f} % of the backbone's), "
             f"{self.accelerator.num_processes} x {self.device.type}, {self.step_samples} samples "
-            f"a step, latents in {self.cache.folder}{resuming if self.step else ''}",
+            f"a step, attention by {self._kernels()}, latents in {self.cache.folder}"
+            f"{resuming if self.step else ''}",
             flush=True,
         )
+
+    def _kernels(self) -> str:
+        """Names of the attention kernels of batches with every mask and with dropped ones."""
+        _, h, w = self.cache.latent_shape
+        tokens, c = self.config.backbone.text_length + 2 * (h // 2) * (w // 2), self.config.trainer
+        of = self.transformer, tokens, c.mixed_precision, self.device
+        kernels = [attention_kernel(*of, masked) for masked in (False, True)]
+        return " or, where a mask is dropped, ".join(dict.fromkeys(kernels))
 
     def _log(self) -> None:
         """Write the steps since the last call, and a line with their mean."""
@@ -349,28 +378,3 @@ def learning_rate(config: TrainerConfig, step: int) -> float:
         rest = (step - config.warmup) / max(1, config.steps - config.warmup)
         rate *= 0.5 * (1 + math.cos(math.pi * max(0.0, rest)))
     return rate
-
-
-def _accelerator(config: Any, device: str | None) -> Any:
-    """Accelerate with DDP over the LoRA only, checked against the configuration."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    if cpu and config.mixed_precision == "fp16":
-        raise ConfigError("trainer.mixed_precision: fp16 needs a GPU; use bf16 or no")
-    AcceleratorState._reset_state()  # else a second trainer of a notebook has the first's precision
-    accelerator = Accelerator(
-        # Without cpu=True each rank of a machine without GPU believes that it is alone.
-        cpu=cpu,
-        mixed_precision=config.mixed_precision,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
-    )
-    if accelerator.num_processes != config.num_processes:
-        raise ConfigError(
-            f"started on {accelerator.num_processes} processes, but trainer.num_processes is "
-            f"{config.num_processes}: set it to what you start, or start with launch.run"
-        )
-    return accelerator

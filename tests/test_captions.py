@@ -56,7 +56,7 @@ HAIR = {
 def random_face(rng: random.Random) -> dict[str, bool | str]:
     """Every attribute by chance: drawn, false or absent."""
     face: dict[str, bool | str] = {
-        key: rng.random() < 0.3 for key in set(MEANS.values()) if rng.random() < 0.8
+        key: rng.random() < 0.3 for key in sorted(set(MEANS.values())) if rng.random() < 0.8
     }
     if rng.random() < 0.8:
         face["male"] = rng.random() < 0.5

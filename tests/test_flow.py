@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ec2face_core.flow import interpolate, reverse_estimate, sample_timesteps, velocity
+from ec2face_core.flow import (
+    even_timesteps,
+    interpolate,
+    reverse_estimate,
+    sample_timesteps,
+    velocity,
+)
 
 SHAPES = [(5,), (5, 7), (5, 16, 32), (5, 3, 8, 6)]
 
@@ -80,13 +86,18 @@ def test_times_are_uniform():
     )
 
 
-def test_stratified_times_cover_every_part_and_stay_uniform():
+def test_even_times_are_uniform_and_any_run_of_them_covers_the_interval():
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([sample_timesteps(8, generator, stratified=True) for _ in range(5000)])
-    parts = (draws * 8).floor().sort(1).values
-    assert torch.equal(parts, torch.arange(8.0).expand_as(parts))
-    assert draws[:, 0].mean() == pytest.approx(0.5, abs=0.02)  # any one place sees all of [0, 1]
-    assert draws[:, 0].var() == pytest.approx(1 / 12, abs=0.005)
+    draws = torch.stack([even_timesteps(32, generator) for _ in range(4000)])
+    assert draws.dtype == torch.float32 and draws.min() >= 0 and draws.max() <= 1
+    for place in (0, 5, 31):  # any one place sees all of [0, 1]
+        assert draws[:, place].mean() == pytest.approx(0.5, abs=0.02)
+        assert draws[:, place].var() == pytest.approx(1 / 12, abs=0.005)
+    for length, gap in ((4, 0.383), (8, 0.237), (32, 0.056)):  # by chance 0.52, 0.34, 0.13
+        for start in range(0, 33 - length, 3):
+            run = draws[:, start : start + length].sort(1).values
+            around = torch.cat([run.diff(dim=1), 1 + run[:, :1] - run[:, -1:]], 1)
+            assert around.max() < gap
 
 
 def test_times_come_from_the_given_generator_alone():

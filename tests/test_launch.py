@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,9 +62,22 @@ def test_command_lines():
     assert launch.command_line("m", "-a", num_processes=1) == [sys.executable, "-m", "m", "-a"]
     many = launch.command_line("m", "-a", num_processes=3)
     assert many[-3:] == ["-m", "m", "-a"]
-    assert many[many.index("--num_processes") + 1] == "3" and "--cpu" not in many
+    assert "--nproc-per-node=3" in many and "--standalone" in many
     with pytest.raises(ValueError, match="at least 1"):
         launch.command_line("m", num_processes=0)
+
+
+def test_lines_for_the_shell():
+    one = launch.command("m", "--set", "a=b c", num_processes=8)
+    assert shlex.split(one)[-4:] == ["-m", "m", "--set", "a=b c"]
+    assert one.startswith("torchrun --standalone --nproc-per-node=8 ") and "nnodes" not in one
+    two = launch.command("m", num_processes=16, machines=2, host="node0", port=29501)
+    assert "--nnodes=2" in two and "--nproc-per-node=8" in two and "standalone" not in two
+    assert "--rdzv-backend=c10d --rdzv-endpoint=node0:29501" in two
+    with pytest.raises(ValueError, match="8 processes cannot be shared by 3 machines"):
+        launch.command("m", num_processes=8, machines=3, host="node0")
+    with pytest.raises(ValueError, match="host"):
+        launch.command("m", num_processes=8, machines=2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children end with their parent on Linux only")
@@ -87,8 +102,36 @@ def test_a_child_ends_with_its_parent(module, tmp_path, monkeypatch, how):
     wait_for(lambda: not child.exists() or "\nState:\tZ" in (child / "status").read_text())
 
 
+RANK = """
+import os, sys, time
+print("hello of rank", os.environ["RANK"], flush=True)
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_are_two_ranks(module, capfd):
+@pytest.mark.parametrize(
+    ("last_words", "message"),
+    [
+        ("raise RuntimeError('the loss is purple')", "rank 1 failed with exit code 1.*is purple"),
+        ("os.kill(os.getpid(), 9)", "rank 1 was ended by SIGKILL .*memory is short.*hello of rank 1"),
+    ],
+    ids=["raises", "killed"],
+)  # fmt: skip
+def test_a_rank_that_dies_is_named_with_its_log(module, tmp_path, capfd, last_words, message):
+    dies = f"if os.environ['RANK'] == '1': {last_words}\ntime.sleep(600)\n"
+    name, env = module("dies", RANK + dies)
+    with pytest.raises(launch.LaunchError, match=f"(?s){message}") as error:
+        launch.run(name, num_processes=2, env=env, logs=tmp_path / "logs")
+    assert error.value.rank == 1 and "The same call again resumes" in str(error.value)
+    log = error.value.log
+    assert log.is_relative_to(tmp_path / "logs") and str(log) in str(error.value)
+    assert error.value.output in log.read_text() + "\n"
+    out = capfd.readouterr().out
+    assert "\nhello of rank 0\n" in out and "hello of rank 1" not in out
+
+
+@pytest.mark.slow
+def test_two_processes_are_two_ranks(module, tmp_path, capfd):
     name, env = module(
         "ranks",
         "import torch\n"
@@ -97,9 +140,35 @@ def test_two_processes_are_two_ranks(module, capfd):
         "total = a.reduce(torch.tensor([1.0 + a.process_index]))\n"
         "print(f'rank {a.process_index} of {a.num_processes} sum {total.item()}\\n', end='')\n",
     )
-    launch.run(name, num_processes=2, env=env)
+    launch.run(name, num_processes=2, env=env, logs=tmp_path / "logs")
     out = capfd.readouterr().out
-    assert "rank 0 of 2 sum 3.0" in out and "rank 1 of 2 sum 3.0" in out
+    assert "\nrank 0 of 2 sum 3.0" in out and "rank 1" not in out
+    assert not any((tmp_path / "logs").iterdir())  # kept only where something failed
+
+
+@pytest.mark.slow
+def test_the_line_for_several_machines_works(module, tmp_path):
+    """Two launchers on this machine stand for two machines."""
+    name, env = module(
+        "meets",
+        "import torch.distributed as d\n"
+        "d.init_process_group('gloo')\n"
+        "print(f'rank {d.get_rank()} of {d.get_world_size()}')\n",
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    line = launch.command(name, num_processes=2, machines=2, host="localhost", port=port)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    start = {"cwd": tmp_path, "env": launch.child_environment() | env | {"PATH": path}}
+    machines = [
+        subprocess.Popen(shlex.split(line), stdout=subprocess.PIPE, text=True, **start)
+        for _ in range(2)
+    ]
+    said = "".join(machine.communicate(timeout=300)[0] for machine in machines)
+    assert [machine.returncode for machine in machines] == [0, 0]
+    assert "rank 0 of 2" in said and "rank 1 of 2" in said
+    assert (tmp_path / "runs" / "logs").is_dir()
 
 
 def run_interruptibly(*args):

@@ -22,19 +22,19 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FLOORS = {
     1: ["attributes config flow"],
     2: [
-        "decoupled",
-        "canvas captions checkpoints journal launch lora losses perception results statistics "
-        "validation",
+        "decoupled weights",
+        "canvas captions checkpoints distribution journal launch lora losses perception results "
+        "statistics tuning validation",
         "backbone conversion plotting",
     ],
     3: [
         "conditioning diagram grids guidance metrics rendering reproduce",
         "dense synthetic",
-        "contrastive datasets",
+        "contrastive datasets photos",
     ],
-    4: ["critics foundation latents", "adapters draws pipeline", "generate"],
+    4: ["critics foundation inventory latents", "adapters draws pipeline", "generate"],
     5: ["scoring trainer", "estimation evaluate inspection", "experiments"],
-    6: ["train"],
+    6: ["prepare train"],
 }
 PUBLIC = (
     "CLASSES GROUPS PALETTE interpolate reverse_estimate beta class_weights long_tail_weights "
