@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from .config import BackboneConfig, resolve
 from .lora import add_mask_lora, load_mask_lora, read_mask_lora, save_mask_lora
+from .weights import is_hub_id, pipeline_problems
 
 __all__ = [
     "PARTS",
@@ -133,18 +134,20 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
     wanted = {name for part in parts for name in PARTS[part]}
     everything = {name for names in PARTS.values() for name in names}
     folder = resolve(config.path)
-    # hub ids have exactly one slash and begin with a name
-    if not folder.is_dir() and (config.path.count("/") != 1 or config.path[0] in "./~"):
+    if not folder.is_dir() and not is_hub_id(config.path):
         raise FileNotFoundError(_missing(config, "no such folder"))
     try:
         with _without_bars():
             pipeline = FluxPipeline.from_pretrained(
                 str(folder) if folder.is_dir() else config.path,
                 dtype=getattr(torch, config.dtype),
+                use_safetensors=True,  # a pickle runs code when it is opened
                 **dict.fromkeys(everything - wanted),
             )
     except (OSError, SafetensorError) as error:
-        raise FileNotFoundError(_missing(config, str(error).split("\n")[0])) from error
+        problems = pipeline_problems(folder) if folder.is_dir() else []
+        reason = "; ".join(problems) or str(error).split("\n")[0]
+        raise FileNotFoundError(_missing(config, reason)) from error
     backbone = Backbone(**{name: getattr(pipeline, name) for name in wanted})
     for module in backbone.modules():
         module.requires_grad_(False).eval()

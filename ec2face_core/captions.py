@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -250,3 +251,49 @@ def _join(items: Sequence[str]) -> str:
 
 def _pick(items: Sequence, rng: random.Random):
     return items[int(rng.random() * len(items))]
+
+
+def celeba_attributes(path: Path) -> dict[str, FaceAttributes]:
+    """`CelebAMask-HQ-attribute-anno.txt` -> attributes in the words of `captions`, by id."""
+    _, header, *lines = path.read_text(encoding="utf-8").splitlines()
+    names, faces = header.split(), {}
+    for line in lines:
+        file, *values = line.split()
+        has = {name: value == "1" for name, value in zip(names, values, strict=True)}
+        colours = [c for c in ("black", "blond", "brown", "gray") if has[f"{c.title()}_Hair"]]
+        face: dict[str, bool | str] = {key: has[name] for key, name in _CELEBA.items()}
+        face["beard"] = not has["No_Beard"] and not has["5_o_Clock_Shadow"]
+        if len(colours) == 1:
+            face["hair_colour"] = colours[0]
+        if has["Wavy_Hair"] != has["Straight_Hair"]:
+            face["hair_style"] = "wavy" if has["Wavy_Hair"] else "straight"
+        faces[Path(file).stem] = face
+    return faces
+
+
+_CELEBA = {  # our key -> CelebA's name
+    "male": "Male",
+    "young": "Young",
+    "bald": "Bald",
+    "bangs": "Bangs",
+    "receding_hairline": "Receding_Hairline",
+    "smiling": "Smiling",
+    "mouth_open": "Mouth_Slightly_Open",
+    "eyeglasses": "Eyeglasses",
+    "hat": "Wearing_Hat",
+    "earrings": "Wearing_Earrings",
+    "necklace": "Wearing_Necklace",
+    "lipstick": "Wearing_Lipstick",
+    "mustache": "Mustache",
+    "heavy_makeup": "Heavy_Makeup",
+    "arched_eyebrows": "Arched_Eyebrows",
+    "bushy_eyebrows": "Bushy_Eyebrows",
+    "big_nose": "Big_Nose",
+    "big_lips": "Big_Lips",
+    "narrow_eyes": "Narrow_Eyes",
+    "bags_under_eyes": "Bags_Under_Eyes",
+    "pale_skin": "Pale_Skin",
+    "rosy_cheeks": "Rosy_Cheeks",
+    "chubby": "Chubby",
+    "oval_face": "Oval_Face",
+}

@@ -1,9 +1,10 @@
 """Foreign folders of faces -> the layout of `validation.py`.
 
-Chosen here: a converter works in `.{name}.partial` beside the target, writes each file under a
-temporary name and renames it, and skips faces that are complete there, so that an interrupted
-conversion resumes. The target appears only when every face is good; otherwise one `DataError` lists
-every bad file. Masks are resized nearest only, images bicubic with antialiasing.
+Chosen here: a converter works in `.{name}.partial` beside the target, one process a core, writes
+each file under a temporary name and renames it, and skips faces that are valid there, so that an
+interrupted conversion resumes. The target appears only when every face is good; otherwise one
+`DataError` lists every bad file. Masks are resized nearest only, images bicubic with antialiasing
+(after `read_image`'s halving of JPEGs).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from PIL import Image
 
 from .attributes import CLASS_ID, CLASSES, PALETTE
-from .captions import FaceAttributes, captions_from_mask
+from .captions import FaceAttributes, captions_from_mask, celeba_attributes
 from .captions import captions as compose
 from .validation import (
     IMAGE_SUFFIXES,
@@ -37,12 +39,15 @@ from .validation import (
     validate,
 )
 
+PART_FOLDERS = ("CelebAMask-HQ-mask-anno", "CelebAMaskHQ-mask-anno")
 _PART = re.compile(r"(\d+)_(\w+)\.png")
+# Of PNG images: run lengths alone, as zlib has them for PNG. Five times faster, 4 % larger.
+_FAST = {"compress_level": 1, "compress_type": Image.RLE}
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one face comes from."""
+    """Where one face comes from; picklable, for it travels to another process."""
 
     id: str
     image: Path | None
@@ -69,26 +74,18 @@ def from_celebamask_hq(
     """
     raw = Path(raw)
     report = Report(raw)
-    images = files_by_id(raw / "CelebA-HQ-img", IMAGE_SUFFIXES, report)
-    annotation = _first_folder(raw, ("CelebAMask-HQ-mask-anno", "CelebAMaskHQ-mask-anno"))
-    parts: dict[str, dict[str, Path]] = {}
-    for path in annotation.glob("*/*.png"):
-        match = _PART.fullmatch(path.name)
-        if match and match[2] in CLASSES[1:]:
-            parts.setdefault(str(int(match[1])), {})[match[2]] = path
-        else:
-            report.add(path, f"is no part: expected {{id}}_{{part}}.png, part in {CLASSES[1:]}")
+    images, parts = celebamask_files(raw, report)
     texts = _caption_source(raw, captions)
     sources = []
     for name in sorted(images.keys() | parts.keys(), key=_natural):
         own = parts.get(name, {})
-        folder = annotation / str(int(name) // 2000) if name.isdigit() else annotation
+        folder = raw / PART_FOLDERS[0] / (str(int(name) // 2000) if name.isdigit() else "")
         sources.append(
             _Source(
                 id=name,
                 image=images.get(name, raw / "CelebA-HQ-img" / f"{name}.jpg"),
                 mask=next(iter(own.values()), folder / f"{name.zfill(5)}_skin.png"),
-                ids=lambda own=own: paint_parts(own),
+                ids=partial(paint_parts, own),
                 captions=texts(name),
             )
         )
@@ -124,7 +121,7 @@ def from_merged(
             id=name,
             image=images.get(name, pictures / f"{name}.jpg"),
             mask=masks.get(name, folder / f"{name}.png"),
-            ids=lambda path=masks.get(name, folder / f"{name}.png"): _read_ids_or_colours(path),
+            ids=partial(_read_ids_or_colours, masks.get(name, folder / f"{name}.png")),
             captions=texts(name),
         )
         for name in names
@@ -134,6 +131,23 @@ def from_merged(
     _convert(sources, splits, Path(out), size, report, progress)
 
 
+def celebamask_files(
+    raw: Path, report: Report
+) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
+    """Images and part files of the CelebAMask-HQ download by id: `{k: jpg}`, `{k: {part: png}}`.
+
+    What is no part file is added to `report`.
+    """
+    parts: dict[str, dict[str, Path]] = {}
+    for path in _first_folder(raw, PART_FOLDERS).glob("*/*.png"):
+        match = _PART.fullmatch(path.name)
+        if match and match[2] in CLASSES[1:]:
+            parts.setdefault(str(int(match[1])), {})[match[2]] = path
+        else:
+            report.add(path, f"is no part: expected {{id}}_{{part}}.png, part in {CLASSES[1:]}")
+    return files_by_id(raw / "CelebA-HQ-img", IMAGE_SUFFIXES, report), parts
+
+
 def paint_parts(parts: Mapping[str, Path]) -> np.ndarray:
     """Paint part masks (nonzero = the part) into ids `(h, w)` uint8, in id order, later on top."""
     ids: np.ndarray | None = None
@@ -141,15 +155,15 @@ def paint_parts(parts: Mapping[str, Path]) -> np.ndarray:
         if name not in parts:
             continue
         try:
-            with Image.open(parts[name]) as file:
-                part = np.asarray(file.convert("L")) != 0
+            with Image.open(parts[name]) as file:  # g_mask.py reads one channel, too
+                part = np.asarray(file.getchannel(0) if file.mode == "RGB" else file.convert("L"))
         except (OSError, SyntaxError) as error:
             raise DataError(f"unreadable part {parts[name].name} ({error})") from error
         if ids is None:
             ids = np.zeros(part.shape, np.uint8)
         if part.shape != ids.shape:
             raise DataError(f"part {parts[name].name} is {part.shape}, others {ids.shape}")
-        ids[part] = CLASS_ID[name]
+        np.copyto(ids, CLASS_ID[name], where=part != 0)
     if ids is None:
         raise DataError("no mask part of this face")
     return ids
@@ -181,52 +195,6 @@ def labels_from_palette(
     return nearest[index].reshape(rgb.shape[:2]).astype(np.uint8)
 
 
-def celeba_attributes(path: Path) -> dict[str, FaceAttributes]:
-    """`CelebAMask-HQ-attribute-anno.txt` -> attributes in the words of `captions`, by id."""
-    _, header, *lines = path.read_text(encoding="utf-8").splitlines()
-    names, faces = header.split(), {}
-    for line in lines:
-        file, *values = line.split()
-        has = {name: value == "1" for name, value in zip(names, values, strict=True)}
-        colours = [c for c in ("black", "blond", "brown", "gray") if has[f"{c.title()}_Hair"]]
-        face: dict[str, bool | str] = {key: has[name] for key, name in _CELEBA.items()}
-        face["beard"] = not has["No_Beard"] and not has["5_o_Clock_Shadow"]
-        if len(colours) == 1:
-            face["hair_colour"] = colours[0]
-        if has["Wavy_Hair"] != has["Straight_Hair"]:
-            face["hair_style"] = "wavy" if has["Wavy_Hair"] else "straight"
-        faces[Path(file).stem] = face
-    return faces
-
-
-_CELEBA = {  # our key -> CelebA's name
-    "male": "Male",
-    "young": "Young",
-    "bald": "Bald",
-    "bangs": "Bangs",
-    "receding_hairline": "Receding_Hairline",
-    "smiling": "Smiling",
-    "mouth_open": "Mouth_Slightly_Open",
-    "eyeglasses": "Eyeglasses",
-    "hat": "Wearing_Hat",
-    "earrings": "Wearing_Earrings",
-    "necklace": "Wearing_Necklace",
-    "lipstick": "Wearing_Lipstick",
-    "mustache": "Mustache",
-    "heavy_makeup": "Heavy_Makeup",
-    "arched_eyebrows": "Arched_Eyebrows",
-    "bushy_eyebrows": "Bushy_Eyebrows",
-    "big_nose": "Big_Nose",
-    "big_lips": "Big_Lips",
-    "narrow_eyes": "Narrow_Eyes",
-    "bags_under_eyes": "Bags_Under_Eyes",
-    "pale_skin": "Pale_Skin",
-    "rosy_cheeks": "Rosy_Cheeks",
-    "chubby": "Chubby",
-    "oval_face": "Oval_Face",
-}
-
-
 def _convert(
     sources: list[_Source],
     splits: Mapping[str, str],
@@ -241,37 +209,45 @@ def _convert(
     if not sources:
         raise DataError(f"{report.root}: no faces found")
     report.faces = len(sources)
-    partial = out.with_name(f".{out.name}.partial")
+    part = out.with_name(f".{out.name}.partial")
+    names = {source.id for source in sources}
     for kind in ("image", "mask", "text"):
-        (partial / kind).mkdir(parents=True, exist_ok=True)
-    done = set.intersection(
-        *({p.stem for p in (partial / kind).iterdir()} for kind in ("image", "mask", "text"))
-    )
-    todo = [source for source in sources if source.id not in done]
+        (part / kind).mkdir(parents=True, exist_ok=True)
+        for path in (part / kind).iterdir():
+            if path.stem not in names:  # of a face that the source does not have any more
+                path.unlink()
+    write = partial(_write_face, root=part, size=size)
     label = "converting" if progress else None
-    for problems in parallel(lambda source: _write_face(source, partial, size), todo, label):
+    for problems in parallel(write, sources, label, processes=True):
         for where, reason in problems:
             report.add(where, reason)
     report.raise_if_bad()
-    with open(partial / "manifest.csv", "w", newline="", encoding="utf-8") as file:
+    with open(part / "manifest.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(MANIFEST_COLUMNS)
         for source in sources:
-            caption = read_captions(partial / "text" / f"{source.id}.txt")[0]
+            caption = read_captions(part / "text" / f"{source.id}.txt")[0]
             writer.writerow([source.id, splits[source.id], 0, caption])
-    whole = validate(partial, progress)
+    whole = validate(part, progress)
     if whole.problems:  # of all faces together, such as exchanged sides: nothing to resume
-        shutil.rmtree(partial)
+        shutil.rmtree(part)
     whole.raise_if_bad()
-    partial.rename(out)
+    part.rename(out)
 
 
 def _write_face(source: _Source, root: Path, size: int) -> list[tuple[Path, str]]:
-    """Convert one face; returns its problems, and writes nothing if there are any."""
+    """Convert one face unless it is there; returns its problems, and writes nothing if any."""
     problems: list[tuple[Path, str]] = []
     image = ids = lines = None
     try:
-        image = read_image(source.image)
+        if isinstance(source.captions, Path):
+            lines = read_captions(source.captions)
+    except DataError as error:
+        problems.append((source.captions, str(error)))
+    if not problems and _is_written(source.id, root, size, lines):
+        return []
+    try:
+        image = read_image(source.image, size)
     except DataError as error:
         problems.append((source.image, str(error)))
     try:
@@ -282,29 +258,43 @@ def _write_face(source: _Source, root: Path, size: int) -> list[tuple[Path, str]
         check_ids(ids)
     except DataError as error:
         problems.append((source.mask, str(error)))
-    try:
-        if isinstance(source.captions, Path):
-            lines = read_captions(source.captions)
-    except DataError as error:
-        problems.append((source.captions, str(error)))
     if problems:
         return problems
-    keep = image.width == size  # then its bytes are copied, JPEG is not compressed again
     image = image.resize((size, size), Image.Resampling.BICUBIC)
-    lines = lines or _compose(source, ids, image)
+    text = "\n".join(lines or _compose(source, ids, image)) + "\n"
     mask = Image.fromarray(ids)
     mask.putpalette([value for rgb in PALETTE for value in rgb])
+    with Image.open(source.image) as file:
+        keep = file.width == size  # then its bytes are copied, JPEG is not compressed again
     suffix = source.image.suffix.lower() if keep else ".png"
-    _write(root / "mask" / f"{source.id}.png", lambda path: mask.save(path, format="png"))
-    _write(
-        root / "image" / f"{source.id}{suffix}",
-        (lambda path: path.write_bytes(source.image.read_bytes()))
-        if keep
-        else (lambda path: image.save(path, format="png")),
-    )
-    text = "\n".join(lines) + "\n"
-    _write(root / "text" / f"{source.id}.txt", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_image(path: Path) -> None:
+        if keep:
+            path.write_bytes(source.image.read_bytes())
+        else:
+            image.save(path, format="png", **_FAST)
+
+    write_whole(root / "mask" / f"{source.id}.png", lambda path: mask.save(path, format="png"))
+    write_whole(root / "image" / f"{source.id}{suffix}", write_image)
+    for other in set(IMAGE_SUFFIXES) - {suffix}:  # of an earlier conversion at another size
+        (root / "image" / f"{source.id}{other}").unlink(missing_ok=True)
+    write_whole(root / "text" / f"{source.id}.txt", lambda path: path.write_text(text, "utf-8"))
     return []
+
+
+def _is_written(name: str, root: Path, size: int, lines: tuple[str, ...] | None) -> bool:
+    """Is this face in `root`, readable, of this size and with these captions (None: any)?"""
+    image = [p for s in IMAGE_SUFFIXES if (p := root / "image" / f"{name}{s}").exists()]
+    try:
+        found = read_captions(root / "text" / f"{name}.txt")
+        return (
+            len(image) == 1
+            and read_image(image[0]).width == size
+            and read_mask(root / "mask" / f"{name}.png").shape == (size, size)
+            and lines in (None, found)
+        )
+    except DataError:
+        return False
 
 
 def _compose(source: _Source, ids: np.ndarray, image: Image.Image) -> list[str]:
@@ -315,11 +305,23 @@ def _compose(source: _Source, ids: np.ndarray, image: Image.Image) -> list[str]:
     return captions_from_mask(torch.from_numpy(ids.astype(np.int64)), pixels)
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name outside the folder's listing, then rename."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name outside the folder's listing, then rename.
+
+    Raises:
+        OSError: the disk is full, with the remedy; nothing half-written stays.
+    """
     temporary = path.parent.parent / f".{path.parent.name}-{path.name}"
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 1e9
+        raise OSError(
+            f"cannot write {path}: {error} ({free:.1f} GB free). Make room and run the same "
+            "command again: what is written is not made again"
+        ) from error
 
 
 def _caption_source(

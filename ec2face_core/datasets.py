@@ -188,8 +188,8 @@ def open_dataset(config: Config, split: str) -> FaceDataset:
     if not root.exists():
         if not data.procedural:
             raise DataError(
-                f"{root} does not exist. Convert the data there (`python -m ec2face_core.datasets "
-                f"--help`), or name another folder in the setting data.{key}"
+                f"{root} does not exist. Make it from the downloads (`python -m "
+                f"ec2face_core.prepare --help`), or name another folder in the setting data.{key}"
             )
         from .synthetic import write_dataset
 

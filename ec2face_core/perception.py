@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .attributes import FACER_TO_CELEBAMASK, NUM_CLASSES
 from .config import PerceptionConfig, resolve
+from .weights import check_torchscript, clip_problems
 
 # our channel c = facer channel FACER_CHANNEL[c]: the inverse of FACER_TO_CELEBAMASK
 FACER_CHANNEL = torch.tensor(FACER_TO_CELEBAMASK).argsort()
@@ -39,7 +40,8 @@ class FaceParser:
         device: where the network runs.
 
     Raises:
-        FileNotFoundError: naming the setting and where the file comes from.
+        FileNotFoundError: naming the setting and where the file comes from; a WeightsError for half
+            a file or another pickle than TorchScript.
     """
 
     def __init__(self, path: str | Path, size: int, device: torch.device | str = "cpu") -> None:
@@ -51,6 +53,7 @@ class FaceParser:
                 "jit.pt of the release `models-v1` of FacePerceiver/facer on GitHub. Miniature: it "
                 "is part of the clone (`git checkout data/mini`) or trained by `make foundation`."
             )
+        check_torchscript(file)
         _quiet()
         import facer
 
@@ -110,6 +113,10 @@ class ClipScorer:
         self.device = torch.device(device)
         self.name, pretrained = _clip_name(name)
         try:
+            if name.startswith(LOCAL_DIR):
+                folder = Path(self.name.removeprefix(LOCAL_DIR))
+                if problems := clip_problems(folder):  # open_clip would take a pickle
+                    raise OSError("; ".join(problems))
             self.model = open_clip.create_model(
                 self.name, pretrained, device=self.device, require_pretrained=True
             )

@@ -141,7 +141,10 @@ def test_missing_and_damaged_weights_name_the_setting(folder, tmp_path):
     shutil.copytree(folder, broken)
     weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(FileNotFoundError, match=r"backbone\.path"):
+    with pytest.raises(FileNotFoundError, match=r"backbone\.path.*half-downloaded, expected"):
+        load_backbone(BackboneConfig(path=str(broken)), parts=("vae",))
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(FileNotFoundError, match="pickled weights are refused"):
         load_backbone(BackboneConfig(path=str(broken)), parts=("vae",))
 
 

@@ -400,7 +400,7 @@ def test_draws_that_share_a_mask_share_its_gradient(transformer, batch):
 
 def test_a_memory_is_for_decoupled_attention_only(tiny, transformer, batch):
     joint = adapted(tiny, "joint")
-    with pytest.raises(ValueError, match="for an adapter with lora.attention 'decoupled'"):
+    with pytest.raises(ValueError, match=r"for an adapter with lora\.attention 'decoupled'"):
         remember_mask(joint, batch["mask_latents"])
     batch["mask_latents"] = remember_mask(transformer, batch["mask_latents"])
     with pytest.raises(ValueError, match="attention is joint"):
@@ -445,7 +445,7 @@ def pipeline(tiny, transformer: nn.Module) -> EC2FacePipeline:
 
 @torch.no_grad()
 def test_the_pipeline_remembers_masks_and_samples_as_without(tiny, transformer, label_map):
-    """Two masks and none, two texts, both guidances, strength: a loop that runs the mask each time."""
+    """Two masks and none, two texts, guidances, strength: a loop that runs the mask each time."""
     net, passes = copy.deepcopy(transformer), []
     net.x_embedder.lora_A["mask"].register_forward_hook(lambda *_: passes.append(1))
     pipe, steps = pipeline(tiny, net), 3

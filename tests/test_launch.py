@@ -113,7 +113,7 @@ print("hello of rank", os.environ["RANK"], flush=True)
     ("last_words", "message"),
     [
         ("raise RuntimeError('the loss is purple')", "rank 1 failed with exit code 1.*is purple"),
-        ("os.kill(os.getpid(), 9)", "rank 1 was ended by SIGKILL .*memory is short.*hello of rank 1"),
+        ("os.kill(os.getpid(), 9)", "rank 1 was ended by SIGKILL .*memory is short.*of rank 1"),
     ],
     ids=["raises", "killed"],
 )  # fmt: skip

@@ -1,0 +1,126 @@
+"""From raw downloads to what a profile needs: one report, verified data roots, checked weights.
+
+    python -m ec2face_core.prepare --dry-run                 # what is there, what is missing
+    python -m ec2face_core.prepare --downloads /data/raw     # convert, verify, report again
+
+The report (`inventory.py`) needs no network, and the dry run writes nothing. Part files, photos and
+captions become the data roots that the profile names; once these are complete the downloads may go.
+Weights stay where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .config import Config, ConfigError, load_config, load_profile, parse_override, resolve
+from .conversion import from_celebamask_hq
+from .inventory import (
+    CELEBAMASK,
+    DETECTOR,
+    FARL,
+    FFHQ_TEXT,
+    IMAGES,
+    PARTS,
+    PHOTOS,
+    RETINAFACE,
+    TEXTS,
+    Finding,
+    captions_folder,
+    ffhq_text_files,
+    render,
+    survey,
+)
+from .perception import FaceParser
+from .photos import face_detector, from_photos
+from .validation import DataError, validate
+
+
+def prepare(config: Config, downloads: Path, dry_run: bool = False) -> list[Finding]:
+    """Report what a profile needs; without `dry_run`, first make and verify its data roots.
+
+    Args:
+        config: names the data roots and the weights.
+        downloads: folder with `CelebAMask-HQ/`, `multi-modal-celeba/`, `FFHQ-Text/`, `weights/`.
+        dry_run: only look.
+
+    Raises:
+        DataError: files that cannot be used, all of them in one report.
+        OSError: the disk is full; what is written is whole and is not made again.
+    """
+    findings = survey(config, downloads)
+    if dry_run:
+        return findings
+    there = {finding.need for finding in findings if finding.state == "there"}
+    root, zero_shot = resolve(config.data.root), resolve(config.data.zero_shot_root)
+    for folder in (root, zero_shot):
+        if folder.exists():
+            validate(folder, progress=True).raise_if_bad()
+    size = config.data.size
+    if there >= {IMAGES, PARTS, TEXTS}:
+        raw, texts = downloads / CELEBAMASK, captions_folder(downloads)
+        from_celebamask_hq(raw, root, texts, size, config.data.train)
+    if there >= {PHOTOS, FARL, RETINAFACE}:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        parser = FaceParser.from_config(config.perception, device=device)
+        detect = face_detector(downloads / DETECTOR, device)
+        from_photos(*ffhq_text_files(downloads), zero_shot, parser, detect, size)
+    return survey(config, downloads, content=True)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns 0 if everything is there, or 2 after saying what is not."""
+    options = _parser().parse_args(arguments)
+    try:
+        overrides = {k: v for text in options.set for k, v in parse_override(text).items()}
+        config = (
+            load_config(options.config, **overrides)
+            if options.config
+            else load_profile(options.profile, **overrides)
+        )
+        if config.data.procedural:
+            print("nothing to prepare: the faces are drawn, and the weights are part of the clone")
+            return 0
+        findings = prepare(config, options.downloads, options.dry_run)
+    except (ConfigError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(render(findings))
+    complete = all(found.state == "there" for found in findings)
+    if complete and options.dry_run and any(f.need in (IMAGES, PHOTOS) for f in findings):
+        print("complete; the same command without --dry-run makes the data roots")
+    return 0 if complete else 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ec2face_core.prepare",
+        description="Report what a profile needs and what of it is there; convert the downloads "
+        "into its data roots and verify them. Run again to resume. data/README.md has the steps.",
+        epilog="Exit code 0: everything is there. 2: something is missing, incomplete or refused.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--profile", default="paper", help="name of a profile")
+    source.add_argument("--config", type=Path, metavar="FILE", help="a saved config.yaml instead")
+    parser.add_argument(
+        "--downloads", type=Path, metavar="DIR", default=resolve("data/raw"),
+        help=f"folder that holds {CELEBAMASK}/, multi-modal-celeba/, {FFHQ_TEXT}/ and weights/",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="only report; write nothing")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="override a setting, e.g. backbone.path=/models/FLUX.1-dev; repeatable",
+    )  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
