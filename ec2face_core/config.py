@@ -104,6 +104,7 @@ class TrainerConfig:
     max_grad_norm: float = 1.0
     drop_probability: float = 0.1  # p of Eq. 13, text and mask independently
     even_times: bool = False  # times of neighbouring samples cover [0, 1] evenly, not by chance
+    draws_per_mask: int = 1  # neighbouring samples that share a face and one pass over its mask
     mixed_precision: str = "bf16"  # no | bf16 | fp16
     gradient_checkpointing: bool = False
     recompute_every: int = 1  # with gradient_checkpointing: only each n-th block is recomputed

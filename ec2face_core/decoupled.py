@@ -70,7 +70,8 @@ class MemoryProcessor(FluxAttnProcessor):
         if kept is not None:
             kept.append((k, v))
         if memory is not None:
-            k, v = (torch.cat([own, more], dim=1) for own, more in zip((k, v), memory, strict=True))
+            pairs = zip((k, v), memory, strict=True)
+            k, v = (torch.cat([own, more.to(own.dtype)], dim=1) for own, more in pairs)
         out = dispatch_attention_fn(
             q, k, v,
             attn_mask=attention_mask,

@@ -3,7 +3,7 @@
 Sample number g of a training is the same face, caption, time, noise and dropped conditions whoever
 draws it: ranks take different g and so draw different noise, a resumed run goes on as if it had
 never stopped, and any number of ranks sees the same samples. No state of a random generator has to
-be saved. Every epoch shows each face once, in an order of its own.
+be saved. Every epoch shows each face once (`draws_per_face` times), in an order of its own.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class SampleStream:
         drop_probability: p of Eq. 13.
         even_times: times of neighbours cover [0, 1] evenly; all else is as without.
         gate: `t (b,) -> p (b,)`, the probability of a sample's pixel losses; None = 1.
+        draws_per_face: as many neighbours show the same face, each with a caption, time, noise and
+            dropped conditions of its own.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class SampleStream:
         drop_probability: float,
         even_times: bool = False,
         gate: Callable[[Tensor], Tensor] | None = None,
+        draws_per_face: int = 1,
     ) -> None:
         self.cache, self.seed, self.drop_probability = cache, seed, drop_probability
-        self.even_times, self.gate = even_times, gate
+        self.even_times, self.gate, self.draws_per_face = even_times, gate, draws_per_face
         self._orders: dict[int, list[int]] = {}  # epoch -> its order of the faces
 
     def draw(self, indices: Sequence[int]) -> Draws:
@@ -108,7 +111,7 @@ class SampleStream:
         return id, int(torch.randint(count, (), generator=generator)), generator
 
     def _id(self, index: int) -> str:
-        epoch, position = divmod(index, len(self.cache.ids))
+        epoch, position = divmod(index // self.draws_per_face, len(self.cache.ids))
         if epoch not in self._orders:
             order = torch.randperm(
                 len(self.cache.ids), generator=self._generator("epoch", epoch)

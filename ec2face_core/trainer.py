@@ -35,7 +35,7 @@ from .checkpoints import (
     training_tensors,
     write_folder,
 )
-from .conditioning import predict_velocity
+from .conditioning import MaskMemory, predict_velocity, remember_mask
 from .config import VARIANTS, Config, ConfigError, TrainerConfig, resolve
 from .distribution import average_gradients, make_accelerator, shard_base
 from .draws import Draws, SampleStream
@@ -81,6 +81,17 @@ class Trainer:
             raise ConfigError(f"variant {variant!r} does not exist; known: {', '.join(VARIANTS)}")
         if config.trainer.schedule not in ("constant", "cosine"):
             raise ConfigError(f"trainer.schedule {config.trainer.schedule!r}: constant or cosine")
+        if (k := config.trainer.draws_per_mask) != 1:
+            if config.lora.attention != "decoupled":
+                raise ConfigError(
+                    f"trainer.draws_per_mask {k} needs lora.attention decoupled: in joint "
+                    "attention mask tokens depend on time, noise and text"
+                )
+            if k < 1 or config.trainer.batch_size % k:
+                raise ConfigError(
+                    f"trainer.batch_size {config.trainer.batch_size} must be a multiple of "
+                    f"trainer.draws_per_mask {k}"
+                )
         self.config = config.replace(**VARIANTS[variant])
         self.variant, self.device_name = variant, device
         self.run_dir = resolve(run_dir or config.run_dir / "training" / variant)
@@ -196,7 +207,9 @@ class Trainer:
     def _stream(self, cache: LatentCache) -> SampleStream:
         c, loss = self.config.trainer, self.config.loss
         gate = partial(gate_probability, config=loss) if loss.gate else None
-        return SampleStream(cache, self.config.seed, c.drop_probability, c.even_times, gate)
+        return SampleStream(
+            cache, self.config.seed, c.drop_probability, c.even_times, gate, c.draws_per_mask
+        )
 
     # ----------------------------------------------------------------------------- one step
 
@@ -246,7 +259,7 @@ class Trainer:
 
         z_t, target = interpolate(z, noise, t), velocity(z, noise)
         v = predict_velocity(
-            self.model, z_t, t, text, z_mask,
+            self.model, z_t, t, text, self._masks(z_mask),
             None if draws.keep_mask.all() else keep_mask,  # decided without waiting for the GPU
             guidance=config.backbone.guidance, lora=config.lora,
         )  # fmt: skip
@@ -266,6 +279,13 @@ class Trainer:
             )
             means = {"t": t.mean(), "unweighted_flow": flow_matching_loss(v, target).mean()}
         return loss, parts.mean() | means
+
+    def _masks(self, z_mask: Tensor) -> Tensor | MaskMemory:
+        """Mask latents, or what one pass over each face's mask leaves for its K samples."""
+        k = self.config.trainer.draws_per_mask
+        if k == 1:
+            return z_mask
+        return remember_mask(self.model, z_mask[::k])[torch.arange(len(z_mask)) // k]
 
     def _weights(self, indices: range) -> Tensor | None:
         """Eq. 10 for all samples of the step, of all ranks, so that `normalize` sees them all."""

@@ -31,6 +31,7 @@ from ec2face_core.conditioning import (
 )
 from ec2face_core.config import Config, ConfigError, LoraConfig
 from ec2face_core.pipeline import EC2FacePipeline
+from ec2face_core.trainer import Trainer
 
 B, T, N, M = 3, 7, 16, 4  # samples; text, noise and mask tokens
 CORPUS = ["she has wavy hair.", "a man with a hat and glasses."]
@@ -506,8 +507,6 @@ def test_stock_kontext_pipeline_draws_the_same_face(tiny, both, label_map):
 
 
 def test_the_trainer_trains_it_and_the_pipeline_obeys_the_file(tiny_config: Config, tmp_path):
-    from ec2face_core.trainer import Trainer
-
     config = tiny_config.replace(
         lora={"attention": "decoupled"}, trainer={"steps": 2, "gradient_checkpointing": True}
     )
