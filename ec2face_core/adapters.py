@@ -5,6 +5,7 @@ Training happens in a child process (`launch.run`) on as many processes as the p
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoints import write_folder
-from .config import VARIANTS, Config, adapter_dir, resolve
+from .config import VARIANTS, Config, adapter_dir, adapter_name, resolve
 from .datasets import open_dataset
 from .latents import LatentCache, cache_folder, encode_dataset
 from .launch import run
@@ -50,15 +51,19 @@ def short_run(config: Config, steps: int, variant: str = "both") -> Path:
     return folder
 
 
-def retrain(config: Config, variants: Sequence[str] = tuple(VARIANTS)) -> None:
+def retrain(config: Config, variants: Sequence[str] = tuple(VARIANTS), seeds: int = 1) -> None:
     """Train every variant to its end and put the adapters where `adapter_dir` finds them first.
 
     Stopped, the same call resumes; what is trained already is only looked at.
+
+    Args:
+        seeds: trainings of each variant, with the seeds `config.seed`, + 1, + 2 ...
     """
-    for variant in variants:
-        folder = config.run_dir / "training" / variant
-        _train(config, variant, folder)
-        target = config.run_dir / "adapters" / variant
+    for k, variant in itertools.product(range(seeds), variants):
+        seeded = config.replace(seed=config.seed + k)
+        name = adapter_name(seeded, variant)
+        folder, target = seeded.run_dir / "training" / name, seeded.run_dir / "adapters" / name
+        _train(seeded, variant, folder)
         if not target.exists() or _content(target) != _content(folder / "final"):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_folder(target, lambda part, f=folder: _copy(f / "final", part))

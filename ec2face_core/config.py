@@ -126,6 +126,7 @@ class SamplingConfig:
     mask_guidance: float = 1.0
     seed: int = 42
     batch_size: int = 4
+    num_processes: int = 8  # that draw the pictures of a split
 
 
 @dataclass(frozen=True)
@@ -224,12 +225,26 @@ def resolve(path: str | Path) -> Path:
     return ROOT / path  # an absolute right-hand side wins
 
 
-def adapter_dir(config: Config, variant: str) -> Path:
-    """Folder of a variant's LoRA: the retrained one of this profile if it exists, else the kept."""
+def adapter_name(config: Config, variant: str) -> str:
+    """Folder name of a variant's training: `both`, and `both-seed43` for another seed than 42."""
     if variant not in VARIANTS:
         raise ConfigError(f"variant {variant!r} does not exist{_hint(variant, VARIANTS)}")
-    retrained = config.run_dir / "adapters" / variant
-    return retrained if retrained.exists() else resolve(config.adapters) / variant
+    return variant if config.seed == Config.seed else f"{variant}-seed{config.seed}"
+
+
+def trained_seeds(config: Config) -> int:
+    """For how many seeds, from `config.seed` on, there is an adapter of every variant."""
+    k = 0
+    while all(adapter_dir(config.replace(seed=config.seed + k), v).is_dir() for v in VARIANTS):
+        k += 1
+    return k
+
+
+def adapter_dir(config: Config, variant: str) -> Path:
+    """Folder of a variant's LoRA: the retrained one of this profile if it exists, else the kept."""
+    name = adapter_name(config, variant)
+    retrained = config.run_dir / "adapters" / name
+    return retrained if retrained.exists() else resolve(config.adapters) / name
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .attributes import CLASS_ID, GROUPS, pixel_counts
-from .config import VARIANTS, Config
+from .config import VARIANTS, Config, ConfigError, adapter_dir, adapter_name
 from .datasets import FaceDataset, open_dataset
 from .evaluate import summarise, summarise_difference
-from .generate import REAL, evaluated_ids, generate_split, load_pictures
+from .generate import REAL, evaluated_ids, generate_split, load_pictures, missing_pictures
 from .launch import run
 from .results import METHODS
 from .scoring import CRITICS, load_critics, score_folder
@@ -40,14 +40,14 @@ def scored(config: Config, variant: str, split: str = "test", seeds: int = 1) ->
     """Scores of a variant's (or a reference's) pictures, one row a face.
 
     Args:
-        seeds: pictures of each face, with sampling.seed, + 1, + 2 ...; scores are their mean,
-            pixel counts their sum. References have one.
+        seeds: trainings of the variant, with `seed`, + 1, + 2 ..., each with one picture of each
+            face; scores are their mean, pixel counts their sum. References have one.
     """
     import pandas as pd
 
     dataset, tables = open_dataset(config, split), []
     for k in range(seeds if variant in VARIANTS else 1):
-        seeded = config.replace(sampling={"seed": config.sampling.seed + k})
+        seeded = with_seed(config, k)
         folder = _pictures(seeded, variant, split)
         tables.append(score_folder(folder, dataset, seeded))
     if len(tables) == 1:
@@ -58,11 +58,22 @@ def scored(config: Config, variant: str, split: str = "test", seeds: int = 1) ->
     return merged.reset_index()
 
 
+def with_seed(config: Config, k: int) -> Config:
+    """The same experiment with the k-th seed: of training, and of the pictures' noise."""
+    return config.replace(seed=config.seed + k, sampling={"seed": config.sampling.seed + k})
+
+
 def _pictures(config: Config, variant: str, split: str) -> Path:
-    """`generate_split`, on as many processes as the profile trains with."""
-    processes = config.trainer.num_processes
-    if processes > 1 and variant in VARIANTS:
-        settings = config.run_dir / "images" / f"{split}-{variant}.yaml"
+    """`generate_split`; where pictures are missing, on as many processes as the profile says."""
+    processes = config.sampling.num_processes
+    if variant in VARIANTS and not (folder := adapter_dir(config, variant)).is_dir():
+        count = config.seed - Config.seed + 1
+        raise ConfigError(
+            f"no adapter in {folder}: `make reproduce PROFILE={config.profile} TRAIN=1 "
+            f"SEEDS={max(1, count)}` trains it"
+        )
+    if processes > 1 and variant in VARIANTS and missing_pictures(config, variant, split):
+        settings = config.run_dir / "images" / f"{split}-{adapter_name(config, variant)}.yaml"
         config.save(settings)
         run(
             "ec2face_core.evaluate", "--config", str(settings), "--variant", variant,
@@ -113,6 +124,20 @@ def difference_rows(
         parts.append(summarise_difference(first, second, table, label, name, config, used))
     rows = pd.concat(parts, ignore_index=True)
     return rows[rows["metric"].isin(MAIN)].reset_index(drop=True)
+
+
+def seed_rows(
+    config: Config, table: str, pairs: Mapping[str, tuple[str, str]], seeds: int
+) -> DataFrame:
+    """`difference_rows` of each seed by itself; a row's method says which: `label, seed 43`."""
+    import pandas as pd
+
+    parts = []
+    for k in range(seeds):
+        seeded = with_seed(config, k)
+        rows = difference_rows(seeded, table, pairs)
+        parts.append(rows.assign(method=rows["method"] + f", seed {seeded.seed}"))
+    return pd.concat(parts, ignore_index=True)
 
 
 def seed_label(config: Config, seeds: int) -> str:

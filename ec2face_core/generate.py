@@ -76,8 +76,7 @@ def generate_split(
         raise ConfigError(f"variant {variant!r} does not exist; known: {', '.join(SOURCES)}")
     dataset = open_dataset(config, split)
     key = picture_key(config, variant, dataset)
-    folder = config.run_dir / "images" / f"{split}-{variant}-{key}"
-    folder = resolve(out_dir) if out_dir else folder
+    folder = resolve(out_dir) if out_dir else _split_folder(config, variant, split, key)
     _claim(folder, {"key": key, "variant": variant, "split": split, "profile": config.profile})
     rank, world = shard
     own = evaluated_ids(config, dataset, limit)[rank::world]
@@ -89,6 +88,18 @@ def generate_split(
             for name, image in zip(names, draw(names), strict=True):
                 save_picture(folder / f"{name}.png", image, describe(name))
     return folder
+
+
+def missing_pictures(config: Config, variant: str, split: str) -> list[str]:
+    """Ids of a split whose pictures `generate_split` would have to make."""
+    dataset = open_dataset(config, split)
+    folder = _split_folder(config, variant, split, picture_key(config, variant, dataset))
+    names = evaluated_ids(config, dataset)
+    return [name for name in names if not (folder / f"{name}.png").is_file()]
+
+
+def _split_folder(config: Config, variant: str, split: str, key: str) -> Path:
+    return config.run_dir / "images" / f"{split}-{variant}-{key}"
 
 
 def evaluated_ids(config: Config, dataset: FaceDataset, limit: int = 0) -> list[str]:

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 05 06")
     add("--force", action="store_true", help="run even what is up to date")
     add("--train", action="store_true", help="retrain every adapter instead of using the kept ones")
-    add("--seeds", type=int, default=0, metavar="N", help="sampling seeds a face where it counts")
+    add("--seeds", type=int, default=0, metavar="N", help="trainings of each variant that count")
     add("--keep-going", action="store_true", help="run the other notebooks after a failure")
     add("--notebooks", type=Path, default=ROOT / "notebooks", help="folder of numbered notebooks")
     add(

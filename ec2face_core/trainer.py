@@ -36,7 +36,7 @@ from .checkpoints import (
     write_folder,
 )
 from .conditioning import MaskMemory, predict_velocity, remember_mask
-from .config import VARIANTS, Config, ConfigError, TrainerConfig, resolve
+from .config import VARIANTS, Config, ConfigError, TrainerConfig, adapter_name, resolve
 from .distribution import average_gradients, make_accelerator, shard_base
 from .draws import Draws, SampleStream
 from .flow import interpolate, reverse_estimate, velocity
@@ -77,8 +77,7 @@ class Trainer:
         run_dir: Path | str | None = None,
         device: str | None = None,
     ) -> None:
-        if variant not in VARIANTS:
-            raise ConfigError(f"variant {variant!r} does not exist; known: {', '.join(VARIANTS)}")
+        name = adapter_name(config, variant)  # refuses an unknown one
         if config.trainer.schedule not in ("constant", "cosine"):
             raise ConfigError(f"trainer.schedule {config.trainer.schedule!r}: constant or cosine")
         if (k := config.trainer.draws_per_mask) != 1:
@@ -94,7 +93,7 @@ class Trainer:
                 )
         self.config = config.replace(**VARIANTS[variant])
         self.variant, self.device_name = variant, device
-        self.run_dir = resolve(run_dir or config.run_dir / "training" / variant)
+        self.run_dir = resolve(run_dir or config.run_dir / "training" / name)
         self.step = self.samples = 0  # done so far
         self._rows: list[tuple[dict[str, float], Tensor]] = []  # steps that are not yet logged
 

@@ -127,3 +127,18 @@ def test_adapters_come_from_the_profile_and_unknown_variants_are_named():
     assert adapter_dir(config, "both") == ROOT / "data" / "mini" / "adapters" / "both"
     with pytest.raises(ConfigError, match="did you mean 'both'"):
         adapter_dir(config, "bot")
+
+
+def test_each_seed_has_its_adapters(tmp_path):
+    from ec2face_core.config import trained_seeds
+
+    config = load_profile("mini", profile="nobody", adapters=str(tmp_path))
+    other = config.replace(seed=43)
+    assert adapter_dir(other, "both") == tmp_path / "both-seed43"
+    assert trained_seeds(config) == 0
+    for variant in VARIANTS:
+        adapter_dir(config, variant).mkdir()
+        adapter_dir(other, variant).mkdir()
+    assert trained_seeds(config) == 2
+    adapter_dir(other, "text").rmdir()
+    assert trained_seeds(config) == 1

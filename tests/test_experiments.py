@@ -9,7 +9,7 @@ import torch
 
 from ec2face_core import experiments
 from ec2face_core.attributes import CLASS_ID, CLASSES, pixel_counts
-from ec2face_core.config import Config
+from ec2face_core.config import Config, ConfigError
 from ec2face_core.datasets import FaceDataset
 from ec2face_core.estimation import fitted_beta, gradient_weights, scaled_curves
 from ec2face_core.inspection import (
@@ -72,6 +72,24 @@ def test_tables_and_their_sentences(scores):
     assert "both - none, RFA: +20.00 [+20.00, +20.00]: higher" in lines
     assert "none - none, OAA: +0.00 [+0.00, +0.00]: no difference" in lines
     assert experiments.seed_label(scores, 3) == "42-44"
+
+
+def test_each_seed_alone(scores):
+    """A seed is a training and its noise: rows of seed 43 are those of a config of seed 43."""
+    pairs = {"both - none": ("both", "none")}
+    each = experiments.seed_rows(scores, "d", pairs, 2)
+    assert set(each["method"]) == {"both - none, seed 42", "both - none, seed 43"}
+    second = experiments.difference_rows(experiments.with_seed(scores, 1), "d", pairs)
+    rows = each[each["method"].str.endswith("43")]
+    assert rows["value"].tolist() == second["value"].tolist() and set(rows["seeds"]) == {"43"}
+
+
+def test_an_adapter_that_is_not_there_is_named(tiny_faces, tmp_path):
+    config = Config(profile=str(tmp_path), adapters=str(tmp_path), seed=44).replace(
+        data={"root": str(tiny_faces), "size": 64}
+    )
+    with pytest.raises(ConfigError, match=r"both-seed44.*SEEDS=3"):
+        experiments.scored(config, "both")
 
 
 def test_faces_are_chosen_by_their_masks(tiny_faces):

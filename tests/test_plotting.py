@@ -83,6 +83,15 @@ def weight_maps() -> Figure:
     return grids.weights_map(images(2), maps, {"pixels": long_tail_weights(maps, counts)})
 
 
+def differences():
+    """Rows of two differences, of each of two seeds alone, and the paper's."""
+    labels, metrics = ("mask - none", "text - none"), ("RFA", "OAA", "Text")
+    cell = {"value": 1.0, "ci_low": 0.5, "ci_high": 1.7}
+    rows = pd.DataFrame([{"method": a, "metric": m} | cell for a in labels for m in metrics])
+    seeds = pd.concat([rows.assign(method=rows["method"] + f", seed {s}") for s in (42, 43)])
+    return rows, seeds, rows[rows["metric"] != "RFA"]
+
+
 ALL = {
     "comparison": lambda: grids.comparison_grid(
         ["a caption"] * 2, label_maps(), {"TediGAN": None, "EC²Face": images(2)}, real=images(2)
@@ -103,6 +112,7 @@ ALL = {
     "class table": lambda: plotting.class_table(
         class_rows(), {"with_ltal": "with", "real": "real"}
     ),
+    "differences": lambda: plotting.difference_figure(*differences()),
     "framework": lambda: framework_diagram(facts()),
 }
 

@@ -1,0 +1,172 @@
+"""`REPORT.md`: claim by claim the paper's number, ours with its interval, and whether it holds.
+
+    python -m ec2face_core.report --profile mini
+
+Made from the tables that the notebooks wrote (`figures/<profile>/*.csv`) and the paper's own
+(`data/paper/*.csv`), so it says what they say. A claim holds if the 95 % interval of the difference
+lies above 0 (or above the bound that the claim names); `not seen` is an interval that holds 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import Config, ConfigError, load_profile
+from .results import paper_table, read_rows
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One difference that the paper reports: `first - second` in a metric of a table."""
+
+    says: str
+    metric: str
+    label: str  # row of ablation_differences
+    table: int  # of the paper
+    first: str
+    second: str
+    least: float = 0.0  # the interval has to lie above it
+
+
+LTAL = ("with LTAL - without", 3, "with_ltal", "without_ltal")
+CLAIMS = (
+    Claim("long-tail learning lifts the rare attributes", "RFA", *LTAL),
+    Claim("... and overall accuracy", "OAA", *LTAL),
+    Claim("... at little cost to the frequent ones (at most 0.5)", "HFA", *LTAL, least=-0.5),
+    Claim("mask consistency lifts accuracy", "OAA", "mask - none", 4, "mask", "none"),
+    Claim("text consistency lifts the text score", "Text", "text - none", 4, "text", "none"),
+    Claim("both together keep the one", "OAA", "both - none", 4, "both", "none"),
+    Claim("... and the other", "Text", "both - none", 4, "both", "none"),
+)
+HEAD = """# Claim by claim
+
+Profile `{profile}`, {n} test faces, training seeds {seeds}. Ours: the difference of two variants on
+the same faces, the mean over the seeds, with its 95 % interval over faces; then each seed alone.
+Scored by the critics that did not guide training, and once more by those that did: a gain that only
+the guiding critics see is not a gain. Made from the CSVs of this folder by
+`python -m ec2face_core.report`.
+
+| claim | paper | ours | each seed | guiding critics | |
+|---|---:|---:|---:|---:|---|
+"""
+
+
+def report(config: Config) -> str:
+    """The report as Markdown.
+
+    Raises:
+        FileNotFoundError: a table is missing; the message names the notebook that makes it.
+    """
+    differences = _table(config, "ablation_differences")
+    seeds = _table(config, "ablation_seeds")
+    own = differences[differences["critic"] == "independent"]
+    used, n = str(own["seeds"].iloc[0]), int(own["n"].max())
+    lines = [HEAD.format(profile=config.profile, n=n, seeds=used).rstrip("\n")]
+    for claim in CLAIMS:
+        paper = _paper_difference(claim)
+        ours = _cell(differences, claim.label, claim.metric, "independent")
+        guiding = _cell(differences, claim.label, claim.metric, "guiding")
+        alone = seeds[seeds["method"].str.startswith(f"{claim.label}, seed")]
+        alone = alone[(alone["metric"] == claim.metric) & (alone["critic"] == "independent")]
+        each = ", ".join(f"{value:+.2f}" for value in alone["value"])
+        lines.append(
+            f"| {claim.says}: {claim.metric} | {paper:+.2f} | {_interval(ours)} | {each} | "
+            f"{_interval(guiding)} | {verdict(ours, claim.least)} |"
+        )
+    lines += ["", "## Against the ceilings", "", *_ceilings(config)]
+    return "\n".join(lines) + "\n"
+
+
+def save_report(config: Config) -> Path:
+    """Write `figures/<profile>/REPORT.md` and return its path."""
+    path = config.figure_dir / "REPORT.md"
+    path.write_text(report(config))
+    return path
+
+
+def paper_differences() -> DataFrame:
+    """The paper's differences: label (as in `ablation_differences`), metric, value."""
+    import pandas as pd
+
+    rows = [(claim.label, claim.metric, _paper_difference(claim)) for claim in CLAIMS]
+    return pd.DataFrame(rows, columns=["method", "metric", "value"])
+
+
+def verdict(row: Sequence[float], least: float = 0.0) -> str:
+    """What an interval `(value, low, high)` allows to say of "the difference is above `least`"."""
+    _, low, high = row
+    if low > least:
+        return "holds"
+    return "does not hold" if high < least else "not seen"
+
+
+def _ceilings(config: Config) -> list[str]:
+    """How much of what real images reach EC²Face reaches, known world and foreign."""
+    lines = ["| faces | metric | EC²Face | real images | share |", "|---|---|---:|---:|---:|"]
+    for name, faces in (("table1", "test"), ("table2", "zero-shot")):
+        rows = _table(config, name)
+        rows = rows[rows["source"] == "ours"]
+        for metric in ("Text", "OAA", "HFA", "NFA", "RFA"):
+            ours, real = (_cell(rows, m, metric, "independent") for m in ("EC2Face", "real"))
+            span = f"{ours[0]:.2f} [{ours[1]:.2f}, {ours[2]:.2f}]"
+            share = f"{100 * ours[0] / real[0]:.0f} %"
+            lines.append(f"| {faces} | {metric} | {span} | {real[0]:.2f} | {share} |")
+    return lines
+
+
+def _paper_difference(claim: Claim) -> float:
+    rows = paper_table(claim.table)
+    first, second = (
+        rows[(rows["method"] == method) & (rows["metric"] == claim.metric)]["value"].iloc[0]
+        for method in (claim.first, claim.second)
+    )
+    return float(first - second)
+
+
+def _cell(rows: DataFrame, method: str, metric: str, critic: str) -> tuple[float, float, float]:
+    found = rows[
+        (rows["method"] == method) & (rows["metric"] == metric) & (rows["critic"] == critic)
+    ].iloc[0]
+    return found["value"], found["ci_low"], found["ci_high"]
+
+
+def _interval(row: Sequence[float]) -> str:
+    return f"{row[0]:+.2f} [{row[1]:+.2f}, {row[2]:+.2f}]"
+
+
+def _table(config: Config, name: str) -> DataFrame:
+    path = config.figure_dir / f"{name}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'{path} is missing: `make reproduce PROFILE={config.profile} ONLY="05 06"` makes it'
+        )
+    return read_rows(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write `figures/<profile>/REPORT.md`; 0, or 2 if a table is missing."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ec2face_core.report",
+        description="Write figures/<profile>/REPORT.md from the tables that the notebooks made.",
+    )
+    parser.add_argument("--profile", default="mini", help="profile (default: mini)")
+    options = parser.parse_args(arguments)
+    try:
+        path = save_report(load_profile(options.profile))
+    except (ConfigError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

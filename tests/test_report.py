@@ -1,0 +1,74 @@
+"""The report says what the tables say."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from ec2face_core import report
+from ec2face_core.config import load_profile
+from ec2face_core.results import CRITICS, save_table
+
+LABELS = tuple(dict.fromkeys(claim.label for claim in report.CLAIMS))
+METRICS = ("Text", "OAA", "HFA", "NFA", "RFA")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load_profile("mini", profile=str(tmp_path / "run"))
+
+
+def rows(methods, value: float, half: float, seeds: str = "42-43") -> pd.DataFrame:
+    cell = {"value": value, "ci_low": value - half, "ci_high": value + half}
+    cell |= {"dataset": "faces", "n": 300, "seeds": seeds}
+    return pd.DataFrame(
+        [
+            {"method": method, "metric": metric, "critic": critic} | cell
+            for method in methods
+            for metric in METRICS
+            for critic in CRITICS
+        ]
+    )
+
+
+def save_tables(config, value: float = 2.0) -> None:
+    save_table(rows(LABELS, value, 1.0), "ablation_differences", config)
+    alone = [f"{label}, seed {seed}" for label in LABELS for seed in (42, 43)]
+    save_table(rows(alone, 1.5, 1.0), "ablation_seeds", config)
+    for name in ("table1", "table2"):
+        parts = (rows(["EC2Face"], 40, 2), rows(["real"], 80, 2))
+        save_table(pd.concat(parts), name, config)
+
+
+def test_verdicts():
+    assert report.verdict((1.0, 0.1, 2.0)) == "holds"
+    assert report.verdict((1.0, -0.1, 2.0)) == "not seen"
+    assert report.verdict((-1.0, -2.0, -0.1)) == "does not hold"
+    assert report.verdict((-0.2, -0.4, 0.0), least=-0.5) == "holds"
+    assert report.verdict((-0.7, -0.8, -0.6), least=-0.5) == "does not hold"
+
+
+def test_the_paper_s_differences_are_its_tables(config):
+    paper = report.paper_differences().set_index(["method", "metric"])["value"]
+    assert paper["with LTAL - without", "RFA"] == pytest.approx(61.12 - 52.04)
+    assert paper["mask - none", "OAA"] == pytest.approx(88.59 - 87.64)
+    assert paper["text - none", "Text"] == pytest.approx(27.22 - 26.12)
+
+
+def test_the_report_says_what_the_tables_say(config):
+    save_tables(config)
+    text = report.save_report(config).read_text()
+    line = next(line for line in text.splitlines() if "lifts the rare attributes" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:] == [
+        "+9.08", "+2.00 [+1.00, +3.00]", "+1.50, +1.50", "+2.00 [+1.00, +3.00]", "holds",
+    ]  # fmt: skip
+    assert "| test | RFA | 40.00 [38.00, 42.00] | 80.00 | 50 % |" in text
+    assert "300 test faces, training seeds 42-43" in text
+    save_tables(config, value=-2.0)
+    assert report.report(config).count("does not hold") == len(report.CLAIMS)
+
+
+def test_a_table_that_is_missing_is_named(config):
+    with pytest.raises(FileNotFoundError, match=r'ablation_differences\.csv.*ONLY="05 06"'):
+        report.report(config)
