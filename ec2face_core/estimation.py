@@ -49,7 +49,7 @@ def reliability_curves(config: Config, variant: str, faces: int = 48) -> DataFra
     cache = config.run_dir / "reliability" / f"{variant}-{key}.csv"
     if cache.is_file():
         return pd.read_csv(cache)
-    model = _Estimator(config, variant, dataset)
+    model = Estimator(config, variant, dataset)
     critics = load_critics(config)
     curves = reliability(
         (model.batch(ids[i : i + 16]) for i in range(0, len(ids), 16)),
@@ -74,7 +74,7 @@ def reverse_examples(
     config: Config, variant: str, ids: Sequence[str], times: Sequence[float]
 ) -> Tensor:
     """Decoded reverse estimates of test faces: `faces times 3 h w` in [-1, 1]."""
-    model = _Estimator(config, variant, open_dataset(config, "test"))
+    model = Estimator(config, variant, open_dataset(config, "test"))
     batch = model.batch(ids)
     noise = torch.randn(batch["z"].shape, generator=torch.Generator().manual_seed(config.seed))
     noise = noise.to(batch["z"])
@@ -84,7 +84,7 @@ def reverse_examples(
     return torch.stack(columns, 1)
 
 
-class _Estimator:
+class Estimator:
     """A variant's velocity on faces of a dataset, in the form that `statistics` asks for."""
 
     def __init__(self, config: Config, variant: str, dataset: FaceDataset) -> None:
@@ -202,7 +202,7 @@ def framework_facts(
     from matplotlib import colormaps
 
     dataset, test = open_dataset(config, "train"), [name]
-    model, critics = _Estimator(config, variant, dataset), load_critics(config)
+    model, critics = Estimator(config, variant, dataset), load_critics(config)
     b, batch = model.backbone, model.batch(test)
     z, noise = batch["z"], torch.randn(batch["z"].shape, generator=torch.Generator().manual_seed(0))
     noise = noise.to(z)

@@ -33,7 +33,7 @@ FLOORS = {
         "contrastive datasets photos",
     ],
     4: ["critics foundation inventory latents", "adapters draws pipeline", "generate"],
-    5: ["scoring trainer", "estimation evaluate inspection", "experiments"],
+    5: ["scoring trainer", "estimation evaluate inspection", "gradients", "experiments"],
     6: ["prepare train"],
 }
 PUBLIC = (
