@@ -88,3 +88,20 @@ def tiny_config(tmp_path_factory, tiny_faces, tiny_backbone_dir, tiny_critics_di
             "schedule": "constant", "log_every": 1, "checkpoint_every": 2,
         },
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_config: Config, tmp_path_factory):
+    """A trainer in float32, conditions dropped often, strong guidance; its LoRA is not zero."""
+    from ec2face_core.trainer import Trainer
+
+    config = tiny_config.replace(
+        loss={"alpha_text": 500.0, "alpha_mask": 500.0},
+        trainer={"mixed_precision": "no", "drop_probability": 0.4, "batch_size": 4},
+    )
+    trainer = Trainer(config, "both", tmp_path_factory.mktemp("run") / "exact")
+    trainer.setup()
+    generator = torch.Generator().manual_seed(0)
+    for p in trainer.parameters:
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    return trainer

@@ -57,21 +57,6 @@ def test_the_choice_has_the_stated_probabilities_and_is_even():
             assert ((counts - expected).abs() < 1).all()  # rounded up or down
 
 
-@pytest.fixture(scope="module")
-def exact(tiny_config, tmp_path_factory):
-    """A trainer in float32 with strong guidance and dropped conditions; its LoRA is not zero."""
-    config = tiny_config.replace(
-        loss={"alpha_text": 500.0, "alpha_mask": 500.0},
-        trainer={"mixed_precision": "no", "drop_probability": 0.4, "batch_size": 4},
-    )
-    trainer = Trainer(config, "both", tmp_path_factory.mktemp("run") / "exact")
-    trainer.setup()
-    generator = torch.Generator().manual_seed(0)
-    for p in trainer.parameters:
-        p.data += 0.02 * torch.randn(p.shape, generator=generator)
-    return trainer
-
-
 def test_the_gates_expectation_is_the_full_gradient_and_loss(exact):
     """By enumeration of all that can be drawn, not by sampling."""
     draws = dataclasses.replace(exact.stream.draw(range(4)), t=torch.tensor([0.1, 0.3, 0.6, 0.9]))

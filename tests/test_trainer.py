@@ -48,21 +48,6 @@ def straight(tiny_config: Config, tmp_path_factory):
     return trainer
 
 
-@pytest.fixture(scope="module")
-def exact(tiny_config: Config, tmp_path_factory):
-    """Set up in float32, conditions dropped often, strong guidance; its LoRA is not zero."""
-    config = tiny_config.replace(
-        loss={"alpha_text": 500.0, "alpha_mask": 500.0},
-        trainer={"mixed_precision": "no", "drop_probability": 0.4, "batch_size": 4},
-    )
-    trainer = Trainer(config, "both", tmp_path_factory.mktemp("run") / "exact")
-    trainer.setup()
-    generator = torch.Generator().manual_seed(0)
-    for p in trainer.parameters:
-        p.data += 0.02 * torch.randn(p.shape, generator=generator)
-    return trainer
-
-
 # ----------------------------------------------------------------------------------- draws
 
 
