@@ -30,6 +30,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, _g
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from .tuning import blocks_of
+
 Pair = tuple[Tensor, Tensor]  # keys (after rope) and values of one block, `b tokens heads d`
 
 TIME, GUIDANCE = 0.0, 1.0  # what mask tokens are modulated with, together with a pooled zero
@@ -138,7 +140,7 @@ def forward(
     image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
     modulation = _modulation(self, timestep, guidance, pooled_projections, image.dtype)
     rope = self.pos_embed(torch.cat([txt_ids, img_ids]))
-    for block, pair in zip(_blocks(self), memory, strict=True):
+    for block, pair in zip(blocks_of(self), memory, strict=True):
         attention = {**(joint_attention_kwargs or {}), "memory": pair}
         text, image = _run(self, block, 0, image, text, modulation, rope, attention)
     output = self.proj_out(self.norm_out(image, modulation))
@@ -153,7 +155,7 @@ def _remember(self: Any, tokens: Tensor, ids: Tensor) -> tuple[Pair, ...]:
     guidance = pooled.new_full((1,), GUIDANCE) if self.config.guidance_embeds else None
     modulation = _modulation(self, pooled.new_full((1,), TIME), guidance, pooled, mask.dtype)
     rope, no_text, pairs = self.pos_embed(ids), mask[:, :0], []
-    for block in _blocks(self):
+    for block in blocks_of(self):
         _, mask, *pair = _run(self, block, n, mask, no_text, modulation, rope, {})
         pairs.append(tuple(pair))
     return tuple(pairs)
@@ -182,10 +184,6 @@ def _run(
     return call(image, text)
 
 
-def _blocks(transformer: Any) -> list[nn.Module]:
-    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-
-
 def _modulation(
     self: Any, time: Tensor, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -195,7 +193,7 @@ def _modulation(
 
 
 def _set_processors(transformer: Any, kind: type[FluxAttnProcessor]) -> None:
-    for block in _blocks(transformer):
+    for block in blocks_of(transformer):
         old = block.attn.processor
         if type(old) is not kind:
             new = kind()

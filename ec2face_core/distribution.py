@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .config import ConfigError, TrainerConfig
+from .tuning import blocks_of
 
 
 def make_accelerator(config: TrainerConfig, device: str | None = None) -> Any:
@@ -75,8 +76,8 @@ def shard_base(transformer: nn.Module, accelerator: Any) -> nn.Module:
     device = accelerator.device
     mesh = init_device_mesh(device.type, (accelerator.num_processes,))
     learnt = {p for p in transformer.parameters() if p.requires_grad}
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    for module in (*blocks, transformer):  # each block goes to the device, then to its shard
+    # each block goes to the device, then to its shard
+    for module in (*blocks_of(transformer), transformer):
         fully_shard(module, mesh=mesh, ignored_params=learnt)
     for p in learnt:
         p.data = p.data.to(device)

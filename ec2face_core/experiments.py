@@ -141,7 +141,7 @@ def seed_rows(
 
 
 def seed_label(config: Config, seeds: int) -> str:
-    """`42`, or `42-44` for three sampling seeds."""
+    """`42`, or `42-44` for three seeds."""
     first = config.sampling.seed
     return str(first) if seeds == 1 else f"{first}-{first + seeds - 1}"
 

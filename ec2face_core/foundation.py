@@ -35,6 +35,7 @@ from .flow import interpolate, velocity
 from .rendering import Rendered, render
 from .results import provenance
 from .synthetic import sample_scenes
+from .tuning import blocks_of
 
 WORK = ROOT / "runs" / "foundation"
 SEED, SIZE, TEXT_LENGTH = 5_001, 64, 32
@@ -198,7 +199,7 @@ def local_attention_init(transformer: nn.Module) -> None:
     place = [start + i for start in (first, first + rows) for i in (0, 2)]  # two frequencies each
     pairs = [0, 1, *(d + i for d in place for i in (0, 1))]
     with torch.no_grad():
-        for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        for block in blocks_of(transformer):
             for h, turn in enumerate((1.0, 0.0)):
                 for linear, angle in ((block.attn.to_q, turn), (block.attn.to_k, 0.0)):
                     bias = linear.bias[h * head : (h + 1) * head]

@@ -80,8 +80,7 @@ def generate_split(
     _claim(folder, {"key": key, "variant": variant, "split": split, "profile": config.profile})
     rank, world = shard
     own = evaluated_ids(config, dataset, limit)[rank::world]
-    missing = [name for name in own if not (folder / f"{name}.png").is_file()]
-    if missing:
+    if missing := _absent(folder, own):
         draw, describe = _painter(config, variant, dataset)
         what = f"{variant}, {split}"
         for names in _batches(missing, config.sampling.batch_size, what, progress and rank == 0):
@@ -94,7 +93,10 @@ def missing_pictures(config: Config, variant: str, split: str) -> list[str]:
     """Ids of a split whose pictures `generate_split` would have to make."""
     dataset = open_dataset(config, split)
     folder = _split_folder(config, variant, split, picture_key(config, variant, dataset))
-    names = evaluated_ids(config, dataset)
+    return _absent(folder, evaluated_ids(config, dataset))
+
+
+def _absent(folder: Path, names: Sequence[str]) -> list[str]:
     return [name for name in names if not (folder / f"{name}.png").is_file()]
 
 

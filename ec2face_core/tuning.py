@@ -33,7 +33,7 @@ def prepare_blocks(transformer: nn.Module, config: TrainerConfig) -> None:
     if config.gradient_checkpointing and every == 1:
         transformer.enable_gradient_checkpointing()
     elif config.gradient_checkpointing:
-        recomputed = set(_blocks(transformer)[every - 1 :: every])
+        recomputed = set(blocks_of(transformer)[every - 1 :: every])
 
         def run(block: nn.Module, *args: Any) -> Any:
             if block in recomputed:
@@ -69,5 +69,6 @@ def attention_kernel(
     return SDPBackend(choice).name.lower()
 
 
-def _blocks(transformer: nn.Module) -> list[nn.Module]:
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks of a FluxTransformer2DModel in the order in which they run."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]

@@ -22,9 +22,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FLOORS = {
     1: ["attributes config flow"],
     2: [
-        "decoupled weights",
+        "tuning weights",
+        "decoupled",
         "canvas captions checkpoints distribution journal launch lora losses perception results "
-        "statistics tuning validation",
+        "statistics validation",
         "backbone conversion plotting",
     ],
     3: [
