@@ -1,0 +1,233 @@
+"""What the comparison systems have in common: data, training by wall time, weights, sampling.
+
+Chosen here:
+- Equal training wall time is what makes systems comparable that differ in everything else, so a
+  stage of training ends after `seconds` of optimisation, and its schedules follow the fraction of
+  time spent. A stopped run resumes from its last checkpoint with the seconds it had spent.
+- All training faces are held in memory once, as bytes.
+- Every system sees captions through the guiding CLIP only, as this world has no other reader.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import newest_checkpoint, save_checkpoint
+from ..config import Config
+from ..datasets import FaceDataset
+from ..journal import add_metrics, cut_metrics
+
+if TYPE_CHECKING:
+    from ..perception import ClipScorer
+
+WEIGHTS = "weights.safetensors"
+CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints
+
+
+class System(ABC):
+    """A face generator with the inputs of EC²Face.
+
+    Args:
+        config: the profile: where faces, autoencoder and critics are; sampling steps.
+
+    Attributes:
+        name: row of Tables 1 and 2.
+        takes: the conditions that may be given alone or together, of `text` and `mask`.
+        networks: everything that training made and sampling needs, by name.
+    """
+
+    name: str
+    takes: frozenset[str] = frozenset({"text", "mask"})
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.networks = nn.ModuleDict()
+
+    @abstractmethod
+    def fit(self, dataset: FaceDataset, run_dir: Path, seconds: float, seed: int = 42) -> None:
+        """Train from nothing within `seconds` of optimisation; the same call again resumes."""
+
+    @abstractmethod
+    def generate(
+        self,
+        prompts: Sequence[str] | None,
+        masks: Tensor | None,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Images `b 3 h w` in [0, 1], each drawn from its own generator.
+
+        Args:
+            prompts: b captions, or None: mask alone.
+            masks: label maps `b h w` int64, or None: text alone.
+
+        Raises:
+            ValueError: a condition that the system cannot do without is missing.
+        """
+
+    def parameters(self) -> int:
+        """Trained weights that sampling needs."""
+        return sum(p.numel() for p in self.networks.parameters())
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/weights.safetensors` in half precision."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: _half(v).contiguous() for k, v in self.networks.state_dict().items()}
+        part = folder / f"{WEIGHTS}.part"
+        save_file(tensors, part, {"system": self.name})
+        part.replace(folder / WEIGHTS)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there are no weights; the message names the remedy.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(folder) / WEIGHTS
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no weights of {self.name} at {path}: `make reproduce TRAIN=1` trains it"
+            )
+        self.networks.load_state_dict(load_file(path))
+        self.networks.requires_grad_(False).eval()
+
+
+@dataclass
+class Faces:
+    """Every face of a split in memory; `batch` draws from it.
+
+    images: `n 3 h w` uint8; label_maps: `n h w` uint8; captions: n tuples of sentences.
+    """
+
+    images: Tensor
+    label_maps: Tensor
+    captions: list[tuple[str, ...]]
+
+    @classmethod
+    def read(cls, dataset: FaceDataset) -> Faces:
+        """Read a dataset once."""
+        images = [((dataset.image(n) + 1) * 127.5).round().byte() for n in dataset.ids]
+        maps = [dataset.label_map(n).byte() for n in dataset.ids]
+        return cls(
+            torch.stack(images), torch.stack(maps), [dataset.captions(n) for n in dataset.ids]
+        )
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """`size` faces drawn at random: images `b 3 h w` in [-1, 1], label maps int64, a caption each."""
+        rows = torch.randint(len(self.images), (size,), generator=generator).tolist()
+        which = torch.rand(size, generator=generator).tolist()
+        texts = [
+            self.captions[i][int(u * len(self.captions[i]))]
+            for i, u in zip(rows, which, strict=True)
+        ]
+        return self.images[rows].float() / 127.5 - 1, self.label_maps[rows].long(), texts
+
+
+def one_hot(label_maps: Tensor, classes: int = 19) -> Tensor:
+    """Label maps `b h w` -> `b 19 h w` float32 in {0, 1}."""
+    return nn.functional.one_hot(label_maps, classes).movedim(-1, 1).float()
+
+
+def train_stage(
+    name: str,
+    step: Callable[[int, float, torch.Generator], Mapping[str, Tensor | float]],
+    state: Mapping[str, nn.Module | torch.optim.Optimizer],
+    run_dir: Path,
+    seconds: float,
+    seed: int,
+    max_steps: int = 0,
+) -> int:
+    """Call `step` until `seconds` of optimisation are spent; checkpoint, journal, bar, resume.
+
+    Args:
+        name: of the stage, for its folder `run_dir/name` and the bar.
+        step: (number, fraction of the time spent, generator of this step) -> values for the
+            journal. It updates the weights itself. Its generator is a function of seed and number,
+            so a resumed run goes on as the stopped one would have.
+        state: modules and optimisers to keep in checkpoints, by name.
+        max_steps: end earlier, after so many steps; 0: no limit.
+
+    Returns:
+        The number of steps that the stage took in all.
+    """
+    from tqdm.auto import tqdm
+
+    folder = run_dir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    number, spent = 0, 0.0
+    if found := newest_checkpoint(folder / "checkpoints"):
+        _restore(state, found[0])
+        number, spent = found[1]["step"], found[1]["seconds"]
+    cut_metrics(folder, number)
+    saved, rows = spent, []
+
+    def keep() -> None:
+        add_metrics(folder, rows)
+        rows.clear()
+        save_checkpoint(folder / "checkpoints", number, _tensors(state), {"seconds": spent}, keep=1)
+
+    bar = tqdm(total=round(seconds), initial=round(spent), desc=name, unit="s", mininterval=1)
+    while spent < seconds and not (max_steps and number >= max_steps):
+        began = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        values = step(number, min(1.0, spent / seconds), generator)
+        number += 1
+        spent += time.perf_counter() - began
+        rows.append({"step": number, "seconds": spent} | {k: float(v) for k, v in values.items()})
+        bar.update(min(round(spent), bar.total) - bar.n)
+        if spent - saved > CHECKPOINT_SECONDS:
+            keep()
+            saved = spent
+    if rows:
+        keep()
+    bar.close()
+    return number
+
+
+def guiding_clip(config: Config) -> ClipScorer:
+    """The CLIP whose sentence features every system is conditioned on."""
+    from ..perception import ClipScorer
+
+    return ClipScorer.from_config(config.perception)
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().half() if tensor.is_floating_point() else tensor.detach().cpu()
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Flat tensors of modules and optimisers (whose `step` is a tensor, too)."""
+    flat: dict[str, Tensor] = {}
+    for name, part in state.items():
+        if isinstance(part, nn.Module):
+            flat |= {f"{name}/{k}": v for k, v in part.state_dict().items()}
+        else:
+            for i, values in part.state_dict()["state"].items():
+                flat |= {f"{name}/{i}/{k}": torch.as_tensor(v) for k, v in values.items()}
+    return {k: v.clone() for k, v in flat.items()}
+
+
+def _restore(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    for name, part in state.items():
+        own = {
+            k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")
+        }
+        if isinstance(part, nn.Module):
+            part.load_state_dict(own)
+            continue
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in own.items():
+            i, _, what = key.partition("/")
+            slots.setdefault(int(i), {})[what] = value
+        part.load_state_dict(part.state_dict() | {"state": slots})
