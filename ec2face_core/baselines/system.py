@@ -124,7 +124,7 @@ class Faces:
         )
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
-        """`size` faces drawn at random: images `b 3 h w` in [-1, 1], label maps int64, a caption each."""
+        """Random faces: images `b 3 h w` in [-1, 1], label maps `b h w` int64, a caption each."""
         rows = torch.randint(len(self.images), (size,), generator=generator).tolist()
         which = torch.rand(size, generator=generator).tolist()
         texts = [
