@@ -1,4 +1,4 @@
-"""A tiny style-based generator: shared by TediGAN and MM2Latent, its layers by PixelFace+.
+"""A tiny style-based generator: shared by TediGAN and MM2Latent; layers for PixelFace+ as well.
 
 After StyleGAN2 (Karras et al., CVPR 2020): mapping network z -> w, one w per layer (W+), modulated
 and demodulated convolutions, RGB skips, residual discriminator with minibatch deviation, the
@@ -121,7 +121,9 @@ class StyleGenerator(nn.Module):
             x = leaky(linear(x))
         return x.float()
 
-    def random_codes(self, generators: Sequence[torch.Generator], truncation: float = 0.8) -> Tensor:
+    def random_codes(
+        self, generators: Sequence[torch.Generator], truncation: float = 0.8
+    ) -> Tensor:
         """One w per generator in every layer, `(b, LAYERS, WIDTH)`, drawn towards the mean w."""
         z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators])
         w = torch.lerp(self.average, self.map(z), truncation)
@@ -150,7 +152,9 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleList()
         for side, c in ((32, CHANNELS[32]), (16, CHANNELS[16]), (8, CHANNELS[8])):
             out = CHANNELS[side // 2]
-            self.blocks.append(nn.ModuleList([Conv(c, c), Conv(c, out), Conv(c, out, 1, act=False)]))
+            self.blocks.append(
+                nn.ModuleList([Conv(c, c), Conv(c, out), Conv(c, out, 1, act=False)])
+            )
         self.last = Conv(CHANNELS[4] + 1, CHANNELS[4])
         self.features = Linear(CHANNELS[4] * 16, WIDTH)
         self.head = Linear(WIDTH, 1)
@@ -168,6 +172,25 @@ class Discriminator(nn.Module):
         return self.head(features)[:, 0].float(), features.float()
 
 
+class Encoder(nn.Module):
+    """`channels` planes of 64 px -> a vector of `outputs` numbers."""
+
+    def __init__(self, channels: int, outputs: int, hidden: int = 192) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [Conv(16 * channels, 64), Conv(64, 96), Conv(96, 128), Conv(128, 128)]
+        )
+        self.hidden = Linear(128 * 16, hidden)
+        self.head = Linear(hidden, outputs)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(x, 4).contiguous(memory_format=torch.channels_last)
+        for i, conv in enumerate(self.convs):
+            x = conv(x if i in (0, 1) else F.avg_pool2d(x, 2))
+        return self.head(leaky(self.hidden(x.flatten(1)))).float()
+
+
 def leaky(x: Tensor) -> Tensor:
     """Leaky ReLU times sqrt 2, which keeps the variance."""
     return F.leaky_relu(x, 0.2) * math.sqrt(2)
@@ -179,7 +202,7 @@ def upsample(x: Tensor) -> Tensor:
 
 
 def r1_penalty(discriminator: nn.Module, x: Tensor) -> Tensor:
-    """Mean squared gradient norm of the logits at real data (Mescheder et al., 2018), in float32."""
+    """Mean squared gradient norm of the logits at real data (Mescheder et al., 2018), float32."""
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", enabled=False):
         (gradient,) = torch.autograd.grad(discriminator(x)[0].sum(), x, create_graph=True)

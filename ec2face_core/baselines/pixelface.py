@@ -1,0 +1,240 @@
+"""PixelFace+ (Du et al., ACM Multimedia 2023): mask features gate words, pixel by pixel, in a GAN.
+
+At every resolution each pixel asks the words of the caption with the features of its mask (GCMF),
+a gate made of mask features and answer decides how much of the answer passes, and a modulated
+convolution reads it beside mask features and Fourier features of the coordinates. A discriminator
+of picture and mask, a matched or mismatched sentence, R1 and a CLIP loss on the picture.
+
+Simplified: three resolutions in steps of 2 instead of 4 (8, 16, 32, unfolded to 64); masks one-hot
+instead of palette colours; words and sentences from the guiding CLIP; no path-length
+regularisation; the discriminator is smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import Config
+from ..datasets import FaceDataset
+from .style import (
+    WIDTH,
+    Conv,
+    Discriminator,
+    Linear,
+    ModulatedConv,
+    leaky,
+    r1_penalty,
+    schedule,
+    update,
+    update_average,
+    upsample,
+)
+from .system import Faces, System, guiding_clip, one_hot, train_stage
+
+if TYPE_CHECKING:
+    from ..perception import ClipScorer
+
+CHANNELS = {8: 192, 16: 128, 32: 64}  # by side of the feature map
+FEATURES = 32  # of the mask, and of the words' answer, at each pixel
+FREQUENCIES = 4  # of the coordinates
+BATCH, RATE, R1, R1_EVERY = 8, 2e-3, 0.3, 16
+
+
+class GatedWords(nn.Module):
+    """GCMF: pixels ask the words with their mask's features, and a gate lets the answer pass."""
+
+    def __init__(self, side: int, words: int) -> None:
+        super().__init__()
+        self.fold = 64 // side
+        self.mask = nn.ModuleList([Conv(19 * self.fold**2, FEATURES, 1), Conv(FEATURES, FEATURES)])
+        self.query = nn.Conv2d(FEATURES, FEATURES, 1)
+        self.key, self.value = nn.Linear(words, FEATURES), nn.Linear(words, FEATURES)
+        self.gate = nn.Conv2d(2 * FEATURES, FEATURES, 1)
+
+    def forward(self, label_map: Tensor, words: Tensor, real: Tensor) -> Tensor:
+        """One-hot map `b 19 64 64`, words `b n d`, which words are real `b n` -> `b 2f s s`."""
+        m = F.pixel_unshuffle(label_map, self.fold)
+        for conv in self.mask:
+            m = conv(m)
+        answer = cross_attention(self.query(m), self.key(words), self.value(words), real)
+        gate = torch.sigmoid(self.gate(torch.cat([m, answer], 1)))
+        return torch.cat([gate * answer, m], 1)
+
+
+class PixelGenerator(nn.Module):
+    """Noise, one-hot label map and words -> 64 px faces."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.mapping = nn.ModuleList(Linear(WIDTH, WIDTH, gain=0.01) for _ in range(3))
+        self.const = nn.Parameter(torch.randn(1, CHANNELS[8], 8, 8))
+        self.words, self.convs, self.rgb = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        before = CHANNELS[8]
+        for side, c in CHANNELS.items():
+            self.words[str(side)] = GatedWords(side, words)
+            inputs = min(before, c) + 2 * FEATURES + 4 * FREQUENCIES
+            layers = [ModulatedConv(inputs, c), ModulatedConv(c, c)]
+            if before != c:  # fewer channels before the side doubles
+                layers.append(ModulatedConv(before, c, kernel=1))
+            self.convs[str(side)] = nn.ModuleList(layers)
+            self.rgb[str(side)] = ModulatedConv(c, 12, kernel=1, rgb=True)
+            before = c
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, z: Tensor, label_map: Tensor, words: Tensor, real: Tensor) -> Tensor:
+        """z `(b, WIDTH)`, map `b 19 64 64`, words `b n d`, `b n` -> images `b 3 64 64`."""
+        w = F.normalize(z, dim=-1) * math.sqrt(WIDTH)
+        for linear in self.mapping:
+            w = leaky(linear(w))
+        x, image = self.const.expand(len(z), -1, -1, -1), None
+        for side in CHANNELS:
+            layers, here = self.convs[str(side)], fourier(side).to(x.dtype)
+            if image is not None:
+                x, image = upsample(layers[2](x, w)), upsample(image)
+            asked = self.words[str(side)](label_map, words, real).to(x.dtype)
+            x = torch.cat([x, asked, here.expand(len(z), -1, -1, -1)], 1)
+            x = layers[1](layers[0](x.contiguous(memory_format=torch.channels_last), w), w)
+            rgb = self.rgb[str(side)](x, w)
+            image = rgb if image is None else image + rgb
+        return F.pixel_shuffle(image.float(), 2)
+
+
+class PixelFace(System):
+    """Pixel-wise gating of words by mask features; it needs text and mask, as the original does."""
+
+    name = "PixelFace+"
+    takes = frozenset()  # neither alone
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.clip = guiding_clip(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            width = self.clip.model.token_embedding.weight.shape[1]
+            self.networks["generator"] = PixelGenerator(width)
+
+    def fit(
+        self,
+        dataset: FaceDataset,
+        run_dir: Path,
+        seconds: float,
+        seed: int = 42,
+        max_steps: int = 0,
+    ) -> None:
+        """One adversarial stage; `networks` holds the moving average of the generator."""
+        average, sentences = self.networks["generator"], self.clip.text_features([""]).shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = PixelGenerator(self.clip.model.token_embedding.weight.shape[1])
+            critic, head = Discriminator(3 + 19), Linear(sentences, WIDTH)
+        average.load_state_dict(net.state_dict())
+        judges = nn.ModuleDict({"critic": critic, "head": head})
+        adam, adam_critic = (
+            torch.optim.Adam(m.parameters(), RATE, betas=(0.0, 0.99)) for m in (net, judges)
+        )
+        faces, scale = Faces.read(dataset), self.clip.model.logit_scale.exp().detach()
+
+        def judge(x: Tensor, label_map: Tensor) -> tuple[Tensor, Tensor]:
+            return critic(torch.cat([x, label_map], 1))
+
+        def draw(label_map: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+            z = torch.randn(BATCH, WIDTH, generator=generator)
+            return net(z, label_map, *word_features(self.clip, captions))
+
+        def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
+            for optimizer in (adam, adam_critic):
+                schedule(optimizer, RATE, done, hold=0.5)
+            x, label_maps, captions = faces.batch(BATCH, generator)
+            label_map, sentence = one_hot(label_maps), self.clip.text_features(captions)
+            values = {}
+            with torch.autocast("cpu", torch.bfloat16):
+                judges.requires_grad_(True)
+                with torch.no_grad():
+                    fake = draw(label_map, captions, generator)
+                real_logit, real = judge(x, label_map)
+                fake_logit, made = judge(fake, label_map)
+                told = head(sentence)
+                loss_d = adversarial_loss(real_logit, fake_logit) + matching_loss(real, made, told)
+                if number % R1_EVERY == 0:
+                    values["r1"] = r1_penalty(lambda x: judge(x, label_map), x)
+                update(adam_critic, loss_d + 0.5 * R1 * R1_EVERY * values.get("r1", 0.0))
+                judges.requires_grad_(False)
+                fake = draw(label_map, captions, generator)
+                fake_logit, made = judge(fake, label_map)
+                loss_g = F.softplus(-fake_logit) + F.softplus(-match(made, head(sentence)))
+                logits = scale * self.clip.image_features(fake) @ sentence.T
+                loss_clip = F.cross_entropy(logits, torch.arange(BATCH))
+                update(adam, loss_g.mean() + loss_clip)
+            update_average(average, net, BATCH, number * BATCH)
+            return values | {"generator": loss_g.mean(), "discriminator": loss_d, "clip": loss_clip}
+
+        state = {"net": net, "average": average, "judges": judges}
+        state |= {"adam": adam, "adam_critic": adam_critic}
+        train_stage("adversarial", step, state, run_dir, seconds, seed, max_steps)
+        self.networks.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str] | None,
+        masks: Tensor | None,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Images `b 3 64 64` in [0, 1]."""
+        if prompts is None or masks is None:
+            raise ValueError("PixelFace+ needs prompts and masks: its masks ask the words")
+        z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators])
+        words = word_features(self.clip, prompts)
+        return (self.networks["generator"](z, one_hot(masks), *words) / 2 + 0.5).clamp(0, 1)
+
+
+def cross_attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> Tensor:
+    """Every pixel's answer from the words: query `b f s s`, key and value `b n f`, real `b n`."""
+    q = query.flatten(2).transpose(1, 2)
+    scores = q @ key.transpose(1, 2) / math.sqrt(q.shape[-1])
+    weights = scores.masked_fill(~real[:, None], -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2).unflatten(2, query.shape[2:]).to(query.dtype)
+
+
+def adversarial_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's non-saturating loss."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def match(features: Tensor, sentence: Tensor) -> Tensor:
+    """Logits `b` that a picture's features `(b, d)` and a sentence's `(b, d)` belong together."""
+    return (features * sentence).sum(1).float() / math.sqrt(features.shape[1])
+
+
+def matching_loss(real: Tensor, fake: Tensor, sentence: Tensor) -> Tensor:
+    """Real pictures belong to their sentence, not to the next one's; generated ones do not."""
+    wrong = F.softplus(match(real, sentence.roll(1, 0))) + F.softplus(match(fake, sentence))
+    return (F.softplus(-match(real, sentence)) + wrong / 2).mean()
+
+
+@torch.no_grad()
+def word_features(clip: ClipScorer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The text transformer's tokens `b n d`, and which of them belong to the sentence, `b n`."""
+    tokens = clip.tokenizer(list(texts)).to(clip.device)
+    found = clip.model.forward_intermediates(
+        text=tokens, text_indices=1, normalize_intermediates=True, intermediates_only=True
+    )
+    positions = torch.arange(tokens.shape[1])
+    return found["text_intermediates"][0].float(), positions <= tokens.argmax(1, keepdim=True)
+
+
+def fourier(side: int) -> Tensor:
+    """Sines and cosines of the coordinates of a square, `1 4*FREQUENCIES side side`."""
+    at = torch.linspace(-1, 1, side)
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    waves = (
+        torch.stack([x, y])[None] * math.pi * 2.0 ** torch.arange(FREQUENCIES)[:, None, None, None]
+    )
+    return torch.cat([waves.sin(), waves.cos()]).flatten(0, 1)[None]

@@ -1,0 +1,260 @@
+"""TediGAN, PixelFace+, MM2Latent and the style-based generator: training, weights, equations."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ec2face_core.baselines import mm2latent, pixelface, style, tedigan
+from ec2face_core.baselines.train import SYSTEMS, build
+from ec2face_core.config import Config, ConfigError
+from ec2face_core.datasets import open_dataset
+
+PROMPTS = ["A woman with black hair.", "The man has eyeglasses."]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("baselines")
+
+
+@pytest.fixture(scope="module", params=["TediGAN", "PixelFace+", "MM2Latent"])
+def trained(request, tiny_config, runs):
+    """A system after two steps a stage, stopped between the first and the second."""
+    system = build(request.param, tiny_config)
+    dataset, folder = open_dataset(tiny_config, "train"), runs / request.param
+    system.fit(dataset, folder, 60.0, max_steps=1)
+    system = build(request.param, tiny_config)
+    system.fit(dataset, folder, 60.0, max_steps=2)
+    return system, folder
+
+
+@pytest.fixture(scope="module")
+def masks(tiny_config: Config) -> torch.Tensor:
+    faces = open_dataset(tiny_config, "test")
+    return torch.stack([faces[i].label_map for i in range(2)])
+
+
+def generators(first: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(first + i) for i in range(2)]
+
+
+# ------------------------------------------------------------------------------ every system
+
+
+def test_a_second_fit_goes_on_where_the_first_stopped(trained):
+    _, folder = trained
+    journals = [*folder.glob("*/metrics.jsonl"), folder.parent / "shared/style/metrics.jsonl"]
+    assert len(journals) >= 2
+    for journal in journals[:-1]:
+        rows = [json.loads(line) for line in journal.read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2], journal
+        numbers = [v for row in rows for v in row.values() if not isinstance(v, str)]
+        assert all(map(math.isfinite, numbers))
+
+
+def test_pictures_follow_their_generators_and_both_conditions(trained, masks):
+    system, _ = trained
+    pictures = system.generate(PROMPTS, masks, generators())
+    assert pictures.shape == (2, 3, 64, 64) and pictures.dtype == torch.float32
+    assert pictures.min() >= 0 and pictures.max() <= 1
+    assert torch.equal(pictures, system.generate(PROMPTS, masks, generators()))
+    assert not torch.equal(pictures, system.generate(PROMPTS, masks.flip(0), generators()))
+    assert not torch.equal(pictures, system.generate(PROMPTS[::-1], masks, generators()))
+
+
+def test_one_condition_alone_where_the_original_has_it(trained, masks):
+    system, _ = trained
+    for name, prompts, maps in (("text", PROMPTS, None), ("mask", None, masks)):
+        if name in system.takes:
+            pictures = system.generate(prompts, maps, generators())
+            assert pictures.shape == (2, 3, 64, 64)
+        else:
+            with pytest.raises(ValueError, match="needs"):
+                system.generate(prompts, maps, generators())
+    with pytest.raises(ValueError, match="needs"):
+        system.generate(None, None, generators())
+
+
+def test_weights_come_back(trained, tiny_config, masks, tmp_path):
+    system, _ = trained
+    system.save(tmp_path)
+    first, second = build(system.name, tiny_config), build(system.name, tiny_config)
+    first.load(tmp_path)
+    first.save(tmp_path / "again")
+    second.load(tmp_path / "again")
+    pictures = first.generate(PROMPTS, masks, generators())
+    assert torch.equal(pictures, second.generate(PROMPTS, masks, generators()))
+    assert (pictures - system.generate(PROMPTS, masks, generators())).abs().mean() < 0.01
+    with pytest.raises(FileNotFoundError, match="TRAIN=1"):
+        first.load(tmp_path / "nowhere")
+
+
+def test_parameters_are_within_a_fifth_of_the_transformers(trained):
+    assert 1.9e6 <= trained[0].parameters() <= 2.9e6
+
+
+def test_the_registry_knows_six_rows(tiny_config):
+    rows = ["TediGAN", "UaC", "PixelFace+", "CoDiffusion", "ControlNeXt", "MM2Latent"]
+    assert list(SYSTEMS) == rows
+    with pytest.raises(ConfigError, match="known: TediGAN"):
+        build("StyleFace", tiny_config)
+
+
+# ----------------------------------------------------------------------- style-based generator
+
+
+def test_modulation_is_that_of_the_weights():
+    """Eq. 1-3 of StyleGAN2, sample by sample with weights of its own."""
+    torch.manual_seed(0)
+    conv, x, w = style.ModulatedConv(5, 7, width=6), torch.randn(3, 5, 8, 8), torch.randn(3, 6)
+    for i in range(3):
+        s = conv.style(w[i])
+        weight = conv.weight * s[None, :, None, None] / math.sqrt(5 * 9)
+        weight = weight / torch.stack([part.norm() for part in weight])[:, None, None, None]
+        y = F.conv2d(x[i : i + 1], weight, conv.bias, padding=1)
+        expected = torch.where(y > 0, y, 0.2 * y) * math.sqrt(2)
+        assert torch.allclose(conv(x, w)[i : i + 1], expected, atol=1e-4)
+
+
+def test_the_gradient_penalty_of_a_plane_is_its_slope():
+    slope = torch.randn(3, 4, 4)
+    penalty = style.r1_penalty(
+        lambda x: ((x * slope).sum((1, 2, 3)), None), torch.randn(5, 3, 4, 4)
+    )
+    assert torch.allclose(penalty, slope.square().sum())
+
+
+def test_later_layers_change_finer_structure_only():
+    """Codes from a layer on leave what lower resolutions drew: layer order is coarse to fine."""
+    torch.manual_seed(1)
+    net = style.StyleGenerator()
+    codes = net.random_codes(generators(), 1.0).clone()
+    other = codes.clone()
+    other[:, 7:] = codes.flip(0)[:, 7:]
+    seen = []
+    for conv in net.convs:
+        conv.register_forward_hook(lambda m, i, y: seen.append(y))
+    with torch.no_grad():
+        net(codes), net(other)
+    same = [torch.equal(a, b) for a, b in zip(seen[:10], seen[10:], strict=True)]
+    assert same == [True] * 7 + [False] * 3
+
+
+# -------------------------------------------------------------------------- equations of each
+
+
+def test_tedigan_the_layer_index_picks_the_modality(tiny_config, masks):
+    system = build("TediGAN", tiny_config)
+    codes = system.codes(PROMPTS, masks, generators())
+    other_mask = system.codes(PROMPTS, masks.flip(0), generators())
+    other_text = system.codes(PROMPTS[::-1], masks, generators())
+    moved = (codes != other_mask).any(2).any(0), (codes != other_text).any(2).any(0)
+    assert moved[0].tolist() == [True] * 6 + [False] * 4
+    assert moved[1].tolist() == [False] * 6 + [True] * 4
+
+
+def test_tedigan_optimisation_serves_the_sentence_in_its_layers(tiny_config, masks):
+    system = build("TediGAN", tiny_config)
+    system.networks.requires_grad_(False)
+    start, text = system.codes(PROMPTS, masks, generators()), system.clip.text_features(PROMPTS)
+
+    def similarity(codes: torch.Tensor) -> torch.Tensor:
+        picture = system.networks["generator"](codes)
+        return (system.clip.image_features(picture) * text).sum(1)
+
+    end = system._optimise(start, 6, text)
+    assert torch.equal(end[:, :6], start[:, :6])
+    assert (similarity(end) > similarity(start)).all()
+
+
+def test_tedigan_ranking_against_every_other_face():
+    a, b = torch.randn(4, 6), torch.randn(4, 6)
+    expected = []
+    for i in range(4):
+        own = torch.cosine_similarity(a[i], b[i], 0)
+        for j in range(4):
+            if i != j:
+                gap = 0.2 - own + torch.cosine_similarity(a[i], b[j], 0)
+                expected.append(max(0.0, gap.item()))
+    loss = tedigan.ranking_loss(a, b, 0.2).item()
+    assert loss == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+
+
+def test_pixelface_each_pixel_asks_the_words_of_its_sentence():
+    torch.manual_seed(2)
+    query, key, value = torch.randn(2, 4, 3, 3), torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    real = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    answer = pixelface.cross_attention(query, key, value, real)
+    for b, n in ((0, 5), (1, 2)):
+        for y in range(3):
+            for x in range(3):
+                scores = torch.stack([query[b, :, y, x] @ key[b, i] / 2 for i in range(n)])
+                expected = (scores.exp() / scores.exp().sum()) @ value[b, :n]
+                assert torch.allclose(answer[b, :, y, x], expected, atol=1e-5)
+
+
+def test_pixelface_a_closed_gate_silences_the_words(tiny_config, masks):
+    system = build("PixelFace+", tiny_config)
+    net = system.networks["generator"]
+    with torch.no_grad():
+        open_gate = system.generate(PROMPTS, masks, generators())
+        assert not torch.equal(open_gate, system.generate(PROMPTS[::-1], masks, generators()))
+        for words in net.words.values():
+            words.gate.bias.fill_(-torch.inf)
+    closed = system.generate(PROMPTS, masks, generators())
+    assert torch.equal(closed, system.generate(PROMPTS[::-1], masks, generators()))
+    assert not torch.equal(closed, system.generate(PROMPTS, masks.flip(0), generators()))
+
+
+def test_pixelface_matching_is_a_binary_decision():
+    real, fake, told = torch.randn(3, 3, 4)
+    pairs = [(real, told, 1.0, 1.0), (real, told.roll(1, 0), 0.0, 0.5), (fake, told, 0.0, 0.5)]
+    expected = sum(
+        weight * F.binary_cross_entropy((f * s).sum(1).div(2).sigmoid(), torch.full((3,), truth))
+        for f, s, truth, weight in pairs
+    )
+    assert torch.allclose(pixelface.matching_loss(real, fake, told), expected, atol=1e-5)
+
+
+def test_pixelface_words_after_the_end_are_not_read(tiny_config):
+    clip = build("PixelFace+", tiny_config).clip
+    words, real = pixelface.word_features(clip, PROMPTS)
+    assert words.shape[:2] == real.shape == (2, clip.model.context_length)
+    ends = real.sum(1)
+    assert (ends < clip.model.context_length).all()
+    # the last word that is read is the one that CLIP's sentence feature is projected from
+    last = words[torch.arange(2), ends - 1] @ clip.model.text_projection
+    assert torch.allclose(F.normalize(last, dim=1), clip.text_features(PROMPTS), atol=1e-5)
+
+
+def test_mm2latent_pseudo_text_lies_around_the_pictures_embedding(tiny_config):
+    system = build("MM2Latent", tiny_config)
+    picture = torch.rand(1, 3, 64, 64).expand(256, -1, -1, -1) * 2 - 1
+    clean = system.clip.image_features(picture[:1])
+    pseudo = system.pseudo_text(picture, torch.Generator().manual_seed(3))
+    cosine = (pseudo * clean).sum(1)
+    # noise of length s at right angles, as nearly all noise is: cos = 1 / sqrt(1 + s^2)
+    assert cosine.mean() == pytest.approx(1 / math.sqrt(1 + mm2latent.NOISE**2), abs=0.03)
+    assert torch.allclose(pseudo.norm(dim=1), torch.ones(256))
+
+
+def test_mm2latent_loss_of_absolute_error_and_angle():
+    a, w = torch.randn(3, 4), torch.randn(3, 4)
+    rows = []
+    for p, q in zip(a.tolist(), w.tolist(), strict=True):
+        dot = sum(x * y for x, y in zip(p, q, strict=True))
+        cosine = dot / math.hypot(*p) / math.hypot(*q)
+        rows.append(sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 4 + 1 - cosine)
+    assert mm2latent.mapping_loss(a, w).item() == pytest.approx(sum(rows) / 3, abs=1e-5)
+
+
+def test_mm2latent_is_deterministic_given_text_and_mask(tiny_config, masks):
+    system = build("MM2Latent", tiny_config)
+    pictures = system.generate(PROMPTS, masks, generators())
+    assert torch.equal(pictures, system.generate(PROMPTS, masks, generators(7)))
