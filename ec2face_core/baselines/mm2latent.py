@@ -31,6 +31,7 @@ from .style import (
     Encoder,
     Linear,
     StyleGenerator,
+    adam,
     leaky,
     perceptual,
     pretrain_style,
@@ -132,8 +133,7 @@ class MM2Latent(System):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             decoder = MaskDecoder()
-        weights = [*encoder.parameters(), *decoder.parameters()]
-        optimizer = torch.optim.Adam(weights, RATE, betas=(0.9, 0.99))
+        optimizer = adam(nn.ModuleList([encoder, decoder]), RATE)
 
         def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
             schedule(optimizer, RATE, done)
@@ -149,7 +149,7 @@ class MM2Latent(System):
 
     def _fit_mapping(self, run_dir, seconds, seed, max_steps) -> None:
         net, style = self.networks["mapping"], self.networks["generator"]
-        optimizer = torch.optim.Adam(net.parameters(), RATE, betas=(0.9, 0.99))
+        optimizer = adam(net, RATE)
 
         def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
             schedule(optimizer, RATE, done)

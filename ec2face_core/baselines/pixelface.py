@@ -29,8 +29,12 @@ from .style import (
     Discriminator,
     Linear,
     ModulatedConv,
+    adam,
+    add_rgb,
+    adversarial_loss,
     leaky,
     r1_penalty,
+    rgb_layers,
     schedule,
     update,
     update_average,
@@ -41,10 +45,10 @@ from .system import Faces, System, guiding_clip, one_hot, train_stage
 if TYPE_CHECKING:
     from ..perception import ClipScorer
 
-CHANNELS = {8: 192, 16: 128, 32: 64}  # by side of the feature map
+CHANNELS = {8: 224, 16: 128, 32: 64}  # by side of the feature map
 FEATURES = 32  # of the mask, and of the words' answer, at each pixel
 FREQUENCIES = 4  # of the coordinates
-BATCH, RATE, R1, R1_EVERY = 8, 2e-3, 0.3, 16
+BATCH, RATE, R1, R1_EVERY = 8, 2e-3, 1.0, 16
 
 
 class GatedWords(nn.Module):
@@ -75,7 +79,8 @@ class PixelGenerator(nn.Module):
         super().__init__()
         self.mapping = nn.ModuleList(Linear(WIDTH, WIDTH, gain=0.01) for _ in range(3))
         self.const = nn.Parameter(torch.randn(1, CHANNELS[8], 8, 8))
-        self.words, self.convs, self.rgb = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.words, self.convs = nn.ModuleDict(), nn.ModuleDict()
+        self.rgb = rgb_layers(CHANNELS)
         before = CHANNELS[8]
         for side, c in CHANNELS.items():
             self.words[str(side)] = GatedWords(side, words)
@@ -84,7 +89,6 @@ class PixelGenerator(nn.Module):
             if before != c:  # fewer channels before the side doubles
                 layers.append(ModulatedConv(before, c, kernel=1))
             self.convs[str(side)] = nn.ModuleList(layers)
-            self.rgb[str(side)] = ModulatedConv(c, 12, kernel=1, rgb=True)
             before = c
         self.to(memory_format=torch.channels_last)
 
@@ -97,13 +101,12 @@ class PixelGenerator(nn.Module):
         for side in CHANNELS:
             layers, here = self.convs[str(side)], fourier(side).to(x.dtype)
             if image is not None:
-                x, image = upsample(layers[2](x, w)), upsample(image)
+                x = upsample(layers[2](x, w))
             asked = self.words[str(side)](label_map, words, real).to(x.dtype)
             x = torch.cat([x, asked, here.expand(len(z), -1, -1, -1)], 1)
             x = layers[1](layers[0](x.contiguous(memory_format=torch.channels_last), w), w)
-            rgb = self.rgb[str(side)](x, w)
-            image = rgb if image is None else image + rgb
-        return F.pixel_shuffle(image.float(), 2)
+            image = add_rgb(image, self.rgb[str(side)](x, w))
+        return image
 
 
 class PixelFace(System):
@@ -136,9 +139,7 @@ class PixelFace(System):
             critic, head = Discriminator(3 + 19), Linear(sentences, WIDTH)
         average.load_state_dict(net.state_dict())
         judges = nn.ModuleDict({"critic": critic, "head": head})
-        adam, adam_critic = (
-            torch.optim.Adam(m.parameters(), RATE, betas=(0.0, 0.99)) for m in (net, judges)
-        )
+        optimizers = [adam(m, RATE, momentum=0.0) for m in (net, judges)]
         faces, scale = Faces.read(dataset), self.clip.model.logit_scale.exp().detach()
 
         def judge(x: Tensor, label_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,34 +150,32 @@ class PixelFace(System):
             return net(z, label_map, *word_features(self.clip, captions))
 
         def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
-            for optimizer in (adam, adam_critic):
+            for optimizer in optimizers:
                 schedule(optimizer, RATE, done, hold=0.5)
             x, label_maps, captions = faces.batch(BATCH, generator)
             label_map, sentence = one_hot(label_maps), self.clip.text_features(captions)
             values = {}
             with torch.autocast("cpu", torch.bfloat16):
                 judges.requires_grad_(True)
-                with torch.no_grad():
-                    fake = draw(label_map, captions, generator)
+                fake = draw(label_map, captions, generator)
                 real_logit, real = judge(x, label_map)
-                fake_logit, made = judge(fake, label_map)
+                fake_logit, made = judge(fake.detach(), label_map)
                 told = head(sentence)
                 loss_d = adversarial_loss(real_logit, fake_logit) + matching_loss(real, made, told)
                 if number % R1_EVERY == 0:
                     values["r1"] = r1_penalty(lambda x: judge(x, label_map), x)
-                update(adam_critic, loss_d + 0.5 * R1 * R1_EVERY * values.get("r1", 0.0))
+                update(optimizers[1], loss_d + 0.5 * R1 * R1_EVERY * values.get("r1", 0.0))
                 judges.requires_grad_(False)
-                fake = draw(label_map, captions, generator)
                 fake_logit, made = judge(fake, label_map)
                 loss_g = F.softplus(-fake_logit) + F.softplus(-match(made, head(sentence)))
                 logits = scale * self.clip.image_features(fake) @ sentence.T
                 loss_clip = F.cross_entropy(logits, torch.arange(BATCH))
-                update(adam, loss_g.mean() + loss_clip)
+                update(optimizers[0], loss_g.mean() + loss_clip)
             update_average(average, net, BATCH, number * BATCH)
             return values | {"generator": loss_g.mean(), "discriminator": loss_d, "clip": loss_clip}
 
         state = {"net": net, "average": average, "judges": judges}
-        state |= {"adam": adam, "adam_critic": adam_critic}
+        state |= {"adam": optimizers[0], "adam_critic": optimizers[1]}
         train_stage("adversarial", step, state, run_dir, seconds, seed, max_steps)
         self.networks.requires_grad_(False).eval()
 
@@ -201,11 +200,6 @@ def cross_attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> 
     scores = q @ key.transpose(1, 2) / math.sqrt(q.shape[-1])
     weights = scores.masked_fill(~real[:, None], -torch.inf).softmax(-1)
     return (weights @ value).transpose(1, 2).unflatten(2, query.shape[2:]).to(query.dtype)
-
-
-def adversarial_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's non-saturating loss."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def match(features: Tensor, sentence: Tensor) -> Tensor:

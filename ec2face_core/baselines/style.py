@@ -33,7 +33,7 @@ LAYERS = 10  # modulated convolutions, each with its own slot of W+
 STAGES = ((4, False), (4, False), (8, True), (8, False), (16, True), (16, False), (16, False),
           (32, True), (32, False), (32, False))  # fmt: skip  # side, whether it was just doubled
 PRETRAIN_SECONDS = 1800.0
-BATCH, RATE, R1, R1_EVERY, HALF_LIFE = 8, 2e-3, 0.3, 16, 2500  # half-life in samples
+BATCH, RATE, R1, R1_EVERY, HALF_LIFE = 8, 2e-3, 1.0, 16, 2500  # half-life in samples
 
 
 class Linear(nn.Module):
@@ -108,9 +108,7 @@ class StyleGenerator(nn.Module):
             ModulatedConv(CHANNELS[a], CHANNELS[side])
             for a, (side, _) in zip(before, STAGES, strict=False)
         )
-        self.rgb = nn.ModuleDict(
-            {str(side): ModulatedConv(c, 12, kernel=1, rgb=True) for side, c in CHANNELS.items()}
-        )
+        self.rgb = rgb_layers(CHANNELS)
         self.register_buffer("average", torch.zeros(WIDTH))
         self.to(memory_format=torch.channels_last)
 
@@ -136,11 +134,10 @@ class StyleGenerator(nn.Module):
         for i, (conv, (side, doubled)) in enumerate(zip(self.convs, STAGES, strict=True)):
             x = conv(x, codes[:, i])
             if doubled:
-                x, image = upsample(x), upsample(image)
+                x = upsample(x)
             if i + 1 == LAYERS or STAGES[i + 1][1]:  # last layer of its side
-                rgb = self.rgb[str(side)](x, codes[:, i])
-                image = rgb if image is None else image + rgb
-        return F.pixel_shuffle(image.float(), 2)
+                image = add_rgb(image, self.rgb[str(side)](x, codes[:, i]))
+        return image
 
 
 class Discriminator(nn.Module):
@@ -191,6 +188,30 @@ class Encoder(nn.Module):
         return self.head(leaky(self.hidden(x.flatten(1)))).float()
 
 
+def rgb_layers(channels: Mapping[int, int]) -> nn.ModuleDict:
+    """By side, what draws a feature map: 3 planes, at the last side 4 x 3 that unfold to twice it.
+
+    The four pixels that a place unfolds to start equal: else a grid is seen for long.
+    """
+    layers = nn.ModuleDict(
+        {str(side): ModulatedConv(c, 3, kernel=1, rgb=True) for side, c in channels.items()}
+    )
+    last = ModulatedConv(channels[max(channels)], 12, kernel=1, rgb=True)
+    last.weight.data.copy_(last.weight.data[::4].repeat_interleave(4, 0))
+    layers[str(max(channels))] = last
+    return layers
+
+
+def add_rgb(image: Tensor | None, rgb: Tensor) -> Tensor:
+    """Next step of the RGB skips: float32, and of twice the side where `rgb` has to be unfolded."""
+    rgb = F.pixel_shuffle(rgb.float(), 2) if rgb.shape[1] == 12 else rgb.float()
+    if image is None:
+        return rgb
+    while image.shape[-1] < rgb.shape[-1]:
+        image = upsample(image)
+    return image + rgb
+
+
 def leaky(x: Tensor) -> Tensor:
     """Leaky ReLU times sqrt 2, which keeps the variance."""
     return F.leaky_relu(x, 0.2) * math.sqrt(2)
@@ -199,6 +220,11 @@ def leaky(x: Tensor) -> Tensor:
 def upsample(x: Tensor) -> Tensor:
     """Twice the side, bilinear."""
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def adversarial_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's non-saturating loss of its logits."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def r1_penalty(discriminator: nn.Module, x: Tensor) -> Tensor:
@@ -257,9 +283,7 @@ def pretrain_style(
         torch.manual_seed(seed)
         net, average, critic = StyleGenerator(), StyleGenerator(), Discriminator()
     average.load_state_dict(net.state_dict())
-    optimizers = [
-        torch.optim.Adam(m.parameters(), RATE, betas=(0.0, 0.99), eps=1e-8) for m in (net, critic)
-    ]
+    optimizers = [adam(m, RATE, momentum=0.0) for m in (net, critic)]
     faces = Faces.read(dataset)
 
     def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor | float]:
@@ -268,16 +292,15 @@ def pretrain_style(
         real, _, _ = faces.batch(BATCH, generator)
         with torch.autocast("cpu", torch.bfloat16):
             critic.requires_grad_(True)
-            with torch.no_grad():
-                fake = net(_mixed_codes(net, generator))
-            loss_d = F.softplus(critic(fake)[0]).mean() + F.softplus(-critic(real)[0]).mean()
+            codes = _mixed_codes(net, generator)
+            fake = net(codes)
+            loss_d = adversarial_loss(critic(real)[0], critic(fake.detach())[0])
             penalty = torch.zeros(())
             if number % R1_EVERY == 0:
                 penalty = r1_penalty(critic, real)
             update(optimizers[1], loss_d + 0.5 * R1 * R1_EVERY * penalty)
             critic.requires_grad_(False)
-            codes = _mixed_codes(net, generator)
-            loss_g = F.softplus(-critic(net(codes))[0]).mean()
+            loss_g = F.softplus(-critic(fake)[0]).mean()
             update(optimizers[0], loss_g)
         net.average.lerp_(codes.detach()[:, 0].mean(0), 0.01)
         update_average(average, net, BATCH, number * BATCH)
@@ -288,6 +311,11 @@ def pretrain_style(
     state |= {"adam": optimizers[0], "adam_critic": optimizers[1]}
     train_stage("style", step, state, run_dir, seconds, seed, max_steps)
     return average.requires_grad_(False).eval()
+
+
+def adam(net: nn.Module, rate: float, momentum: float = 0.9) -> torch.optim.Adam:
+    """StyleGAN's optimiser; its loops fused, which matters for so small batches."""
+    return torch.optim.Adam(net.parameters(), rate, betas=(momentum, 0.99), fused=True)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -29,6 +29,7 @@ from .style import (
     Encoder,
     Linear,
     StyleGenerator,
+    adam,
     leaky,
     perceptual,
     pretrain_style,
@@ -104,7 +105,7 @@ class TediGAN(System):
         self.networks.requires_grad_(False).eval()
 
     def _fit_encoder(self, name, encoder, faces, run_dir, seconds, seed, max_steps) -> None:
-        optimizer = torch.optim.Adam(encoder.parameters(), RATE, betas=(0.9, 0.99))
+        optimizer = adam(encoder, RATE)
 
         def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
             schedule(optimizer, RATE, done)
@@ -123,7 +124,7 @@ class TediGAN(System):
 
     def _fit_text(self, visual, faces, run_dir, seconds, seed, max_steps) -> None:
         encoder = self.networks["text"]
-        optimizer = torch.optim.Adam(encoder.parameters(), RATE, betas=(0.9, 0.99))
+        optimizer = adam(encoder, RATE)
 
         def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
             schedule(optimizer, RATE, done)

@@ -11,7 +11,6 @@ import argparse
 import importlib
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +44,15 @@ def build(name: str, config: Config) -> System:
     return getattr(importlib.import_module(f"{__package__}.{module}"), cls)(config)
 
 
+def spent(run_dir: Path) -> dict[str, dict[str, float]]:
+    """Steps and seconds of optimisation of every stage that was trained in a folder, by name."""
+    found = {}
+    for journal in sorted(run_dir.glob("*/metrics.jsonl")):
+        last = json.loads(journal.read_text().splitlines()[-1])
+        found[journal.parent.name] = {key: last[key] for key in ("step", "seconds")}
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 for settings or data that cannot work."""
     end_with_parent()
@@ -67,15 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_profile(options.profile)
         system = build(options.system, config)
-        began = time.perf_counter()
         system.fit(open_dataset(config, "train"), options.out, options.seconds, options.seed)
     except (ConfigError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     system.save(options.out)
     record = provenance(
-        config, seconds=time.perf_counter() - began, system=system.name, seed=options.seed,
-        budget=options.seconds, parameters=system.parameters(), threads=options.threads,
+        config, system=system.name, seed=options.seed, budget=options.seconds,
+        stages=spent(options.out), shared=spent(options.out.parent / "shared"),
+        parameters=system.parameters(), threads=options.threads,
     )  # fmt: skip
     (options.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"{system.name}: {system.parameters():,} parameters, {options.out}")
