@@ -44,6 +44,7 @@ from .system import Faces, System, guiding_clip, one_hot, train_stage
 CODE = 128  # of a mask
 NOISE = 0.5  # length of the noise that makes an image embedding a pseudo text
 NO_MASK = 0.15  # of the training samples
+CENTRED = 512  # faces and captions that the means are taken of
 BATCH, RATE = 16, 2e-3
 SHARES = {"masks": 0.2, "mapping": 0.8}  # of the seconds
 
@@ -120,11 +121,11 @@ class MM2Latent(System):
 
     @torch.no_grad()
     def _centre(self, faces: Faces) -> None:
-        """Mean features of generated faces and of first captions, a thousand each."""
-        generators = [torch.Generator().manual_seed(i) for i in range(1024)]
+        """Mean features of generated faces and of first captions."""
+        generators = [torch.Generator().manual_seed(i) for i in range(CENTRED)]
         codes = self.networks["generator"].random_codes(generators, truncation=1.0)
         images = [self.clip.image_features(self._draw(c)).mean(0) for c in codes.split(64)]
-        texts = self.clip.text_features([captions[0] for captions in faces.captions[:1024]])
+        texts = self.clip.text_features([captions[0] for captions in faces.captions[:CENTRED]])
         self.networks["mapping"].image_mean.copy_(torch.stack(images).mean(0))
         self.networks["mapping"].text_mean.copy_(texts.mean(0))
 

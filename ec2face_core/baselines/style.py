@@ -32,7 +32,7 @@ CHANNELS = {4: 128, 8: 128, 16: 96, 32: 64}  # by side of the feature map; 32 is
 LAYERS = 10  # modulated convolutions, each with its own slot of W+
 STAGES = ((4, False), (4, False), (8, True), (8, False), (16, True), (16, False), (16, False),
           (32, True), (32, False), (32, False))  # fmt: skip  # side, whether it was just doubled
-PRETRAIN_SECONDS = 1800.0
+PRETRAIN_SECONDS = 3600.0  # a foundation, as FLUX is: apart from what a system may spend
 BATCH, RATE, R1, R1_EVERY, HALF_LIFE = 8, 2e-3, 1.0, 16, 2500  # half-life in samples
 
 
