@@ -255,16 +255,14 @@ def schedule(optimizer: torch.optim.Optimizer, rate: float, done: float, hold: f
 
 
 def perceptual(clip: ClipScorer, a: Tensor, b: Tensor) -> Tensor:
-    """LPIPS' distance in three layers of the guiding CLIP's image tower, `(b,)`; images [-1, 1]."""
+    """LPIPS' distance, mean of three layers of the guiding CLIP, `(b,)`; images [-1, 1]."""
     x = torch.cat([a, b]) / 2 + 0.5
     maps = clip.model.visual.forward_intermediates(
         (x - clip.mean) / clip.std, indices=[0, 1, 2], intermediates_only=True
     )["image_intermediates"]
-    total = torch.zeros(len(a))
-    for features in maps:
-        one, other = F.normalize(features.float(), dim=1).chunk(2)
-        total = total + (one - other).square().sum(1).mean((1, 2))
-    return total
+    pairs = (F.normalize(features.float(), dim=1).chunk(2) for features in maps)
+    layers = [(one - other).square().sum(1).mean((1, 2)) for one, other in pairs]
+    return torch.stack(layers).mean(0)
 
 
 def pretrain_style(
