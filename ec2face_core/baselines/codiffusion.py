@@ -108,8 +108,8 @@ class CoDiffusion(LatentSystem):
 
     def mask_tokens(self, masks: Tensor) -> Tensor:
         """Label maps `b h w` -> a token for each class, `b 19 d`: its flattened coarse map."""
-        coarse = F.interpolate(masks[:, None].float(), self.shape[1:], mode="nearest")[:, 0].long()
-        return self.networks["tokens"](one_hot(coarse, NUM_CLASSES).flatten(2))
+        coarse = F.interpolate(masks[:, None].float(), self.shape[1:], mode="nearest-exact")
+        return self.networks["tokens"](one_hot(coarse[:, 0].long(), NUM_CLASSES).flatten(2))
 
     def collaborate(
         self, x_t: Tensor, t: Tensor, contexts: dict[str, Tensor]

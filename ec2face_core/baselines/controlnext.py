@@ -19,13 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..attributes import NUM_CLASSES
 from ..datasets import FaceDataset
 from .system import one_hot
 from .unets import (
     BATCH,
+    CHANNELS,
     LatentFaces,
     LatentSystem,
     denoising_loss,
