@@ -3,12 +3,13 @@ CVPR 2023), https://github.com/ziqihuangg/Collaborative-Diffusion.
 
 Two uni-modal latent diffusers, text-to-face and mask-to-face, are trained apart and frozen. A
 dynamic diffuser for each then predicts, from (x_t, t, its own condition), how far its modality is
-to be believed at each pixel and step: noise = sum_m I_m * noise_m with I = softmax over m.
+to be believed at each pixel and step: e = sum_m I_m e_m with I = softmax over m.
 
-Simplified: U-Nets of 1.3 M parameters; captions enter as CLIP's word features (the original trains
-a BERT-like encoder of its own); the text diffuser is the U-Net shared with ControlNeXt, trained
-with 10 % of the captions dropped; label maps are taken at 1/4 of the side (1/16 there), by nearest
-pixel as there, so small parts are lost in part; 28 steps of DDIM (50 there).
+Simplified: U-Nets of 1.3 M parameters that predict v, which mixes as the noise e does; captions
+enter as CLIP's word features (the original trains a BERT-like encoder of its own); the text
+diffuser is the U-Net shared with ControlNeXt, trained with 10 % of the captions dropped; label maps
+are taken at 1/4 of the side (1/16 there), by nearest pixel as there, so small parts are lost in
+part; 28 steps of DDIM (50 there).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from .unets import (
     LatentFaces,
     LatentSystem,
     denoising_loss,
-    noise_of,
     optimise,
+    prediction_of,
     pretrain_text_unet,
     seeded,
     text_unet,
@@ -72,7 +73,7 @@ class CoDiffusion(LatentSystem):
         def mask_loss(generator: torch.Generator) -> Tensor:
             z, maps, _ = faces.batch(BATCH, generator)
             tokens = self.mask_tokens(maps)
-            return denoising_loss(noise_of(nets["mask"]), self.scheduler, z, generator, tokens)
+            return denoising_loss(prediction_of(nets["mask"]), self.scheduler, z, generator, tokens)
 
         def influence_loss(generator: torch.Generator) -> Tensor:
             z, maps, texts = faces.batch(BATCH, generator)
@@ -114,11 +115,11 @@ class CoDiffusion(LatentSystem):
     def collaborate(
         self, x_t: Tensor, t: Tensor, contexts: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Collaborative noise `b c h w` and the influence map `b 1 h w` of each modality."""
+        """Collaborative prediction `b c h w` and the influence map `b 1 h w` of each modality."""
         with torch.no_grad():  # the uni-modal diffusers are frozen
-            noises = {m: self.networks[m](x_t, t, c).sample for m, c in contexts.items()}
+            each = {m: self.networks[m](x_t, t, c).sample for m, c in contexts.items()}
         if len(contexts) == 1:
-            return next(iter(noises.values())), {m: torch.ones_like(x_t[:, :1]) for m in noises}
+            return next(iter(each.values())), {m: torch.ones_like(x_t[:, :1]) for m in each}
         raw = {m: self.networks[f"{m}_influence"](x_t, t, c).sample for m, c in contexts.items()}
         influence = dict(zip(raw, torch.stack(list(raw.values())).softmax(0), strict=True))
-        return sum(influence[m] * noises[m] for m in noises), influence
+        return sum(influence[m] * each[m] for m in each), influence

@@ -6,11 +6,12 @@ light encoder of the mask, and *cross-normalisation*, which gives its features t
 deviation of the U-Net's own before they are added. Beside the encoder only the output projections
 of the attention layers are trained.
 
-Simplified: the base is the miniature's text U-Net, the same as CoDiffusion's text diffuser; the
-encoder has two residual blocks, no attention, and reads the U-Net's own time embedding; it sees the
-mask one-hot (an RGB picture there). There is no public recipe for faces: the mask's scale is 1, as
-there for dense maps, text is dropped in 20 % of the samples, as in the SDXL recipe, and guidance is
-`TEXT_GUIDANCE` (7.5 there, for a base of 0.9 G parameters) over 28 steps of DDIM (20 of UniPC).
+Simplified: U-Nets predict v; the base is the miniature's text U-Net, the same as CoDiffusion's text
+diffuser; the encoder has two residual blocks, no attention, and reads the U-Net's own time
+embedding; it sees the mask one-hot (an RGB picture there). There is no public recipe for faces: the
+mask's scale is 1, as there for dense maps, text is dropped in 20 % of the samples, as in the SDXL
+recipe, and guidance is `TEXT_GUIDANCE` (7.5 there, for a base of 0.9 G parameters) over 28 steps of
+DDIM (20 of UniPC).
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class ControlNeXt(LatentSystem):
         def loss(generator: torch.Generator) -> Tensor:
             z, maps, texts = faces.batch(BATCH, generator)
             words = word_features(self.clip, drop_texts(texts, DROP, generator))
-            return denoising_loss(self.noise, self.scheduler, z, generator, words, maps)
+            return denoising_loss(self.predict, self.scheduler, z, generator, words, maps)
 
         trained = {k: self.networks[k] for k in ("encoder", "increments")}
         rates = {"increments": INCREMENT_RATE}
@@ -98,16 +99,16 @@ class ControlNeXt(LatentSystem):
         words = empty if prompts is None else word_features(self.clip, prompts)
         weight = 1.0 if prompts is None else TEXT_GUIDANCE
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
+        def guide(x: Tensor, t: Tensor) -> Tensor:
             if masks is None:
-                return guided(self.noise, weight, (x, x), (t, t), (words, empty))
+                return guided(self.predict, weight, (x, x), (t, t), (words, empty))
             pairs = ((x, x), (t, t), (words, empty), (masks, masks))
-            return guided(self.noise, weight, *pairs)
+            return guided(self.predict, weight, *pairs)
 
-        return self.paint(predict, generators)
+        return self.paint(guide, generators)
 
-    def noise(self, x_t: Tensor, t: Tensor, words: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Noise `b c h w`, of the base alone where there are no masks `b h w`."""
+    def predict(self, x_t: Tensor, t: Tensor, words: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Prediction `b c h w`, of the base alone where there are no masks `b h w`."""
         unet, increments = self.networks["unet"], self.networks["increments"]
         if masks is None:
             return unet(x_t, t, words).sample
