@@ -1,7 +1,7 @@
 """Summaries of scores with 95 % intervals, and the command line that samples and scores.
 
     python -m ec2face_core.evaluate --profile mini --variant both --split test
-    python -m ec2face_core.evaluate --profile mini --split test --images DIR
+    python -m ec2face_core.evaluate --profile mini --split test --images DIR --adapter uac
 
 `generate.py` makes the pictures and `scoring.py` scores them; their functions are offered here,
 too. Intervals are bootstrapped over images; a difference of two methods over the same images.
@@ -27,8 +27,9 @@ from .config import (
     parse_override,
     resolve,
 )
-from .datasets import DataError, open_dataset
-from .generate import SOURCES, generate_split
+from .datasets import DataError, FaceDataset, Report, open_dataset, read_manifest
+from .folders import ADAPTERS, SYSTEM_OF, adopt
+from .generate import SOURCES, evaluated_ids, generate_split
 from .launch import end_with_parent
 from .results import COLUMNS, METHODS, render_markdown
 from .scoring import CRITICS, counts, load_critics, score_folder, write_frame
@@ -121,6 +122,8 @@ def _run(options: argparse.Namespace) -> int:
         else load_profile(options.profile, **overrides)
     )
     folder, method = options.images, options.variant
+    if folder is None and (options.adapter or options.manifest):
+        raise ConfigError("--adapter and --manifest are about pictures: name them by --images DIR")
     if folder is None:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         folder = generate_split(
@@ -133,9 +136,10 @@ def _run(options: argparse.Namespace) -> int:
         print(f"pictures: {folder}", flush=True)
         if options.sample_only or rank:
             return 0
-    else:
-        method = resolve(folder).name
     dataset = open_dataset(config, options.split)
+    if options.images:
+        folder = _adopt(config, dataset, options)
+        method = SYSTEM_OF.get(options.adapter) or resolve(options.images).name
     per_image = score_folder(folder, dataset, config, options.limit)
     seeds = str(config.sampling.seed) if method in VARIANTS else ""
     rows = summarise(per_image, "evaluation", method, dataset.root.name, config, seeds)
@@ -144,6 +148,26 @@ def _run(options: argparse.Namespace) -> int:
     print(render_markdown(rows, f"{METHODS.get(method, method)}, {len(per_image)} faces."))
     print(f"rows: {target}")
     return 0
+
+
+def _adopt(config: Config, dataset: FaceDataset, options: argparse.Namespace) -> Path:
+    """The pictures of --images as `{id}.png`; leaves `dataset` with the faces of --manifest."""
+    rows = read_manifest(dataset.root)
+    if options.manifest:
+        known, rows = rows, read_manifest(resolve(options.manifest))
+        report = Report(resolve(options.manifest), len(rows))
+        for name in sorted(rows.keys() & set(dataset.ids)):
+            if rows[name] != known[name]:
+                report.add(
+                    f"id {name}", f"{tuple(rows[name])}, but {tuple(known[name])} in {dataset.root}"
+                )
+        dataset.ids = [name for name in dataset.ids if name in rows]
+        if not dataset.ids:
+            report.add("ids", f"none of a face of {dataset.root}, split {options.split}")
+        report.raise_if_bad()
+    ids = evaluated_ids(config, dataset, options.limit)
+    adapter, size = options.adapter or "plain", config.data.size
+    return adopt(resolve(options.images), adapter, rows, ids, size, config.run_dir / "images")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--variant", default="both", choices=SOURCES, help="whose pictures")
     add("--split", default="test", choices=("test", "zero_shot", "train"), help="of which faces")
-    add("--images", type=Path, metavar="DIR", help="score these {id}.png instead of sampling")
+    add("--images", type=Path, metavar="DIR", help="score these pictures instead of sampling")
+    add("--adapter", choices=ADAPTERS, help="official repository that wrote --images (plain)")
+    add("--manifest", type=Path, metavar="FILE", help="that it was given (default: the faces' own)")
     add("--out-dir", type=Path, help="where sampled pictures go (default: in runs/<profile>)")
     add("--limit", type=int, default=0, help="the first faces only (0: all)")
     add("--sample-only", action="store_true", help="stop after the pictures; works on N processes")

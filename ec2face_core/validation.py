@@ -128,12 +128,12 @@ def read_captions(path: Path) -> tuple[str, ...]:
 
 
 def read_manifest(root: Path, report: Report | None = None) -> dict[str, Row]:
-    """Rows of `root/manifest.csv` by id, in file order.
+    """Rows of `root/manifest.csv`, or of the file `root`, by id, in file order.
 
     Bad rows are added to `report` and left out; without a report they raise DataError together.
     """
     own = report or Report(root)
-    path = root / "manifest.csv"
+    path = root if root.is_file() else root / "manifest.csv"
     rows: dict[str, Row] = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:

@@ -31,7 +31,7 @@ FLOORS = {
     3: [
         "conditioning diagram grids guidance metrics rendering report reproduce",
         "dense synthetic",
-        "contrastive datasets photos",
+        "contrastive datasets folders photos",
     ],
     4: ["critics foundation inventory latents", "adapters draws pipeline", "generate"],
     5: ["scoring trainer", "estimation evaluate inspection", "gradients", "experiments"],

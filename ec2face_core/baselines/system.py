@@ -123,14 +123,19 @@ class Faces:
             torch.stack(images), torch.stack(maps), [dataset.captions(n) for n in dataset.ids]
         )
 
-    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
-        """Random faces: images `b 3 h w` in [-1, 1], label maps `b h w` int64, a caption each."""
+    def draw(self, size: int, generator: torch.Generator) -> tuple[list[int], list[str]]:
+        """Rows of random faces, and a caption each."""
         rows = torch.randint(len(self.images), (size,), generator=generator).tolist()
         which = torch.rand(size, generator=generator).tolist()
         texts = [
             self.captions[i][int(u * len(self.captions[i]))]
             for i, u in zip(rows, which, strict=True)
         ]
+        return rows, texts
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """Random faces: images `b 3 h w` in [-1, 1], label maps `b h w` int64, a caption each."""
+        rows, texts = self.draw(size, generator)
         return self.images[rows].float() / 127.5 - 1, self.label_maps[rows].long(), texts
 
 

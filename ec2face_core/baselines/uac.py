@@ -1,0 +1,200 @@
+"""UaC: Unite and Conquer: Plug & Play Multi-Modal Synthesis using Diffusion Models (Nair et al.,
+CVPR 2023), https://github.com/Nithin-GK/UniteandConquer.
+
+Conditions meet only at sampling. A mask-to-face and a text-to-face diffuser are trained apart, each
+also without its condition, and their scores are multiplied as experts:
+
+    e = sum_i w_i e_i(x_t, c_i) - (sum_i w_i - 1) e_0,    e_0 = sum_i b_i e_i(x_t, none),  sum b = 1
+
+with b the *reliability* of each model. The text diffuser never sees a text: it is trained on CLIP's
+features of the pictures and sampled with those of the caption.
+
+Simplified: pixels are folded (4 x 4) into the channels of a small U-Net, which predicts v: a few
+channels cannot carry the noise of 48, and the composition is the same for v, being affine with
+weights of sum 1. Features come from the miniature's CLIP (FaRL there). The variational bound term,
+the exponential average (the rate falls to 0 instead) and the low learning rate are left out.
+`maps` = 2 is faithful: the original sees face skin and hair alone; 19 is fair to the other systems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attributes import CLASS_ID
+from ..config import Config
+from ..datasets import FaceDataset
+from .system import Faces, System, guiding_clip, one_hot
+from .unets import BATCH, ddim_sample, denoising_loss, encode_all, optimise, seeded
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
+
+FOLD = 4  # pixels folded into channels, each way
+CHANNELS = (48, 72)  # 1.2 M parameters a diffuser
+MAP_WIDTH = 32  # channels that the maps of a 4 x 4 patch become
+NONE = 0.2  # samples without condition: 12.5 % of 62.5 % there for a map
+WEIGHTS = {"mask": 1.5, "text": 2.5}  # w of each condition
+RELIABILITY = {"mask": 0.6, "text": 0.4}  # b of each model where both take part
+
+
+class UaC(System):
+    """Composition of separately trained diffusers at sampling.
+
+    Args:
+        maps: 19: one-hot maps of all classes; 2: face skin and hair.
+    """
+
+    name = "UaC"
+
+    def __init__(self, config: Config, maps: int = 19) -> None:
+        super().__init__(config)
+        if maps not in (2, 19):
+            raise ValueError(f"maps={maps}: 2 (face skin, hair) or 19 (every class)")
+        self.maps = maps
+        self.clip = guiding_clip(config)
+        self.shape = (3 * FOLD**2, config.data.size // FOLD, config.data.size // FOLD)
+        self.scheduler = pixel_scheduler()
+        self.build(config.seed)
+
+    def build(self, seed: int) -> None:
+        """Fill `networks` with random weights, a function of the seed."""
+        width = self.clip.model.ln_final.normalized_shape[0]
+        if (projection := self.clip.model.text_projection) is not None:
+            width = projection.shape[-1]
+        with seeded(seed):
+            self.networks["mask"] = PixelDiffuser(self.shape, maps=self.maps)
+            self.networks["text"] = PixelDiffuser(self.shape, features=width)
+
+    def fit(
+        self,
+        dataset: FaceDataset,
+        run_dir: Path,
+        seconds: float,
+        seed: int = 42,
+        max_steps: int = 0,
+    ) -> None:
+        """The two diffusers one after the other, each in half of the time."""
+        self.build(seed)
+        faces = Faces.read(dataset)
+        features = encode_all(self.clip.image_features, faces)
+
+        def loss_of(kind: str) -> Callable[[torch.Generator], Tensor]:
+            def loss(generator: torch.Generator) -> Tensor:
+                rows, _ = faces.draw(BATCH, generator)
+                x0 = F.pixel_unshuffle(faces.images[rows].float() / 127.5 - 1, FOLD)
+                label_maps = faces.label_maps[rows].long()
+                condition = features[rows] if kind == "text" else self.select(label_maps)
+                keep = torch.rand(BATCH, generator=generator) >= NONE
+                condition = condition * keep.view(-1, *[1] * (condition.ndim - 1))
+                return denoising_loss(self.networks[kind], self.scheduler, x0, generator, condition)
+
+            return loss
+
+        for kind in ("mask", "text"):
+            trained = {kind: self.networks[kind]}
+            optimise(kind, loss_of(kind), trained, run_dir, seconds / 2, seed, None, max_steps)
+
+    def select(self, masks: Tensor) -> Tensor:
+        """Label maps `b h w` -> the maps that the mask diffuser sees, `b maps h w` in {0, 1}."""
+        maps = one_hot(masks)
+        return maps if self.maps == 19 else maps[:, [CLASS_ID["skin"], CLASS_ID["hair"]]]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str] | None,
+        masks: Tensor | None,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Images [0, 1]: DDIM of the composed prediction; one condition alone is guided, too."""
+        conditions = {} if masks is None else {"mask": self.select(masks)}
+        if prompts is not None:
+            conditions["text"] = self.clip.text_features(prompts)
+        if not conditions:
+            raise ValueError(f"{self.name} wants a text, a mask, or both")
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            scores = {}
+            for kind, condition in conditions.items():
+                both = torch.cat([condition, torch.zeros_like(condition)])
+                net = self.networks[kind]
+                scores[kind] = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+            return compose(scores, WEIGHTS, RELIABILITY)
+
+        steps = self.config.sampling.steps
+        x = ddim_sample(predict, self.scheduler, self.shape, generators, steps)
+        return (F.pixel_shuffle(x, FOLD) / 2 + 0.5).clamp(0, 1)
+
+
+class PixelDiffuser(nn.Module):
+    """(x_t `b 48 h/4 w/4`, t `b`, maps `b k h w` or features `b d`; zeros: none) -> v, like x_t.
+
+    Args:
+        shape: of a folded picture.
+        maps: number of maps, for a mask diffuser.
+        features: width of a feature, for a text diffuser.
+    """
+
+    def __init__(self, shape: Sequence[int], maps: int = 0, features: int = 0) -> None:
+        from diffusers import UNet2DModel
+
+        super().__init__()
+        self.maps, time = maps, 4 * CHANNELS[0]
+        self.unet = UNet2DModel(
+            sample_size=shape[1],
+            in_channels=shape[0] + (MAP_WIDTH if maps else 0),
+            out_channels=shape[0],
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=CHANNELS,
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=CHANNELS[1] // 2,
+            resnet_time_scale_shift="scale_shift",
+            class_embed_type=None if maps else "identity",
+        )
+        door = nn.Conv2d(maps, MAP_WIDTH, FOLD, FOLD, bias=False)
+        self.door = door if maps else nn.Linear(features, time, bias=False)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        if self.maps:
+            return self.unet(torch.cat([x_t, self.door(condition)], 1), t).sample
+        unit = condition * condition.shape[1] ** 0.5  # variance 1 for a feature of length 1
+        return self.unet(x_t, t, self.door(unit)).sample
+
+
+def compose(
+    scores: Mapping[str, tuple[Tensor, Tensor]],
+    weights: Mapping[str, float],
+    reliability: Mapping[str, float],
+) -> Tensor:
+    """The composed prediction of this module's equation.
+
+    Args:
+        scores: prediction (with condition, without) of each model, by name.
+        weights, reliability: w and b by name; b is brought to sum 1 over the models that take part.
+    """
+    total = sum(reliability[k] for k in scores)
+    e0 = sum(reliability[k] / total * without for k, (_, without) in scores.items())
+    together = sum(weights[k] * with_ for k, (with_, _) in scores.items())
+    return together - (sum(weights[k] for k in scores) - 1) * e0
+
+
+def pixel_scheduler() -> DDIMScheduler:
+    """guided-diffusion's `linear` schedule, which diffusers calls by the same name."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type="v_prediction",
+        clip_sample=True,
+        timestep_spacing="trailing",  # few steps have to begin where the noise is pure
+    )
