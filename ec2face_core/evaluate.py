@@ -30,9 +30,10 @@ from .config import (
 from .datasets import DataError, open_dataset
 from .generate import SOURCES, generate_split
 from .launch import end_with_parent
-from .results import COLUMNS, METHODS, render_markdown
+from .results import COLUMNS
 from .scoring import CRITICS, counts, load_critics, score_folder, write_frame
 from .statistics import bootstrap_accuracy, bootstrap_interval, paired_accuracy_difference
+from .tables import METHODS, render_markdown
 
 if TYPE_CHECKING:
     from pandas import DataFrame

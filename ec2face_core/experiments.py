@@ -20,11 +20,19 @@ from .attributes import CLASS_ID, GROUPS, pixel_counts
 from .config import VARIANTS, Config, ConfigError, adapter_dir, adapter_name
 from .datasets import FaceDataset, open_dataset
 from .evaluate import summarise, summarise_difference
-from .generate import REAL, evaluated_ids, generate_split, load_pictures, missing_pictures
+from .generate import (
+    REAL,
+    evaluated_ids,
+    generate_split,
+    load_pictures,
+    missing_pictures,
+    sample_grid,
+)
 from .launch import run
-from .results import METHODS
+from .metrics import mask_counts
 from .scoring import CRITICS, load_critics, score_folder
-from .statistics import bootstrap_interval
+from .statistics import bootstrap_accuracy, bootstrap_interval
+from .tables import METHODS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -138,6 +146,56 @@ def seed_rows(
         rows = difference_rows(seeded, table, pairs)
         parts.append(rows.assign(method=rows["method"] + f", seed {seeded.seed}"))
     return pd.concat(parts, ignore_index=True)
+
+
+def one_condition(config: Config, variant: str, split: str, count: int = 64) -> DataFrame:
+    """How well a variant follows one condition when it gets only that one (Eq. 13).
+
+    Returns:
+        Long rows by critic over the split's first `count` faces: `Text, text alone`, `OAA, mask
+        alone` and `RFA, mask alone`, one picture a face.
+    """
+    import pandas as pd
+
+    dataset = open_dataset(config, split)
+    texts, maps, _ = faces(dataset, evaluated_ids(config, dataset, count)[:count])
+    from_text = sample_grid(config, variant, f"{split}_text_alone", texts, seeds=1)[:, 0]
+    from_mask = sample_grid(config, variant, f"{split}_mask_alone", [""] * len(maps), maps, 1)[:, 0]
+    text, mask = (
+        score_pictures(config, from_text, texts, None),
+        score_pictures(config, from_mask, None, maps),
+    )
+    mask = mask[mask["metric"].isin(["OAA", "RFA"])]
+    parts = [
+        text.assign(metric=text["metric"] + ", text alone"),
+        mask.assign(metric=mask["metric"] + ", mask alone"),
+    ]
+    return pd.concat(parts, ignore_index=True).assign(dataset=dataset.root.name)
+
+
+def score_pictures(
+    config: Config, images: Tensor, texts: Sequence[str] | None, maps: Tensor | None
+) -> DataFrame:
+    """Long rows, by critic, of pictures that lie in memory: Text, and mask accuracies by class.
+
+    Args:
+        images: `b 3 h w` in [-1, 1].
+        texts: their captions; None: no text score.
+        maps: their masks `b h w`; None: no accuracy.
+    """
+    import pandas as pd
+
+    critics, rows = load_critics(config), []
+    images, how = images.to(critics.device), (config.evaluation.bootstrap, config.seed)
+    for critic in CRITICS:
+        if texts is not None:
+            interval = bootstrap_interval(critics.clips[critic].score(images, texts).cpu(), *how)
+            rows.append({"metric": "Text", "critic": critic, **interval._asdict()})
+        if maps is not None:
+            counted = mask_counts(critics.parsers[critic].parse(images).cpu(), maps)
+            found = bootstrap_accuracy(*counted, *how).drop(columns="pixels")
+            rows += found.assign(critic=critic).to_dict("records")
+    return pd.DataFrame(rows).assign(source="ours")
 
 
 def seed_label(config: Config, seeds: int) -> str:

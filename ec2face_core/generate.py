@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .config import VARIANTS, BackboneConfig, Config, ConfigError, adapter_dir, resolve
 from .datasets import FaceDataset, open_dataset
-from .lora import LORA_FILE
+from .lora import ADAPTER, LORA_FILE
 from .results import path_digest
 from .validation import parallel, read_image
 
@@ -203,7 +203,11 @@ def _sample(
     if variant == BASE and masks is not None:
         raise ConfigError("the base model has no mask branch: give no masks, or a variant")
     pipe = _pipeline(config.backbone, config.data.size)
-    if variant != BASE:  # without masks no token feels a LoRA: the base needs no unloading
+    if variant == BASE:
+        if getattr(pipe, "loaded", None):
+            pipe.transformer.delete_adapters(ADAPTER)
+            pipe.loaded = None
+    else:
         folder = adapter_dir(config, variant)
         if getattr(pipe, "loaded", None) != (loaded := (str(folder), _adapter(config, variant))):
             pipe.load_mask_lora(folder)

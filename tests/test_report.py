@@ -7,7 +7,8 @@ import pytest
 
 from ec2face_core import report
 from ec2face_core.config import load_profile
-from ec2face_core.results import CRITICS, save_table
+from ec2face_core.results import save_table
+from ec2face_core.tables import CRITICS
 
 LABELS = tuple(dict.fromkeys(claim.label for claim in report.CLAIMS))
 METRICS = ("Text", "OAA", "HFA", "NFA", "RFA")
