@@ -128,6 +128,7 @@ class SamplingConfig:
     mask_guidance: float = 1.0
     seed: int = 42
     batch_size: int = 4
+    mixed_precision: str = "no"  # autocast around frozen float32 weights: no | bf16
     num_processes: int = 8  # that draw the pictures of a split
 
 

@@ -212,16 +212,21 @@ def _sample(
         if getattr(pipe, "loaded", None) != (loaded := (str(folder), _adapter(config, variant))):
             pipe.load_mask_lora(folder)
             pipe.loaded = loaded
-    return pipe(
-        prompts,
-        masks,
-        num_inference_steps=config.sampling.steps,
-        guidance_scale=config.sampling.guidance,
-        text_guidance=config.sampling.text_guidance,
-        mask_guidance=config.sampling.mask_guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="pt",
-    ).images
+    precision = config.sampling.mixed_precision
+    if precision not in ("no", "bf16"):
+        raise ConfigError(f"sampling.mixed_precision {precision!r}: use no or bf16")
+    with torch.autocast(_device().type, torch.bfloat16, enabled=precision == "bf16"):
+        images = pipe(
+            prompts,
+            masks,
+            num_inference_steps=config.sampling.steps,
+            guidance_scale=config.sampling.guidance,
+            text_guidance=config.sampling.text_guidance,
+            mask_guidance=config.sampling.mask_guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        ).images
+    return images.float()
 
 
 @functools.lru_cache(maxsize=1)
@@ -279,6 +284,7 @@ def picture_key(
     if variant not in (REAL, ROUND_TRIP):
         s, b = config.sampling, config.backbone
         about += [s.steps, s.guidance, s.text_guidance, s.mask_guidance, s.seed]
+        about += [s.mixed_precision]
         about += [b.dtype, b.text_length, _adapter(config, variant)]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
 

@@ -67,7 +67,7 @@ def test_edits_scale_with_the_mask():
     large = torch.from_numpy(np.kron(ids.numpy(), np.ones((2, 2), np.int64)))
     for edit in ("dilated", "eroded"):
         small = edited(ids, edit)
-        assert (edited(large, edit)[::2, ::2] == small).float().mean() > 0.98
+        assert (edited(large, edit)[::2, ::2] == small).float().mean() > 0.95
 
 
 def test_rarest_pairs(tiny_faces):
