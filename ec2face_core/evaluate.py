@@ -159,7 +159,12 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--config", type=Path, metavar="FILE", help="a saved config.yaml instead")
     add = parser.add_argument
     add("--variant", default="both", choices=SOURCES, help="whose pictures")
-    add("--split", default="test", choices=("test", "zero_shot", "train"), help="of which faces")
+    add(
+        "--split",
+        default="test",
+        choices=("test", "zero_shot", "validation", "train"),
+        help="of which faces",
+    )
     add("--images", type=Path, metavar="DIR", help="score these {id}.png instead of sampling")
     add("--out-dir", type=Path, help="where sampled pictures go (default: in runs/<profile>)")
     add("--limit", type=int, default=0, help="the first faces only (0: all)")

@@ -80,17 +80,17 @@ ALWAYS = 1000.0  # a center t_c so far right that beta(t) is 1 for every t
 # The first point of a sweep is what the others are compared with: the profile's own setting.
 SWEEPS: dict[str, dict[str, Point]] = {
     "weights": {
-        "clip-3": Point("clipped at 3", settings=_weights("mean", 3.0)),
-        "none": Point("no weights", "without_ltal"),
-        "raw": Point("raw (Eq. 10)", settings=_weights("none", 0.0)),
-        "raw-30": Point("raw, clipped at 30", settings=_weights("none", 30.0)),
-        "raw-10": Point("raw, clipped at 10", settings=_weights("none", 10.0)),
-        "normalised": Point("normalised", settings=_weights("mean", 0.0)),
         "clip-30": Point("clipped at 30", settings=_weights("mean", 30.0)),
+        "none": Point("no weights", "without_ltal"),
+        "clip-3": Point("clipped at 3", settings=_weights("mean", 3.0)),
         "clip-10": Point("clipped at 10", settings=_weights("mean", 10.0)),
-        "sample": Point("..., T of each face", settings=_weights("mean", 3.0, scope="sample")),
-        "mean": Point("..., mean of a cell", settings=_weights("mean", 3.0, reduction="mean")),
-        "nearest": Point("..., nearest", settings=_weights("mean", 3.0, reduction="nearest")),
+        "normalised": Point("not clipped", settings=_weights("mean", 0.0)),
+        "raw": Point("raw (Eq. 10)", settings=_weights("none", 0.0)),
+        "raw-10": Point("raw, clipped at 10", settings=_weights("none", 10.0)),
+        "raw-30": Point("raw, clipped at 30", settings=_weights("none", 30.0)),
+        "sample": Point("T of each face", settings=_weights("mean", 30.0, scope="sample")),
+        "mean": Point("mean of a cell", settings=_weights("mean", 30.0, reduction="mean")),
+        "nearest": Point("nearest pixel", settings=_weights("mean", 30.0, reduction="nearest")),
     },
     "beta": {
         "paper": Point("γ = 10, t_c = 0.4", "both", _beta()),
