@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attributes import CLASS_ID, GROUPS, pixel_counts
+from .attributes import CLASS_ID, GROUPS, display_name, pixel_counts
 from .config import VARIANTS, Config, ConfigError, adapter_dir, adapter_name
 from .datasets import FaceDataset, open_dataset
 from .evaluate import summarise, summarise_difference
@@ -254,6 +254,28 @@ def describe_differences(
             span = f"[{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
             lines.append(f"{label}, {metric}: {row['value']:+.2f} {span}: {verdict}")
     return "\n".join(lines)
+
+
+def describe_critics(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "Text")) -> str:
+    """Does guidance please its own critics more than others? From rows of paired differences."""
+    parts = []
+    for label in dict.fromkeys(rows["method"]):
+        of = rows[rows["method"] == label].set_index(["critic", "metric"])["value"]
+        gaps = [f"{m} {of['guiding', m] - of['independent', m]:+.2f}" for m in metrics]
+        parts.append(f"{label}: {', '.join(gaps)}")
+    return (
+        f"Gain by the guiding critics above the gain by the independent ones: {'; '.join(parts)}."
+    )
+
+
+def describe_classes(rows: DataFrame, method: str, ceiling: str = "vae_round_trip") -> str:
+    """The classes in which a method is furthest below a ceiling, independent critic."""
+    own = rows[(rows["critic"] == "independent") & rows["metric"].isin(CLASS_ID)]
+    table = own.pivot(index="metric", columns="method", values="value")
+    gap = (table[ceiling] - table[method]).dropna().nlargest(3)
+    worst = ", ".join(f"{display_name(CLASS_ID[name])} {value:.0f}" for name, value in gap.items())
+    middle = (table[ceiling] - table[method]).median()
+    return f"Furthest below the {METHODS[ceiling]}: {worst} points; median class {middle:.1f}."
 
 
 # ---------------------------------------------------------------------------------------- grids

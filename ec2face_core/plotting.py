@@ -142,8 +142,8 @@ def reliability_figure(
             a metric, each with β(t) dashed on a second axis.
     """
     metrics = list(dict.fromkeys(curves["metric"]))
-    strip = len(images) * min(8.4 / len(times), 1.25) + 0.2
-    fig = new_figure(8.4, strip + 2.4)
+    strip = len(images) * min(9 / len(times), 1.25) + 0.2
+    fig = new_figure(9, strip + 2.4)
     top, bottom = fig.subfigures(2, 1, height_ratios=[strip, 2.4])
     for i, row in enumerate(top.subplots(len(images), len(times), squeeze=False)):
         for ax, image, t in zip(row, images[i], times, strict=True):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from .config import Config, ConfigError, load_profile
 from .results import paper_table, read_rows
+from .sweeps import conclusion, kept_sweeps
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -82,6 +83,7 @@ def report(config: Config) -> str:
             f"{_interval(guiding)} | {verdict(ours, claim.least)} |"
         )
     lines += ["", "## Against the ceilings", "", *_ceilings(config)]
+    lines += ["", "## What reviewers asked", "", *_questions(config)]
     return "\n".join(lines) + "\n"
 
 
@@ -122,6 +124,60 @@ def _ceilings(config: Config) -> list[str]:
     return lines
 
 
+def _questions(config: Config) -> list[str]:
+    """The questions that were put to the paper, and what the miniature answers."""
+    differences, hand = (_table(config, name) for name in ("ablation_differences", "hand_drawn"))
+    sweeps, _ = kept_sweeps(config)
+    guided = {
+        critic: _cell(differences, "both - none", "OAA", critic)[0]
+        for critic in ("independent", "guiding")
+    }
+    edits = hand[(hand["critic"] == "independent") & (hand["metric"] == "OAA")]
+    edits = edits.set_index("method")["value"]
+    worst = edits.idxmin()
+    foreign, known = (
+        _cell(_table(config, name), "EC2Face", "OAA", "independent")[0]
+        for name in ("table2", "table1")
+    )
+    answers = [
+        (
+            "The parser is both loss and metric: is the gain real?",
+            f"Scored by a parser that never guided: both - none, OAA {guided['independent']:+.2f}; "
+            f"by the guiding one {guided['guiding']:+.2f}",
+            "06, `critics`",
+        ),
+        (
+            "Where may a reverse estimate be trusted?",
+            "Latent error, LPIPS, parser and CLIP against t, with bands",
+            "02, `fig2`",
+        ),
+        ("Which β(t), and is it needed?", conclusion(sweeps, "beta"), "03, 09, `sweep_beta`"),
+        (
+            "What do very large class weights do?",
+            conclusion(sweeps, "weights"),
+            "01, 09, `sweep_weights`",
+        ),
+        (
+            "Masks drawn by hand?",
+            f"OAA {edits['as parsed']:.1f} with parsed masks, "
+            f"at worst {edits[worst]:.1f} ({worst})",
+            "10, `hand_drawn`",
+        ),
+        (
+            "Faces and words of another world?",
+            f"OAA {foreign:.1f} on the zero-shot faces, {known:.1f} on the test faces",
+            "05, `table2`",
+        ),
+        (
+            "What does it cost?",
+            "Operations, memory and hours counted on the real configurations",
+            "README, `benchmarks/`",
+        ),
+    ]
+    lines = ["| question | answer here | where |", "|---|---|---|"]
+    return lines + [f"| {question} | {answer} | {where} |" for question, answer, where in answers]
+
+
 def _paper_difference(claim: Claim) -> float:
     rows = paper_table(claim.table)
     first, second = (
@@ -146,7 +202,7 @@ def _table(config: Config, name: str) -> DataFrame:
     path = config.figure_dir / f"{name}.csv"
     if not path.is_file():
         raise FileNotFoundError(
-            f'{path} is missing: `make reproduce PROFILE={config.profile} ONLY="05 06"` makes it'
+            f'{path} is missing: `make reproduce PROFILE={config.profile} ONLY="05 06 10"` makes it'
         )
     return read_rows(path)
 

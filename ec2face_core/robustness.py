@@ -187,6 +187,17 @@ def conflicts(
     return pd.DataFrame(rows), shown
 
 
+def conflict_rows(rows: DataFrame) -> DataFrame:
+    """The rows of `conflicts` in the long form: metric `shown`, a method for each cell."""
+    yes = {True: "yes", False: "no"}
+    cells = [
+        f"{row['class']}: mask {yes[row['mask']]}, text {yes[row['text']]}"
+        for _, row in rows.iterrows()
+    ]
+    long = rows[["value", "ci_low", "ci_high", "n"]]
+    return long.assign(table="conflicts", method=cells, metric="shown", critic=CRITICS[0])
+
+
 def rarest_pairs(dataset: FaceDataset, classes: Sequence[str]) -> list[tuple[str, str, int]]:
     """Pairs of classes and how many faces of a data set have both, the fewest first."""
     maps = torch.stack([dataset.label_map(name) for name in dataset.ids])
@@ -218,10 +229,10 @@ def unseen_pairs(
         return 100 * float(hit.sum() / wanted.sum().clamp(min=1))
 
     known = rarest_pairs(open_dataset(config, "train"), ("eye_g", "hat", "ear_r", "neck_l"))
-    for first, second, together in known[:pairs]:
+    for first, second, together in known:
         hosts = torch.nonzero(areas[:, CLASS_ID[first]] > 0).flatten()
         donors = torch.nonzero(areas[:, CLASS_ID[second]] > 0).flatten()
-        if not len(hosts) or not len(donors):
+        if not len(hosts) or not len(donors) or len(shown) == pairs:
             continue
         at = torch.arange(count)
         own, prompts = maps[hosts[at % len(hosts)]], [texts[i] for i in hosts[at % len(hosts)]]
@@ -239,7 +250,8 @@ def unseen_pairs(
                 "value": accuracy(pictures["both"], both, name), "n": count,
             })  # fmt: skip
         shown[first, second] = (both, pictures["both"])
-    return pd.DataFrame(rows), shown
+    columns = ["class", "beside", "together", "alone", "value", "n"]
+    return pd.DataFrame(rows, columns=columns), shown
 
 
 # ----------------------------------------------------------------------------------- in words
@@ -279,4 +291,5 @@ def describe_pairs(rows: DataFrame) -> str:
         f"{row['value'] - row['alone']:+.0f}"
         for _, row in rows.iterrows()
     ]
-    return f"Accuracy in composed masks, points more than in the thing's own: {', '.join(parts)}."
+    said = ", ".join(parts) or "no two things among these faces"
+    return f"Accuracy in composed masks, points more than in the thing's own: {said}."

@@ -256,6 +256,8 @@ def conclusion(
 ) -> str:
     """One sentence: which settings change a metric more than faces and another seed explain."""
     differences, noise, labels, reference = compared(rows, sweep)
+    if differences.empty:
+        return "Not trained yet: `make reproduce SWEEPS=1`."
     found = []
     for metric in metrics:
         band = [0.0, *noise[noise["metric"] == metric]["value"]]

@@ -29,7 +29,7 @@ FLOORS = {
         "backbone conversion plotting",
     ],
     3: [
-        "conditioning diagram effects grids guidance metrics rendering report reproduce",
+        "conditioning diagram effects grids guidance metrics rendering reproduce",
         "dense synthetic",
         "contrastive datasets photos",
     ],
@@ -38,8 +38,9 @@ FLOORS = {
         "scoring trainer",
         "estimation evaluate inspection",
         "gradients",
-        "experiments",
+        "experiments sentences",
         "robustness sweeps",
+        "report",
     ],
     6: ["prepare train"],
 }
