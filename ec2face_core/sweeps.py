@@ -28,6 +28,7 @@ from .config import (
     trained_seeds,
 )
 from .datasets import DataError, open_dataset
+from .effects import length_figure, sweep_figure
 from .evaluate import summarise, summarise_difference
 from .experiments import one_condition, scored, with_seed
 from .journal import read_metrics
@@ -35,6 +36,7 @@ from .lora import LORA_FILE
 from .results import read_rows, save_rows
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 SPLIT = "validation"
@@ -125,6 +127,21 @@ SWEEPS: dict[str, dict[str, Point]] = {
         for steps in (1200, 300, 600, 2400)
         for variant in ("none", "without_ltal")
     },
+}
+
+
+QUESTIONS: dict[str, str] = {
+    "weights": "Long-tail weights: Eq. 10 as printed (raw), brought to mean square 1, clipped; "
+    "counted over the data set or over each face; brought to a latent cell by maximum, mean or "
+    "nearest pixel. `gradient spread`: 95th percentile of the gradient norm over its median.",
+    "beta": "The schedule β(t): its slope and center, none (β ≡ 1), and no consistency loss "
+    "(β ≡ 0); with the paper's α = 0.5 and with ten times that.",
+    "attention": "Attention: joint, or mask tokens that see mask tokens only, which makes sampling "
+    "1.7 times faster (`benchmarks/step-tiny.csv`).",
+    "lora": "Where the LoRA acts, and its rank.",
+    "dropout": "Condition dropout, p of Eq. 13, with the scores of text and of mask alone.",
+    "length": "Length of training, with and without long-tail weights: would longer training bring "
+    "their gain as well?",
 }
 
 
@@ -240,6 +257,19 @@ def compared(
     noise = own[(own["table"] == "seeds") & own["method"].str.startswith(f"{variant}, seed")]
     labels = {name: SWEEPS[sweep][name].shown for name in others}
     return differences, noise, labels, SWEEPS[sweep][reference].shown
+
+
+def trained_sweeps(rows: DataFrame) -> list[str]:
+    """The sweeps that the rows hold."""
+    return [sweep for sweep in SWEEPS if (rows["table"] == sweep).any()]
+
+
+def draw(rows: DataFrame, sweep: str) -> Figure:
+    """The figure of a sweep, independent critics."""
+    if sweep == "length":
+        own = rows[(rows["critic"] == "independent") & (rows["table"] == "length")]
+        return length_figure(own, length_series(), "optimiser steps")
+    return sweep_figure(*compared(rows, sweep))
 
 
 def length_series() -> dict[str, list[tuple[float, str]]]:
