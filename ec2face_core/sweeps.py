@@ -88,7 +88,6 @@ SWEEPS: dict[str, dict[str, Point]] = {
         "clip-10": Point("clipped at 10", settings=_weights("mean", 10.0)),
         "normalised": Point("not clipped", settings=_weights("mean", 0.0)),
         "raw": Point("raw (Eq. 10)", settings=_weights("none", 0.0)),
-        "raw-10": Point("raw, clipped at 10", settings=_weights("none", 10.0)),
         "raw-30": Point("raw, clipped at 30", settings=_weights("none", 30.0)),
         "sample": Point("T of each face", settings=_weights("mean", 30.0, scope="sample")),
         "mean": Point("mean of a cell", settings=_weights("mean", 30.0, reduction="mean")),

@@ -46,7 +46,8 @@ def save_tables(config, value: float = 2.0) -> None:
 
 
 def test_verdicts():
-    assert report.verdict((1.0, 0.1, 2.0)) == "holds"
+    assert report.verdict((1.0, 0.1, 2.0), each=(0.5, 1.5)) == "holds"
+    assert report.verdict((1.0, 0.1, 2.0), each=(-0.5, 2.5)) == "not in every training"
     assert report.verdict((1.0, -0.1, 2.0)) == "not seen"
     assert report.verdict((-1.0, -2.0, -0.1)) == "does not hold"
     assert report.verdict((-0.2, -0.4, 0.0), least=-0.5) == "holds"
