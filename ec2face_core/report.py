@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from .config import Config, ConfigError, load_profile
 from .results import paper_table, read_rows
+from .robustness import common_accuracy
 from .sweeps import conclusion, kept_sweeps
 
 if TYPE_CHECKING:
@@ -136,8 +137,7 @@ def _questions(config: Config) -> list[str]:
         critic: _cell(differences, "both - none", "OAA", critic)[0]
         for critic in ("independent", "guiding")
     }
-    edits = hand[(hand["critic"] == "independent") & (hand["metric"] == "OAA")]
-    edits = edits.set_index("method")["value"]
+    edits = common_accuracy(hand)
     worst = edits.idxmin()
     foreign, known = (
         _cell(_table(config, name), "EC2Face", "OAA", "independent")[0]
@@ -163,7 +163,7 @@ def _questions(config: Config) -> list[str]:
         ),
         (
             "Masks drawn by hand?",
-            f"OAA {edits['as parsed']:.1f} with parsed masks, "
+            f"Accuracy {edits['as parsed']:.1f} with parsed masks, "
             f"at worst {edits[worst]:.1f} ({worst})",
             "10, `hand_drawn`",
         ),

@@ -110,10 +110,14 @@ def test_sentences():
         [
             {"method": e, "metric": m, "critic": "independent", "value": v - (e == "dilated")}
             for e in EDITS
-            for m, v in (("OAA", 80.0), ("RFA", 40.0))
+            for m, v in (("skin", 80.0), ("hair", 40.0))
         ]
     )
-    assert "dilated -1.0 (RFA -1.0), eroded +0.0" in describe_hand_drawn(rows)
+    wiped_out = {"method": "eroded", "metric": "neck_l", "critic": "independent", "value": 0.0}
+    rows = pd.concat([rows, pd.DataFrame([wiped_out])])  # not in the masks of the other edits
+    assert "against 60.0 with masks as parsed: dilated -1.0, eroded +0.0" in describe_hand_drawn(
+        rows
+    )
     cells = [("hat", True, False, 90.0), ("hat", False, True, 5.0)]
     fights = pd.DataFrame(cells, columns=["class", "mask", "text", "value"])
     assert "mask alone 90 % of the pictures show it, in the text alone 5 %" in describe_conflicts(
