@@ -52,11 +52,7 @@ def difference_figure(
         ax.plot(theirs["value"], at, "D", color=ORANGE, ms=5, label="paper")
         ax.set(title=metric, xlabel="difference (points)")
         ax.grid(axis="x")
-    panels[0].set_yticks(y, labels)
-    panels[0].set_ylim(len(labels) - 0.5, -0.5)
-    handles, names = panels[0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside upper center", ncols=3)
-    return fig
+    return _labelled(fig, labels, 3)
 
 
 @styled
@@ -87,11 +83,7 @@ def sweep_figure(
         ax.axvline(0, color="0.4", lw=1, label=f"reference: {reference}")
         ax.set(title=metric, xlabel="difference (points)")
         ax.grid(axis="x")
-    panels[0].set_yticks(y, labels.values())
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
-    handles, texts = panels[0].get_legend_handles_labels()
-    fig.legend(handles, texts, loc="outside upper center", ncols=3)
-    return fig
+    return _labelled(fig, list(labels.values()), 3)
 
 
 @styled
@@ -158,10 +150,16 @@ def critic_figure(
             _dots(ax, share, metric, names, y + shift, colour, f"{critic} critic")
         ax.set(title=metric, xlabel="% of the real images' score")
         ax.grid(axis="x")
-    panels[0].set_yticks(y, labels.values())
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
-    handles, texts = panels[0].get_legend_handles_labels()
-    fig.legend(handles, texts, loc="outside upper center", ncols=2)
+    return _labelled(fig, list(labels.values()), 2)
+
+
+def _labelled(fig: Figure, labels: Sequence[str], columns: int) -> Figure:
+    """Rows named from top to bottom, and one legend for all panels."""
+    first = fig.axes[0]
+    first.set_yticks(range(len(labels)), labels)
+    first.set_ylim(len(labels) - 0.5, -0.5)
+    handles, names = first.get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside upper center", ncols=columns)
     return fig
 
 
