@@ -39,11 +39,8 @@ def difference_figure(
     panels = fig.subplots(1, len(metrics), sharey=True)
     y = np.arange(len(labels))
     for ax, metric in zip(panels, metrics, strict=True):
-        ours = rows[rows["metric"] == metric].set_index("method").reindex(labels)
-        errors = np.stack([ours["value"] - ours["ci_low"], ours["ci_high"] - ours["value"]])
         ax.axvline(0, color="0.4", lw=1)
-        ax.errorbar(ours["value"], y, xerr=np.clip(errors, 0, None), fmt="o", color=BLUE, ms=6,
-                    lw=2, label="ours, 95 % interval over faces")  # fmt: skip
+        _dots(ax, rows, metric, labels, y, BLUE, "ours, 95 % interval over faces", ms=6, lw=2)
         each = seeds[seeds["metric"] == metric]
         at = [labels.index(method.rpartition(", seed ")[0]) - 0.22 for method in each["method"]]
         ax.plot(each["value"], at, "o", mfc="none", mec=SKY, ms=4.5, label="each training seed")
@@ -164,10 +161,18 @@ def _labelled(fig: Figure, labels: Sequence[str], columns: int) -> Figure:
 
 
 def _dots(
-    ax: Axes, rows: DataFrame, metric: str, names: list[str], y: np.ndarray, colour: str, label: str
+    ax: Axes,
+    rows: DataFrame,
+    metric: str,
+    names: list[str],
+    y: np.ndarray,
+    colour: str,
+    label: str,
+    ms: float = 5,
+    lw: float = 1.8,
 ) -> None:
     """Values with their intervals, one a method."""
     of = rows[rows["metric"] == metric].set_index("method").reindex(names)
     errors = np.stack([of["value"] - of["ci_low"], of["ci_high"] - of["value"]])
-    ax.errorbar(of["value"], y, xerr=np.clip(errors, 0, None), fmt="o", color=colour, ms=5,
-                lw=1.8, label=label)  # fmt: skip
+    ax.errorbar(of["value"], y, xerr=np.clip(errors, 0, None), fmt="o", color=colour, ms=ms,
+                lw=lw, label=label)  # fmt: skip
