@@ -5,6 +5,7 @@ ONLY ?=
 FORCE ?=
 TRAIN ?=
 SEEDS ?=
+SWEEPS ?=
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.up-to-date
@@ -20,7 +21,7 @@ export UV_SYSTEM_CERTS := 1
 
 help:
 	@echo "make setup       make .venv from requirements.lock"
-	@echo "make reproduce   every figure and table: PROFILE=mini|smoke|paper ONLY=\"05 06\" FORCE=1 TRAIN=1 SEEDS=3"
+	@echo "make reproduce   every figure and table: PROFILE=mini|smoke|paper ONLY=\"05 06\" FORCE=1 TRAIN=1 SEEDS=3 SWEEPS=1"
 	@echo "make test        every test, a PROFILE=smoke run of all notebooks included"
 	@echo "make lab         JupyterLab on the notebooks"
 	@echo "make foundation  retrain the bundle data/mini from nothing (hours on two cores)"
@@ -50,7 +51,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 reproduce: $(STAMP)
 	$(PYTHON) -m ec2face_core.reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
-	  $(if $(FORCE),--force) $(if $(TRAIN),--train) $(if $(SEEDS),--seeds $(SEEDS))
+	  $(if $(FORCE),--force) $(if $(TRAIN),--train) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SWEEPS),--sweeps)
 
 test: $(STAMP)
 	$(PYTHON) -m pytest

@@ -38,6 +38,7 @@ class DataConfig:
     train: int = 27000  # faces of the training split (ids 0-26999)
     test: int = 3000  # faces of the test split (ids 27000-29999)
     zero_shot: int = 760  # faces of the zero-shot set
+    validation: int = 0  # procedural faces on which settings are chosen, beside root
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class LoraConfig:
 
     rank: int = 4
     alpha: float = 4.0
+    tokens: str = "mask"  # that feel the LoRA: mask (Sec. 3.5) | all, as an ablation
     attention: str = "joint"  # joint (Eq. 4) | decoupled: mask tokens see mask tokens only
     mask_position: str = "offset"  # first position id of mask tokens: offset = 1 | aligned = 0
 
@@ -126,6 +128,7 @@ class SamplingConfig:
     mask_guidance: float = 1.0
     seed: int = 42
     batch_size: int = 4
+    mixed_precision: str = "no"  # autocast around frozen float32 weights: no | bf16
     num_processes: int = 8  # that draw the pictures of a split
 
 

@@ -55,6 +55,8 @@ __all__ = [
     "validate",
 ]
 
+VALIDATION = 1000  # added to the procedural faces' seed: validation faces are faces of their own
+
 
 @dataclass(frozen=True)
 class FaceSample:
@@ -172,19 +174,32 @@ def collate(samples: Sequence[FaceSample]) -> dict[str, Any]:
 
 
 def open_dataset(config: Config, split: str) -> FaceDataset:
-    """The faces a configuration names: split train, test or zero_shot, at `config.data.size`.
+    """The faces a configuration names, at `config.data.size`.
 
     With `config.data.procedural` a missing folder is first filled with procedural faces, under its
-    name only once complete. Raises DataError where there is no data, or other data than asked for.
+    name only once complete.
+
+    Args:
+        split: train, test, zero_shot, or validation: faces of neither training nor test, on which
+            settings are chosen. Photographs have these in the same root, marked in manifest.csv.
+
+    Raises:
+        DataError: there is no data, or other data than asked for.
     """
-    if split not in ("train", "test", "zero_shot"):
-        raise DataError(f"split {split!r} does not exist; known: train, test, zero_shot")
-    data, foreign = config.data, split == "zero_shot"
-    key = "zero_shot_root" if foreign else "root"
+    data = config.data
+    first = {"train": data.train, "test": data.test}
+    known = {
+        "train": ("root", first, data.seed),
+        "test": ("root", first, data.seed),
+        "zero_shot": ("zero_shot_root", {"zero_shot": data.zero_shot}, data.seed),
+        "validation": ("root", {"validation": data.validation}, data.seed + VALIDATION),
+    }
+    if split not in known:
+        raise DataError(f"split {split!r} does not exist; known: {', '.join(known)}")
+    key, counts, seed = known[split]
     root = resolve(getattr(data, key))
-    expected = (
-        {"zero_shot": data.zero_shot} if foreign else {"train": data.train, "test": data.test}
-    )
+    if split == "validation" and data.procedural:
+        root = root.with_name(f"{root.name}-validation")
     if not root.exists():
         if not data.procedural:
             raise DataError(
@@ -193,12 +208,12 @@ def open_dataset(config: Config, split: str) -> FaceDataset:
             )
         from .synthetic import write_dataset
 
-        write_dataset(root, data.seed, expected, data.size, "second" if foreign else "first")
-    dataset = FaceDataset(root, None if foreign else split, data.size)
-    if data.procedural and len(dataset) != expected[split]:
+        write_dataset(root, seed, counts, data.size, "second" if split == "zero_shot" else "first")
+    dataset = FaceDataset(root, None if split == "zero_shot" else split, data.size)
+    if data.procedural and len(dataset) != counts[split]:
         raise DataError(
             f"{root} holds {len(dataset)} faces of split {split}, data.{split} asks for "
-            f"{expected[split]}: remove the folder, or name another one in data.{key}"
+            f"{counts[split]}: remove the folder, or name another one in data.{key}"
         )
     return dataset
 

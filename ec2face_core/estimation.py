@@ -38,7 +38,8 @@ def reliability_curves(config: Config, variant: str, faces: int = 48) -> DataFra
     Kept in `runs/<profile>/reliability/` and read from there when nothing changed.
 
     Returns:
-        Rows t, metric (PSNR (dB), LPIPS, mask OAA (%), CLIP similarity), value, ci_low, ci_high, n.
+        Rows t, metric (latent error (MSE), PSNR (dB), LPIPS, mask OAA (%), CLIP similarity), value,
+        ci_low, ci_high, n.
     """
     import pandas as pd
 
@@ -62,8 +63,8 @@ def reliability_curves(config: Config, variant: str, faces: int = 48) -> DataFra
         config.evaluation.bootstrap,
         config.seed,
     )
-    names = {"psnr": "PSNR (dB)", "lpips": "LPIPS", "OAA": "mask OAA (%)",
-             "clip_similarity": "CLIP similarity"}  # fmt: skip
+    names = {"latent_mse": "latent error (MSE)", "psnr": "PSNR (dB)", "lpips": "LPIPS",
+             "OAA": "mask OAA (%)", "clip_similarity": "CLIP similarity"}  # fmt: skip
     curves = curves[curves["metric"].isin(names)].assign(metric=lambda c: c["metric"].map(names))
     curves = curves.sort_values(["metric", "t"], ignore_index=True)
     write_frame(cache, curves)

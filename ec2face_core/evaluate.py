@@ -27,13 +27,15 @@ from .config import (
     parse_override,
     resolve,
 )
-from .datasets import DataError, FaceDataset, Report, open_dataset, read_manifest
+from .datasets import DataError, FaceDataset, open_dataset
 from .folders import ADAPTERS, SYSTEM_OF, adopt
 from .generate import SOURCES, evaluated_ids, generate_split
 from .launch import end_with_parent
-from .results import COLUMNS, METHODS, render_markdown
+from .results import COLUMNS
 from .scoring import CRITICS, counts, load_critics, score_folder, write_frame
 from .statistics import bootstrap_accuracy, bootstrap_interval, paired_accuracy_difference
+from .tables import METHODS, render_markdown
+from .validation import Report, read_manifest
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -182,7 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--config", type=Path, metavar="FILE", help="a saved config.yaml instead")
     add = parser.add_argument
     add("--variant", default="both", choices=SOURCES, help="whose pictures")
-    add("--split", default="test", choices=("test", "zero_shot", "train"), help="of which faces")
+    add(
+        "--split",
+        default="test",
+        choices=("test", "zero_shot", "validation", "train"),
+        help="of which faces",
+    )
     add("--images", type=Path, metavar="DIR", help="score these pictures instead of sampling")
     add("--adapter", choices=ADAPTERS, help="official repository that wrote --images (plain)")
     add("--manifest", type=Path, metavar="FILE", help="that it was given (default: the faces' own)")

@@ -16,15 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attributes import CLASS_ID, GROUPS, pixel_counts
+from .attributes import CLASS_ID, GROUPS, display_name, pixel_counts
 from .config import VARIANTS, Config, ConfigError, adapter_dir, adapter_name
 from .datasets import FaceDataset, open_dataset
 from .evaluate import summarise, summarise_difference
-from .generate import REAL, evaluated_ids, generate_split, load_pictures, missing_pictures
+from .generate import (
+    REAL,
+    evaluated_ids,
+    generate_split,
+    load_pictures,
+    missing_pictures,
+    sample_grid,
+)
 from .launch import run
-from .results import METHODS
+from .metrics import mask_counts
 from .scoring import CRITICS, load_critics, score_folder
-from .statistics import bootstrap_interval
+from .statistics import bootstrap_accuracy, bootstrap_interval
+from .tables import METHODS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -140,6 +148,56 @@ def seed_rows(
     return pd.concat(parts, ignore_index=True)
 
 
+def one_condition(config: Config, variant: str, split: str, count: int = 64) -> DataFrame:
+    """How well a variant follows one condition when it gets only that one (Eq. 13).
+
+    Returns:
+        Long rows by critic over the split's first `count` faces: `Text, text alone`, `OAA, mask
+        alone` and `RFA, mask alone`, one picture a face.
+    """
+    import pandas as pd
+
+    dataset = open_dataset(config, split)
+    texts, maps, _ = faces(dataset, evaluated_ids(config, dataset, count)[:count])
+    from_text = sample_grid(config, variant, f"{split}_text_alone", texts, seeds=1)[:, 0]
+    from_mask = sample_grid(config, variant, f"{split}_mask_alone", [""] * len(maps), maps, 1)[:, 0]
+    text, mask = (
+        score_pictures(config, from_text, texts, None),
+        score_pictures(config, from_mask, None, maps),
+    )
+    mask = mask[mask["metric"].isin(["OAA", "RFA"])]
+    parts = [
+        text.assign(metric=text["metric"] + ", text alone"),
+        mask.assign(metric=mask["metric"] + ", mask alone"),
+    ]
+    return pd.concat(parts, ignore_index=True).assign(dataset=dataset.root.name)
+
+
+def score_pictures(
+    config: Config, images: Tensor, texts: Sequence[str] | None, maps: Tensor | None
+) -> DataFrame:
+    """Long rows, by critic, of pictures that lie in memory: Text, and mask accuracies by class.
+
+    Args:
+        images: `b 3 h w` in [-1, 1].
+        texts: their captions; None: no text score.
+        maps: their masks `b h w`; None: no accuracy.
+    """
+    import pandas as pd
+
+    critics, rows = load_critics(config), []
+    images, how = images.to(critics.device), (config.evaluation.bootstrap, config.seed)
+    for critic in CRITICS:
+        if texts is not None:
+            interval = bootstrap_interval(critics.clips[critic].score(images, texts).cpu(), *how)
+            rows.append({"metric": "Text", "critic": critic, **interval._asdict()})
+        if maps is not None:
+            counted = mask_counts(critics.parsers[critic].parse(images).cpu(), maps)
+            found = bootstrap_accuracy(*counted, *how).drop(columns="pixels")
+            rows += found.assign(critic=critic).to_dict("records")
+    return pd.DataFrame(rows).assign(source="ours")
+
+
 def seed_label(config: Config, seeds: int) -> str:
     """`42`, or `42-44` for three seeds."""
     first = config.sampling.seed
@@ -196,6 +254,28 @@ def describe_differences(
             span = f"[{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
             lines.append(f"{label}, {metric}: {row['value']:+.2f} {span}: {verdict}")
     return "\n".join(lines)
+
+
+def describe_critics(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "Text")) -> str:
+    """Does guidance please its own critics more than others? From rows of paired differences."""
+    parts = []
+    for label in dict.fromkeys(rows["method"]):
+        of = rows[rows["method"] == label].set_index(["critic", "metric"])["value"]
+        gaps = [f"{m} {of['guiding', m] - of['independent', m]:+.2f}" for m in metrics]
+        parts.append(f"{label}: {', '.join(gaps)}")
+    return (
+        f"Gain by the guiding critics above the gain by the independent ones: {'; '.join(parts)}."
+    )
+
+
+def describe_classes(rows: DataFrame, method: str, ceiling: str = "vae_round_trip") -> str:
+    """The classes in which a method is furthest below a ceiling, independent critic."""
+    own = rows[(rows["critic"] == "independent") & rows["metric"].isin(CLASS_ID)]
+    table = own.pivot(index="metric", columns="method", values="value")
+    gap = (table[ceiling] - table[method]).dropna().nlargest(3)
+    worst = ", ".join(f"{display_name(CLASS_ID[name])} {value:.0f}" for name, value in gap.items())
+    middle = (table[ceiling] - table[method]).median()
+    return f"Furthest below the {METHODS[ceiling]}: {worst} points; median class {middle:.1f}."
 
 
 # ---------------------------------------------------------------------------------------- grids

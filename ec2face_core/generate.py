@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .config import VARIANTS, BackboneConfig, Config, ConfigError, adapter_dir, resolve
 from .datasets import FaceDataset, open_dataset
-from .lora import LORA_FILE
+from .lora import ADAPTER, LORA_FILE
 from .results import path_digest
 from .validation import parallel, read_image
 
@@ -203,21 +203,30 @@ def _sample(
     if variant == BASE and masks is not None:
         raise ConfigError("the base model has no mask branch: give no masks, or a variant")
     pipe = _pipeline(config.backbone, config.data.size)
-    if variant != BASE:  # without masks no token feels a LoRA: the base needs no unloading
+    if variant == BASE:
+        if getattr(pipe, "loaded", None):
+            pipe.transformer.delete_adapters(ADAPTER)
+            pipe.loaded = None
+    else:
         folder = adapter_dir(config, variant)
         if getattr(pipe, "loaded", None) != (loaded := (str(folder), _adapter(config, variant))):
             pipe.load_mask_lora(folder)
             pipe.loaded = loaded
-    return pipe(
-        prompts,
-        masks,
-        num_inference_steps=config.sampling.steps,
-        guidance_scale=config.sampling.guidance,
-        text_guidance=config.sampling.text_guidance,
-        mask_guidance=config.sampling.mask_guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="pt",
-    ).images
+    precision = config.sampling.mixed_precision
+    if precision not in ("no", "bf16"):
+        raise ConfigError(f"sampling.mixed_precision {precision!r}: use no or bf16")
+    with torch.autocast(_device().type, torch.bfloat16, enabled=precision == "bf16"):
+        images = pipe(
+            prompts,
+            masks,
+            num_inference_steps=config.sampling.steps,
+            guidance_scale=config.sampling.guidance,
+            text_guidance=config.sampling.text_guidance,
+            mask_guidance=config.sampling.mask_guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        ).images
+    return images.float()
 
 
 @functools.lru_cache(maxsize=1)
@@ -275,6 +284,7 @@ def picture_key(
     if variant not in (REAL, ROUND_TRIP):
         s, b = config.sampling, config.backbone
         about += [s.steps, s.guidance, s.text_guidance, s.mask_guidance, s.seed]
+        about += [s.mixed_precision]
         about += [b.dtype, b.text_length, _adapter(config, variant)]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
 

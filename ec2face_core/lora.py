@@ -12,7 +12,8 @@ all tokens, is refused.
 
 What mask tokens attend to is part of the adapter and of its file: `joint` is the transformer's
 stock forward; `decoupled` brings its own (`decoupled.py`), in every pipeline and trainer that
-calls the transformer.
+calls the transformer. So is `lora.tokens`: with `all`, an ablation, the LoRA acts on every token at
+the same places, with a mask or without.
 
 Chosen here: LoRA on the visual embedder, attention and feed-forward output projections of the image
 stream and all projections of the single blocks, no AdaLN: 0.091 % of FLUX.1-dev at rank 4. The last
@@ -80,15 +81,16 @@ class MaskBranch:
     def forward(
         self, module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
-        """Add the LoRA to the mask tokens' rows of `result` `(b, tokens, d)`."""
-        if self.tokens == 0:
+        """Add the LoRA to the rows of `result` `(b, tokens, d)` that feel it."""
+        tokens = x.shape[1] if self.config.tokens == "all" else self.tokens
+        if tokens == 0:
             return result
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        x = module.lora_dropout[active_adapter](x[:, -self.tokens :].to(A.weight.dtype))
+        x = module.lora_dropout[active_adapter](x[:, -tokens:].to(A.weight.dtype))
         delta, scaling = B(A(x)), module.scaling[active_adapter]
         delta = (delta if scaling == 1 else delta * scaling).to(result.dtype)
         if torch.compiler.is_compiling():  # which fuses this, and does not know mark_dirty
-            return result + nn.functional.pad(delta, (0, 0, result.shape[1] - self.tokens, 0))
+            return result + nn.functional.pad(delta, (0, 0, result.shape[1] - tokens, 0))
         return _AddToTail.apply(result, delta)
 
     def merge_unsafe(self, *_: Any) -> None:
@@ -103,6 +105,8 @@ class MaskBranch:
 
 
 def _check(config: LoraConfig) -> None:
+    if config.tokens not in ("mask", "all"):
+        raise ConfigError(f"lora.tokens {config.tokens!r}: use mask or all")
     if config.attention not in ("joint", "decoupled"):
         raise ConfigError(f"lora.attention {config.attention!r}: use joint or decoupled")
     if config.mask_position not in ("offset", "aligned"):

@@ -142,8 +142,8 @@ def reliability_figure(
             a metric, each with β(t) dashed on a second axis.
     """
     metrics = list(dict.fromkeys(curves["metric"]))
-    strip = len(images) * min(8.4 / len(times), 1.25) + 0.2
-    fig = new_figure(8.4, strip + 2.4)
+    strip = len(images) * min(9 / len(times), 1.25) + 0.2
+    fig = new_figure(9, strip + 2.4)
     top, bottom = fig.subfigures(2, 1, height_ratios=[strip, 2.4])
     for i, row in enumerate(top.subplots(len(images), len(times), squeeze=False)):
         for ax, image, t in zip(row, images[i], times, strict=True):
@@ -335,44 +335,4 @@ def class_table(rows: DataFrame, labels: Mapping[str, str]) -> Figure:
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    return fig
-
-
-@styled
-def difference_figure(
-    rows: DataFrame,
-    seeds: DataFrame,
-    paper: DataFrame,
-    metrics: Sequence[str] = ("RFA", "OAA", "Text"),
-) -> Figure:
-    """Differences of variants: the mean over seeds with its 95 % interval, each seed, the paper.
-
-    Args:
-        rows: long rows of one critic; a method is a difference such as `mask - none`.
-        seeds: the same of each seed alone, methods `mask - none, seed 43`.
-        paper: method, metric, value.
-        metrics: one panel each; in points.
-    """
-    labels = list(dict.fromkeys(rows["method"]))
-    fig = new_figure(9, 0.9 + 0.45 * len(labels))
-    panels = fig.subplots(1, len(metrics), sharey=True)
-    y = np.arange(len(labels))
-    for ax, metric in zip(panels, metrics, strict=True):
-        ours = rows[rows["metric"] == metric].set_index("method").reindex(labels)
-        errors = np.stack([ours["value"] - ours["ci_low"], ours["ci_high"] - ours["value"]])
-        ax.axvline(0, color="0.4", lw=1)
-        ax.errorbar(ours["value"], y, xerr=np.clip(errors, 0, None), fmt="o", color=BLUE, ms=6,
-                    lw=2, label="ours, 95 % interval over faces")  # fmt: skip
-        each = seeds[seeds["metric"] == metric]
-        at = [labels.index(method.rpartition(", seed ")[0]) - 0.22 for method in each["method"]]
-        ax.plot(each["value"], at, "o", mfc="none", mec=SKY, ms=4.5, label="each training seed")
-        theirs = paper[paper["metric"] == metric]
-        at = [labels.index(method) + 0.22 for method in theirs["method"]]
-        ax.plot(theirs["value"], at, "D", color=ORANGE, ms=5, label="paper")
-        ax.set(title=metric, xlabel="difference (points)")
-        ax.grid(axis="x")
-    panels[0].set_yticks(y, labels)
-    panels[0].set_ylim(len(labels) - 0.5, -0.5)
-    handles, names = panels[0].get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside upper center", ncols=3)
     return fig

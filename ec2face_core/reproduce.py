@@ -1,6 +1,6 @@
 """Reproduce the paper: every numbered notebook in order through papermill, strict and resumable.
 
-    python -m ec2face_core.reproduce --profile mini [--only 05 06] [--force] [--train] [--seeds N]
+    python -m ec2face_core.reproduce --profile mini [--only 05 06] [--force] [--train] [--sweeps]
 
 A notebook is skipped while nothing that shapes it has changed: its code, its parameters, the
 package, the profile, the bundle, the adapters and the manifests, and while its artefacts are there.
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     requested = {"profile": args.profile, **dict(args.parameter)}
     requested |= {"train": "True"} if args.train else {}
     requested |= {"seeds": str(args.seeds)} if args.seeds else {}
+    requested |= {"sweeps": "True"} if args.sweeps else {}
     try:
         config = load_profile(args.profile)
         selected = select(args.notebooks, args.only)
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="run even what is up to date")
     add("--train", action="store_true", help="retrain every adapter instead of using the kept ones")
     add("--seeds", type=int, default=0, metavar="N", help="trainings of each variant that count")
+    add("--sweeps", action="store_true", help="train and score every point of every sweep (hours)")
     add("--keep-going", action="store_true", help="run the other notebooks after a failure")
     add("--notebooks", type=Path, default=ROOT / "notebooks", help="folder of numbered notebooks")
     add(
@@ -196,7 +198,8 @@ def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
         roots = (config.data.root, config.data.zero_shot_root)
         inputs += [resolve(root) / "manifest.csv" for root in roots]
     if "train" not in papermill.inspect_notebook(str(notebook)):
-        inputs.append(config.run_dir / "adapters")  # one that trains writes them instead
+        # one that trains writes these instead
+        inputs += [config.run_dir / "adapters", config.run_dir / "sweeps" / "sweeps.csv"]
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     shaping = [code, parameters, config.digest(), [path_digest(path) for path in inputs]]
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]

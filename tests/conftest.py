@@ -82,6 +82,7 @@ def tiny_config(tmp_path_factory, tiny_faces, tiny_backbone_dir, tiny_critics_di
         data={"root": str(tiny_faces), "train": TRAIN, "test": TEST},
         backbone={"path": str(tiny_backbone_dir)},
         lora={"rank": 4, "alpha": 4.0},
+        sampling={"mixed_precision": "no"},  # which would depend a little on the batch
         perception=critics,
         trainer={
             "steps": 4, "batch_size": 2, "learning_rate": 1e-3, "warmup": 2,

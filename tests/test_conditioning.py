@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -216,6 +217,9 @@ def test_load_lora_weights_in_a_stock_pipeline(tiny, base, adapted, batch, tmp_p
     expected = pack(predict_velocity(adapted, **batch))
     assert torch.equal(stock(base, batch), expected)
     assert (everywhere - expected).abs().max() > 1e-3  # why install_mask_branch is needed
+    install_mask_branch(base, dataclasses.replace(config, tokens="all"))
+    assert torch.equal(stock(base, batch), everywhere)  # the ablation is peft's plain LoRA
+    install_mask_branch(base, config)
     with pytest.raises(RuntimeError, match="cannot be fused"):
         pipeline.fuse_lora()
 

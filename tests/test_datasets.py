@@ -365,6 +365,7 @@ def test_open_dataset(tmp_path):
         "train": 3,
         "test": 2,
         "zero_shot": 2,
+        "validation": 2,
         "size": 32,
     }
     config = load_profile("smoke", data=data)
@@ -375,7 +376,9 @@ def test_open_dataset(tmp_path):
     assert train[0].image.shape == (3, 32, 32) and len(train[0].captions) == 10
     assert len(zero_shot[0].captions) == 9
     assert not validate(tmp_path / "first").problems
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "second"]
+    validation = open_dataset(config, "validation")
+    assert len(validation) == 2 and not validation[0].image.equal(train[0].image)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "first-validation", "second"]
     with pytest.raises(DataError, match=r"data\.train asks for 4"):
         open_dataset(config.replace(**{"data.train": 4}), "train")
     with pytest.raises(DataError, match=r"--help.*data\.root"):

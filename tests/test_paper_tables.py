@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ec2face_core.attributes import GROUPS, NUM_CLASSES
-from ec2face_core.results import COLUMNS, METHODS, paper_table
+from ec2face_core.results import COLUMNS, paper_table
+from ec2face_core.tables import METHODS
 
 METHODS_OF = {
     1: ["TediGAN", "UaC", "PixelFace+", "CoDiffusion", "ControlNeXt", "MM2Latent", "EC2Face"],

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from ec2face_core import grids, plotting
+from ec2face_core import effects, grids, plotting
 from ec2face_core.attributes import CLASS_ID, CLASSES, GROUPS, NUM_CLASSES, long_tail_weights
 from ec2face_core.config import LossConfig
 from ec2face_core.diagram import framework_diagram
@@ -112,7 +112,21 @@ ALL = {
     "class table": lambda: plotting.class_table(
         class_rows(), {"with_ltal": "with", "real": "real"}
     ),
-    "differences": lambda: plotting.difference_figure(*differences()),
+    "differences": lambda: effects.difference_figure(*differences()),
+    "sweep": lambda: effects.sweep_figure(
+        *differences()[:2], {"mask - none": "γ = 5", "text - none": "β ≡ 1"}, "γ = 10"
+    ),
+    "length": lambda: effects.length_figure(
+        differences()[0],
+        {"with": [(300, "mask - none"), (1200, "text - none")]},
+        "steps",
+        ("RFA", "OAA", "Text"),
+    ),
+    "critics": lambda: effects.critic_figure(
+        pd.concat([differences()[0].assign(critic=c) for c in ("independent", "guiding")]),
+        {"mask - none": "mask"},
+        "text - none",
+    ),
     "framework": lambda: framework_diagram(facts()),
 }
 

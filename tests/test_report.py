@@ -7,14 +7,17 @@ import pytest
 
 from ec2face_core import report
 from ec2face_core.config import load_profile
-from ec2face_core.results import CRITICS, save_table
+from ec2face_core.results import save_table
+from ec2face_core.tables import CRITICS
 
 LABELS = tuple(dict.fromkeys(claim.label for claim in report.CLAIMS))
-METRICS = ("Text", "OAA", "HFA", "NFA", "RFA")
+METRICS = ("Text", "OAA", "HFA", "NFA", "RFA", "skin", "hair")
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "kept_sweeps", lambda config: (None, None))
+    monkeypatch.setattr(report, "conclusion", lambda rows, sweep: f"what {sweep} says")
     return load_profile("mini", profile=str(tmp_path / "run"))
 
 
@@ -35,13 +38,16 @@ def save_tables(config, value: float = 2.0) -> None:
     save_table(rows(LABELS, value, 1.0), "ablation_differences", config)
     alone = [f"{label}, seed {seed}" for label in LABELS for seed in (42, 43)]
     save_table(rows(alone, 1.5, 1.0), "ablation_seeds", config)
+    edits = rows(["dilated"], 30, 1), rows(["as parsed"], 35, 1)
+    save_table(pd.concat(edits), "hand_drawn", config)
     for name in ("table1", "table2"):
         parts = (rows(["EC2Face"], 40, 2), rows(["real"], 80, 2))
         save_table(pd.concat(parts), name, config)
 
 
 def test_verdicts():
-    assert report.verdict((1.0, 0.1, 2.0)) == "holds"
+    assert report.verdict((1.0, 0.1, 2.0), each=(0.5, 1.5)) == "holds"
+    assert report.verdict((1.0, 0.1, 2.0), each=(-0.5, 2.5)) == "not in every training"
     assert report.verdict((1.0, -0.1, 2.0)) == "not seen"
     assert report.verdict((-1.0, -2.0, -0.1)) == "does not hold"
     assert report.verdict((-0.2, -0.4, 0.0), least=-0.5) == "holds"
@@ -64,11 +70,13 @@ def test_the_report_says_what_the_tables_say(config):
         "+9.08", "+2.00 [+1.00, +3.00]", "+1.50, +1.50", "+2.00 [+1.00, +3.00]", "holds",
     ]  # fmt: skip
     assert "| test | RFA | 40.00 [38.00, 42.00] | 80.00 | 50 % |" in text
+    assert "Accuracy 35.0 with parsed masks, at worst 30.0 (dilated)" in text
+    assert "what beta says" in text and "OAA 40.0 on the zero-shot faces" in text
     assert "300 test faces, training seeds 42-43" in text
     save_tables(config, value=-2.0)
     assert report.report(config).count("does not hold") == len(report.CLAIMS)
 
 
 def test_a_table_that_is_missing_is_named(config):
-    with pytest.raises(FileNotFoundError, match=r'ablation_differences\.csv.*ONLY="05 06"'):
+    with pytest.raises(FileNotFoundError, match=r'ablation_differences\.csv.*ONLY="05 06 10"'):
         report.report(config)
