@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..attributes import NUM_CLASSES
 from ..datasets import FaceDataset
-from .system import one_hot
+from .system import one_hot, seeded, word_features
 from .unets import (
     BATCH,
     LatentFaces,
@@ -32,12 +32,10 @@ from .unets import (
     optimise,
     prediction_of,
     pretrain_text_unet,
-    seeded,
     text_unet,
-    word_features,
 )
 
-MASK_WIDTH = 160  # of a class token, out of 256 cells: 640 out of 1024 there
+MASK_WIDTH = 128  # of a class token, out of 256 cells: 640 out of 1024 there
 DYNAMIC = (8, 16)  # channels of a dynamic diffuser: 32 against 192 there
 MASK_SHARE = 0.6  # of the time for the mask diffuser, the rest for the dynamic ones
 
@@ -45,7 +43,7 @@ MASK_SHARE = 0.6  # of the time for the mask diffuser, the rest for the dynamic 
 class CoDiffusion(LatentSystem):
     """Frozen uni-modal diffusers that collaborate through influence maps."""
 
-    name = "CoDiffusion"
+    name, shares = "CoDiffusion", "text_unet"
 
     def build(self, seed: int) -> None:
         cells = self.shape[1] * self.shape[2]
@@ -55,6 +53,13 @@ class CoDiffusion(LatentSystem):
             self.networks["mask"] = text_unet(self.shape, MASK_WIDTH)
             for kind, width in (("text", self.words), ("mask", MASK_WIDTH)):
                 self.networks[f"{kind}_influence"] = text_unet(self.shape, width, DYNAMIC, 1)
+
+    def prepare(
+        self, dataset: FaceDataset, shared_dir: Path, seconds: float = 0.0, max_steps: int = 0
+    ) -> None:
+        """The text-to-image U-Net, shared with ControlNeXt."""
+        net = self.networks["text"]
+        pretrain_text_unet(self, net, dataset, shared_dir, seconds, max_steps=max_steps)
 
     def fit(
         self,
@@ -67,8 +72,7 @@ class CoDiffusion(LatentSystem):
         """Stage 1: the mask diffuser (the text diffuser is shared); stage 2: influence alone."""
         self.build(seed)
         faces, nets = LatentFaces(dataset, self.vae), self.networks
-        shared = (run_dir.parent / "shared", seconds, seed, max_steps)
-        pretrain_text_unet(self, nets["text"], faces, *shared)
+        self.prepare(dataset, run_dir.parent / "shared", max_steps=max_steps)
 
         def mask_loss(generator: torch.Generator) -> Tensor:
             z, maps, _ = faces.batch(BATCH, generator)
@@ -89,7 +93,7 @@ class CoDiffusion(LatentSystem):
         optimise("mask", mask_loss, diffuser, run_dir, MASK_SHARE * seconds, seed, *limit)
         optimise("influence", influence_loss, dynamic, run_dir, rest, seed, *limit)
 
-    def generate(
+    def sample(
         self,
         prompts: Sequence[str] | None,
         masks: Tensor | None,
@@ -101,9 +105,7 @@ class CoDiffusion(LatentSystem):
 
     @torch.no_grad()
     def contexts(self, prompts: Sequence[str] | None, masks: Tensor | None) -> dict[str, Tensor]:
-        """Tokens of each modality that is given, by its name; ValueError without any."""
-        if prompts is None and masks is None:
-            raise ValueError(f"{self.name} wants a text, a mask, or both")
+        """Tokens of each modality that is given, by its name."""
         text = {} if prompts is None else {"text": word_features(self.clip, prompts)}
         return text if masks is None else text | {"mask": self.mask_tokens(masks)}
 

@@ -8,7 +8,8 @@ of the attention layers are trained.
 
 Simplified: U-Nets predict v; the base is the miniature's text U-Net, the same as CoDiffusion's text
 diffuser; the encoder has two residual blocks, no attention, and reads the U-Net's own time
-embedding; it sees the mask one-hot (an RGB picture there). There is no public recipe for faces: the
+embedding; it sees the mask one-hot (an RGB picture there); the first skip carries the controls,
+too, as they are added where it is taken. There is no public recipe for faces: the
 mask's scale is 1, as there for dense maps, text is dropped in 20 % of the samples, as in the SDXL
 recipe, and guidance is `TEXT_GUIDANCE` (7.5 there, for a base of 0.9 G parameters) over 28 steps of
 DDIM (20 of UniPC).
@@ -26,7 +27,7 @@ from torch.func import functional_call
 
 from ..attributes import NUM_CLASSES
 from ..datasets import FaceDataset
-from .system import one_hot
+from .system import one_hot, seeded, word_features
 from .unets import (
     BATCH,
     CHANNELS,
@@ -37,22 +38,20 @@ from .unets import (
     guided,
     optimise,
     pretrain_text_unet,
-    seeded,
     text_unet,
-    word_features,
 )
 
 TRAINED = ".to_out."  # what of the base is trained: increments of these weights
 DROP = 0.2
 TEXT_GUIDANCE = 2.0
-WIDTH = 80  # channels of the encoder's residual blocks
+WIDTH = 128  # channels of the encoder's residual blocks
 INCREMENT_RATE = 3e-4  # the encoder learns faster, by 10 in the SD1.5 recipe, by 5 here
 
 
 class ControlNeXt(LatentSystem):
     """A frozen text-to-image U-Net, a light mask encoder, and a few trained weights."""
 
-    name = "ControlNeXt"
+    name, shares = "ControlNeXt", "text_unet"
 
     def build(self, seed: int) -> None:
         with seeded(seed):
@@ -62,6 +61,13 @@ class ControlNeXt(LatentSystem):
         increments = [torch.zeros_like(unet.get_parameter(k)) for k in self.trained]
         self.networks["unet"], self.networks["encoder"] = unet, encoder
         self.networks["increments"] = nn.ParameterList(increments)
+
+    def prepare(
+        self, dataset: FaceDataset, shared_dir: Path, seconds: float = 0.0, max_steps: int = 0
+    ) -> None:
+        """The text-to-image U-Net, shared with CoDiffusion."""
+        net = self.networks["unet"]
+        pretrain_text_unet(self, net, dataset, shared_dir, seconds, max_steps=max_steps)
 
     def fit(
         self,
@@ -74,8 +80,7 @@ class ControlNeXt(LatentSystem):
         """The shared base first, if it is not there; then encoder and increments together."""
         self.build(seed)
         faces = LatentFaces(dataset, self.vae)
-        shared = (run_dir.parent / "shared", seconds, seed, max_steps)
-        pretrain_text_unet(self, self.networks["unet"], faces, *shared)
+        self.prepare(dataset, run_dir.parent / "shared", max_steps=max_steps)
 
         def loss(generator: torch.Generator) -> Tensor:
             z, maps, texts = faces.batch(BATCH, generator)
@@ -86,15 +91,13 @@ class ControlNeXt(LatentSystem):
         rates = {"increments": INCREMENT_RATE}
         optimise("control", loss, trained, run_dir, seconds, seed, rates, max_steps)
 
-    def generate(
+    def sample(
         self,
         prompts: Sequence[str] | None,
         masks: Tensor | None,
         generators: Sequence[torch.Generator],
     ) -> Tensor:
         """Text is guided; mask alone has an empty prompt; text alone is the untouched base."""
-        if prompts is None and masks is None:
-            raise ValueError(f"{self.name} wants a text, a mask, or both")
         empty = word_features(self.clip, [""] * len(generators))
         words = empty if prompts is None else word_features(self.clip, prompts)
         weight = 1.0 if prompts is None else TEXT_GUIDANCE

@@ -4,8 +4,7 @@ A mapping network is trained on pictures of the frozen generator only: w is know
 a parser finds, and the text is replaced by the picture's own embedding plus Gaussian noise. At test
 the sentence's embedding takes its place. So no caption is ever trained on.
 
-Simplified: written after the abstract, no official code exists; CLIP for FaRL. Added, as the image
-and text features of so small a CLIP lie further apart than FaRL's: each is centred on its own mean.
+Simplified: written after the abstract, no official code exists; CLIP for FaRL. Added: `Centre`.
 A mask left out is a code of zeros (as in a seventh of training), a text left out is the embedding
 of a random face.
 """
@@ -25,7 +24,6 @@ from ..datasets import FaceDataset
 from ..perception import FaceParser
 from .style import (
     LAYERS,
-    PRETRAIN_SECONDS,
     WIDTH,
     Conv,
     Encoder,
@@ -39,7 +37,7 @@ from .style import (
     update,
     upsample,
 )
-from .system import Faces, System, guiding_clip, one_hot, train_stage
+from .system import Centre, Faces, System, one_hot, seeded, train_stage
 
 CODE = 128  # of a mask
 NOISE = 0.5  # length of the noise that makes an image embedding a pseudo text
@@ -66,15 +64,13 @@ class MaskDecoder(nn.Module):
 
 
 class ToLatent(nn.Module):
-    """Mask code and text code -> w `(b, WIDTH)`, and the means that text codes are centred on."""
+    """Mask code and text code -> w `(b, WIDTH)`."""
 
     def __init__(self, features: int, hidden: int = 256) -> None:
         super().__init__()
         sizes = [CODE + features, hidden, hidden, hidden, hidden]
         self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(sizes))
         self.head = Linear(hidden, WIDTH)
-        self.register_buffer("image_mean", torch.zeros(features))
-        self.register_buffer("text_mean", torch.zeros(features))
 
     def forward(self, mask: Tensor, text: Tensor) -> Tensor:
         x = torch.cat([mask, text * text.shape[1] ** 0.5], 1)
@@ -86,17 +82,28 @@ class ToLatent(nn.Module):
 class MM2Latent(System):
     """One forward pass from mask and text to w."""
 
-    name = "MM2Latent"
-    takes = frozenset({"text", "mask"})
+    name, shares = "MM2Latent", "style"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.clip, self.parser = guiding_clip(config), FaceParser.from_config(config.perception)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        self.parser = FaceParser.from_config(config.perception)
+        self.build(config.seed)
+
+    def build(self, seed: int) -> None:
+        """Fill `networks` with random weights, a function of the seed."""
+        with seeded(seed):
             self.networks["generator"] = StyleGenerator()
             self.networks["mask"] = Encoder(19, CODE)
-            self.networks["mapping"] = ToLatent(self.clip.text_features([""]).shape[1])
+            width = self.clip.text_features([""]).shape[1]
+            self.networks["mapping"] = ToLatent(width)
+        self.networks["centre"] = Centre(width)
+
+    def prepare(
+        self, dataset: FaceDataset, shared_dir: Path, seconds: float = 0.0, max_steps: int = 0
+    ) -> None:
+        """The frozen generator, shared with TediGAN."""
+        net = self.networks["generator"]
+        pretrain_style(dataset, net, shared_dir, seconds, max_steps=max_steps)
 
     def fit(
         self,
@@ -106,13 +113,9 @@ class MM2Latent(System):
         seed: int = 42,
         max_steps: int = 0,
     ) -> None:
-        """Code masks, then map codes to w; `run_dir.parent/shared` holds the generator."""
-        generator = pretrain_style(
-            dataset, run_dir.parent / "shared", PRETRAIN_SECONDS, max_steps=max_steps
-        )
-        self.networks.requires_grad_(True)  # after a fit or a load they are frozen
-        self.networks["generator"].load_state_dict(generator.state_dict())
-        self.networks["generator"].requires_grad_(False)
+        """Code masks, then map codes to w."""
+        self.build(seed)
+        self.prepare(dataset, run_dir.parent / "shared", max_steps=max_steps)
         faces = Faces.read(dataset)
         self._centre(faces)
         self._fit_masks(faces, run_dir, seconds, seed, max_steps)
@@ -126,13 +129,12 @@ class MM2Latent(System):
         codes = self.networks["generator"].random_codes(generators, truncation=1.0)
         images = [self.clip.image_features(self._draw(c)).mean(0) for c in codes.split(64)]
         texts = self.clip.text_features([captions[0] for captions in faces.captions[:CENTRED]])
-        self.networks["mapping"].image_mean.copy_(torch.stack(images).mean(0))
-        self.networks["mapping"].text_mean.copy_(texts.mean(0))
+        self.networks["centre"].picture.copy_(torch.stack(images).mean(0))
+        self.networks["centre"].sentence.copy_(texts.mean(0))
 
     def _fit_masks(self, faces: Faces, run_dir, seconds, seed, max_steps) -> None:
         encoder = self.networks["mask"]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             decoder = MaskDecoder()
         optimizer = adam(nn.ModuleList([encoder, decoder]), RATE)
 
@@ -177,24 +179,20 @@ class MM2Latent(System):
 
     def pseudo_text(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Unit embeddings of images [-1, 1], centred and disturbed: what stands for a sentence."""
-        text = self.clip.image_features(images) - self.networks["mapping"].image_mean
-        text = F.normalize(text, dim=1)
+        text = self.networks["centre"](self.clip.image_features(images), "picture")
         noise = torch.randn(text.shape, generator=generator) / text.shape[1] ** 0.5
         return F.normalize(text + NOISE * noise, dim=1)
 
     def _draw(self, codes: Tensor) -> Tensor:
         return self.networks["generator"](codes).clamp(-1, 1)
 
-    @torch.no_grad()
-    def generate(
+    def sample(
         self,
         prompts: Sequence[str] | None,
         masks: Tensor | None,
         generators: Sequence[torch.Generator],
     ) -> Tensor:
         """Images `b 3 64 64` in [0, 1]; a given text is not disturbed, so it needs no chance."""
-        if prompts is None and masks is None:
-            raise ValueError("MM2Latent needs prompts, masks or both")
         net, style = self.networks["mapping"], self.networks["generator"]
         if prompts is None:
             faces = self._draw(style.random_codes(generators))
@@ -202,7 +200,7 @@ class MM2Latent(System):
                 [self.pseudo_text(x[None], g) for x, g in zip(faces, generators, strict=True)]
             )
         else:
-            text = F.normalize(self.clip.text_features(prompts) - net.text_mean, dim=1)
+            text = self.networks["centre"](self.clip.text_features(prompts), "sentence")
         mask = torch.zeros(len(text), CODE) if masks is None else self.mask_codes(masks)
         w = style.average + net(mask, text)
         return self._draw(w[:, None].expand(-1, LAYERS, -1)) / 2 + 0.5

@@ -7,7 +7,7 @@ of picture and mask, a matched or mismatched sentence, R1 and a CLIP loss on the
 
 Simplified: three resolutions in steps of 2 instead of 4 (8, 16, 32, unfolded to 64); masks one-hot
 instead of palette colours; words and sentences from the guiding CLIP; no path-length
-regularisation; the discriminator is smaller.
+regularisation; R1 of weight 1 (10 there, at 256 px); the discriminator is smaller.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +39,7 @@ from .style import (
     update_average,
     upsample,
 )
-from .system import Faces, System, guiding_clip, one_hot, train_stage
-
-if TYPE_CHECKING:
-    from ..perception import ClipScorer
+from .system import Faces, System, one_hot, seeded, train_stage, word_features
 
 CHANNELS = {8: 224, 16: 128, 32: 64}  # by side of the feature map
 FEATURES = 32  # of the mask, and of the words' answer, at each pixel
@@ -117,9 +113,7 @@ class PixelFace(System):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.clip = guiding_clip(config)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             width = self.clip.model.token_embedding.weight.shape[1]
             self.networks["generator"] = PixelGenerator(width)
 
@@ -133,8 +127,7 @@ class PixelFace(System):
     ) -> None:
         """One adversarial stage; `networks` holds the moving average of the generator."""
         average, sentences = self.networks["generator"], self.clip.text_features([""]).shape[1]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             net = PixelGenerator(self.clip.model.token_embedding.weight.shape[1])
             critic, head = Discriminator(3 + 19), Linear(sentences, WIDTH)
         average.load_state_dict(net.state_dict())
@@ -147,7 +140,7 @@ class PixelFace(System):
 
         def draw(label_map: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
             z = torch.randn(BATCH, WIDTH, generator=generator)
-            return net(z, label_map, *word_features(self.clip, captions))
+            return net(z, label_map, word_features(self.clip, captions), self.real(captions))
 
         def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
             for optimizer in optimizers:
@@ -179,19 +172,21 @@ class PixelFace(System):
         train_stage("adversarial", step, state, run_dir, seconds, seed, max_steps)
         self.networks.requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def generate(
+    def real(self, texts: Sequence[str]) -> Tensor:
+        """Which tokens of a caption belong to it, `b n`: CLIP pools at the last of them."""
+        tokens = self.clip.tokenizer(list(texts))
+        return torch.arange(tokens.shape[1]) <= tokens.argmax(1, keepdim=True)
+
+    def sample(
         self,
         prompts: Sequence[str] | None,
         masks: Tensor | None,
         generators: Sequence[torch.Generator],
     ) -> Tensor:
         """Images `b 3 64 64` in [0, 1]."""
-        if prompts is None or masks is None:
-            raise ValueError("PixelFace+ needs prompts and masks: its masks ask the words")
         z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators])
-        words = word_features(self.clip, prompts)
-        return (self.networks["generator"](z, one_hot(masks), *words) / 2 + 0.5).clamp(0, 1)
+        words, real = word_features(self.clip, prompts), self.real(prompts)
+        return (self.networks["generator"](z, one_hot(masks), words, real) / 2 + 0.5).clamp(0, 1)
 
 
 def cross_attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> Tensor:
@@ -211,17 +206,6 @@ def matching_loss(real: Tensor, fake: Tensor, sentence: Tensor) -> Tensor:
     """Real pictures belong to their sentence, not to the next one's; generated ones do not."""
     wrong = F.softplus(match(real, sentence.roll(1, 0))) + F.softplus(match(fake, sentence))
     return (F.softplus(-match(real, sentence)) + wrong / 2).mean()
-
-
-@torch.no_grad()
-def word_features(clip: ClipScorer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The text transformer's tokens `b n d`, and which of them belong to the sentence, `b n`."""
-    tokens = clip.tokenizer(list(texts)).to(clip.device)
-    found = clip.model.forward_intermediates(
-        text=tokens, text_indices=1, normalize_intermediates=True, intermediates_only=True
-    )
-    positions = torch.arange(tokens.shape[1])
-    return found["text_intermediates"][0].float(), positions <= tokens.argmax(1, keepdim=True)
 
 
 def fourier(side: int) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..datasets import FaceDataset
-from .system import Faces, train_stage
+from .system import Faces, seeded, shared_weights, train_stage
 
 if TYPE_CHECKING:
     from ..perception import ClipScorer
@@ -32,6 +32,7 @@ CHANNELS = {4: 128, 8: 128, 16: 96, 32: 64}  # by side of the feature map; 32 is
 LAYERS = 10  # modulated convolutions, each with its own slot of W+
 STAGES = ((4, False), (4, False), (8, True), (8, False), (16, True), (16, False), (16, False),
           (32, True), (32, False), (32, False))  # fmt: skip  # side, whether it was just doubled
+STYLE = "style.safetensors"  # the finished generator, in `shared`
 PRETRAIN_SECONDS = 3600.0  # a foundation, as FLUX is: apart from what a system may spend
 BATCH, RATE, R1, R1_EVERY, HALF_LIFE = 8, 2e-3, 1.0, 16, 2500  # half-life in samples
 
@@ -267,19 +268,36 @@ def perceptual(clip: ClipScorer, a: Tensor, b: Tensor) -> Tensor:
 
 def pretrain_style(
     dataset: FaceDataset,
-    run_dir: Path,
-    seconds: float = PRETRAIN_SECONDS,
+    average: StyleGenerator,
+    shared_dir: Path,
+    seconds: float = 0.0,
     seed: int = 42,
     max_steps: int = 0,
-) -> StyleGenerator:
-    """Train the generator on the faces of `dataset` in `run_dir/style`, or read the trained one.
+) -> None:
+    """Fill `average` with the shared generator; train it first where there is none.
 
-    The same call again resumes, and once the seconds are spent only reads the weights. Returns the
-    moving average, frozen.
+    Args:
+        average: becomes the moving average of the trained weights, frozen.
+        shared_dir: holds the finished weights, or the checkpoints of a training that was stopped.
+        seconds: of optimisation, if it has to be trained; 0: `PRETRAIN_SECONDS`.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net, average, critic = StyleGenerator(), StyleGenerator(), Discriminator()
+
+    def train() -> None:
+        _train_style(dataset, average, shared_dir, seconds or PRETRAIN_SECONDS, seed, max_steps)
+
+    shared_weights(shared_dir / STYLE, average, train)
+
+
+def _train_style(
+    dataset: FaceDataset,
+    average: StyleGenerator,
+    shared_dir: Path,
+    seconds: float,
+    seed: int,
+    max_steps: int,
+) -> None:
+    with seeded(seed):
+        net, critic = StyleGenerator(), Discriminator()
     average.load_state_dict(net.state_dict())
     optimizers = [adam(m, RATE, momentum=0.0) for m in (net, critic)]
     faces = Faces.read(dataset)
@@ -307,8 +325,7 @@ def pretrain_style(
 
     state = {"net": net, "average": average, "critic": critic}
     state |= {"adam": optimizers[0], "adam_critic": optimizers[1]}
-    train_stage("style", step, state, run_dir, seconds, seed, max_steps)
-    return average.requires_grad_(False).eval()
+    train_stage("style", step, state, shared_dir, seconds, seed, max_steps)
 
 
 def adam(net: nn.Module, rate: float, momentum: float = 0.9) -> torch.optim.Adam:

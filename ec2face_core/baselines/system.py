@@ -6,29 +6,33 @@ Chosen here:
   time spent. A stopped run resumes from its last checkpoint with the seconds it had spent.
 - All training faces are held in memory once, as bytes.
 - Every system sees captions through the guiding CLIP only, as this world has no other reader.
+- What two systems stand on is trained once, apart from their budgets, and frozen.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import newest_checkpoint, save_checkpoint
 from ..config import Config
 from ..datasets import FaceDataset
 from ..journal import add_metrics, cut_metrics
+from . import WEIGHTS
 
 if TYPE_CHECKING:
     from ..perception import ClipScorer
 
-WEIGHTS = "weights.safetensors"
 CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints
 
 
@@ -40,22 +44,55 @@ class System(ABC):
 
     Attributes:
         name: row of Tables 1 and 2.
-        takes: the conditions that may be given alone or together, of `text` and `mask`.
+        shares: stage of `prepare`, of a system that shares something.
+        takes: which of `text` and `mask` may be given alone; every system takes both together.
+        clip: reads captions (and pictures); frozen.
         networks: everything that training made and sampling needs, by name.
     """
 
     name: str
+    shares: str = ""
     takes: frozenset[str] = frozenset({"text", "mask"})
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.clip = config, guiding_clip(config)
         self.networks = nn.ModuleDict()
 
-    @abstractmethod
-    def fit(self, dataset: FaceDataset, run_dir: Path, seconds: float, seed: int = 42) -> None:
-        """Train from nothing within `seconds` of optimisation; the same call again resumes."""
+    def prepare(  # noqa: B027
+        self, dataset: FaceDataset, shared_dir: Path, seconds: float = 0.0, max_steps: int = 0
+    ) -> None:
+        """Fill in what the system shares with another one from `shared_dir`.
+
+        Where it is not there it is trained, within `seconds` (0: what its module says); the same
+        call again resumes. Nothing to do for a system that shares nothing.
+        """
 
     @abstractmethod
+    def fit(
+        self,
+        dataset: FaceDataset,
+        run_dir: Path,
+        seconds: float,
+        seed: int = 42,
+        max_steps: int = 0,
+    ) -> None:
+        """Train from nothing within `seconds` of optimisation; the same call again resumes.
+
+        Args:
+            run_dir: holds a folder for each stage; `run_dir.parent / "shared"` what `prepare` made.
+            max_steps: of each stage; 0: no limit.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        prompts: Sequence[str] | None,
+        masks: Tensor | None,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """What `generate` does, of conditions that it has looked at, without gradients."""
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str] | None,
@@ -64,13 +101,30 @@ class System(ABC):
     ) -> Tensor:
         """Images `b 3 h w` in [0, 1], each drawn from its own generator.
 
+        Warns about words that the vocabulary lacks, by name.
+
         Args:
             prompts: b captions, or None: mask alone.
             masks: label maps `b h w` int64, or None: text alone.
 
         Raises:
-            ValueError: a condition that the system cannot do without is missing.
+            ValueError: a condition that the system cannot do without is missing, or there are not
+                as many of one thing as of the other.
         """
+        given = {"text": prompts, "mask": masks}
+        counts = {what: len(values) for what, values in given.items() if values is not None}
+        if len(counts) < 2 and not counts.keys() & self.takes:
+            wants = "a text, a mask, or both" if self.takes else "a text and a mask"
+            raise ValueError(f"{self.name} needs {wants}")
+        if set(counts.values()) != {len(generators)}:
+            raise ValueError(f"{counts} for {len(generators)} generators: give one of each a face")
+        if prompts is not None and (strange := unknown_words(self.clip, prompts)):
+            warnings.warn(
+                f"{self.name}: no caption of its training has {', '.join(strange)}; "
+                "such words are read letter by letter",
+                stacklevel=2,
+            )
+        return self.sample(prompts, masks, generators)
 
     def parameters(self) -> int:
         """Trained weights that sampling needs."""
@@ -97,7 +151,8 @@ class System(ABC):
         path = Path(folder) / WEIGHTS
         if not path.is_file():
             raise FileNotFoundError(
-                f"no weights of {self.name} at {path}: `make reproduce TRAIN=1` trains it"
+                f"no weights of {self.name} at {path}: `python -m ec2face_core.baselines.train "
+                f"--system {self.name} --out {folder}` trains it, as does TRAIN=1"
             )
         self.networks.load_state_dict(load_file(path))
         self.networks.requires_grad_(False).eval()
@@ -141,7 +196,7 @@ class Faces:
 
 def one_hot(label_maps: Tensor, classes: int = 19) -> Tensor:
     """Label maps `b h w` -> `b 19 h w` float32 in {0, 1}."""
-    return nn.functional.one_hot(label_maps, classes).movedim(-1, 1).float()
+    return F.one_hot(label_maps, classes).movedim(-1, 1).float()
 
 
 def train_stage(
@@ -200,11 +255,76 @@ def train_stage(
     return number
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random weights as a function of the seed, with the global generator left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def shared_weights(path: Path, net: nn.Module, train: Callable[[], None]) -> None:
+    """Fill and freeze `net` from the file `path`, which `train`, filling `net`, makes at first."""
+    from safetensors.torch import load_file, save_file
+
+    if not path.is_file():
+        train()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part)
+        part.replace(path)
+    net.load_state_dict(load_file(path))
+    net.requires_grad_(False).eval()
+
+
+# -------------------------------------------------------------------------------- reading captions
+
+
 def guiding_clip(config: Config) -> ClipScorer:
     """The CLIP whose sentence features every system is conditioned on."""
     from ..perception import ClipScorer
 
     return ClipScorer.from_config(config.perception)
+
+
+@torch.no_grad()
+def word_features(clip: ClipScorer, texts: Sequence[str]) -> Tensor:
+    """Word features of captions, `b n d`: the last layer of CLIP's text transformer, unpooled."""
+    model = clip.model
+    x = model.token_embedding(clip.tokenizer(list(texts))) + model.positional_embedding
+    return model.ln_final(model.transformer(x, attn_mask=model.attn_mask)).float()
+
+
+def unknown_words(clip: ClipScorer, texts: Sequence[str]) -> list[str]:
+    """Words of captions that the CLIP's vocabulary has no token for: it spells them out."""
+    tokenizer = clip.tokenizer.tokenizer
+    vocabulary, backend = tokenizer.get_vocab(), tokenizer.backend_tokenizer
+    found = {}
+    for text in texts:
+        for piece, (a, b) in backend.pre_tokenizer.pre_tokenize_str(text.lower()):
+            if f"{piece}</w>" not in vocabulary:
+                found[text[a:b]] = None
+    return list(found)
+
+
+class Centre(nn.Module):
+    """Unit features of pictures and sentences, each kind centred on its own mean.
+
+    In so small a CLIP the two lie further apart than in FaRL, so a network that was trained on
+    pictures' features could not read sentences' without.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("picture", torch.zeros(width))
+        self.register_buffer("sentence", torch.zeros(width))
+
+    def forward(self, features: Tensor, kind: str) -> Tensor:
+        """Features `(b, d)` of the kind `picture` or `sentence` -> unit features `(b, d)`."""
+        return F.normalize(features - self.get_buffer(kind), dim=1)
+
+
+# ------------------------------------------------------------------------------------ checkpoints
 
 
 def _half(tensor: Tensor) -> Tensor:
@@ -236,3 +356,6 @@ def _restore(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
             i, _, what = key.partition("/")
             slots.setdefault(int(i), {})[what] = value
         part.load_state_dict(part.state_dict() | {"state": slots})
+        for p, values in part.state.items():  # fused steps take for granted that strides agree
+            for key, value in values.items():
+                values[key] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value

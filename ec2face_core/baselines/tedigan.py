@@ -24,7 +24,6 @@ from ..config import Config
 from ..datasets import FaceDataset
 from .style import (
     LAYERS,
-    PRETRAIN_SECONDS,
     WIDTH,
     Encoder,
     Linear,
@@ -36,7 +35,7 @@ from .style import (
     schedule,
     update,
 )
-from .system import Faces, System, guiding_clip, one_hot, train_stage
+from .system import Faces, System, one_hot, seeded, train_stage
 
 MASK_LAYERS = 6  # layers 0-5 take the mask's code, 6-9 the sentence's
 FREE_LAYERS, DIVERSITY = 2, 0.3  # the last layers lean towards a random code by this much
@@ -67,18 +66,27 @@ class TediGAN(System):
         clip_steps: of optimisation at sampling; 0 leaves the encoders' codes as they are.
     """
 
-    name = "TediGAN"
-    takes = frozenset({"text", "mask"})
+    name, shares = "TediGAN", "style"
 
     def __init__(self, config: Config, clip_steps: int = 20) -> None:
         super().__init__(config)
-        self.clip, self.clip_steps = guiding_clip(config), clip_steps
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        self.clip_steps = clip_steps
+        self.build(config.seed)
+
+    def build(self, seed: int) -> None:
+        """Fill `networks` with random weights, a function of the seed."""
+        with seeded(seed):
             self.networks["generator"] = StyleGenerator()
             self.networks["mask"] = Encoder(19, LAYERS * WIDTH)
             width = self.clip.text_features([""]).shape[1]
             self.networks["text"] = SentenceEncoder(width)
+
+    def prepare(
+        self, dataset: FaceDataset, shared_dir: Path, seconds: float = 0.0, max_steps: int = 0
+    ) -> None:
+        """The frozen generator, shared with MM2Latent."""
+        net = self.networks["generator"]
+        pretrain_style(dataset, net, shared_dir, seconds, max_steps=max_steps)
 
     def fit(
         self,
@@ -88,16 +96,11 @@ class TediGAN(System):
         seed: int = 42,
         max_steps: int = 0,
     ) -> None:
-        """Invert faces, then masks, then sentences; `run_dir.parent/shared` holds the generator."""
-        generator = pretrain_style(
-            dataset, run_dir.parent / "shared", PRETRAIN_SECONDS, max_steps=max_steps
-        )
-        self.networks.requires_grad_(True)  # after a fit or a load they are frozen
-        self.networks["generator"].load_state_dict(generator.state_dict())
-        self.networks["generator"].requires_grad_(False)
+        """Invert faces, then masks, then sentences."""
+        self.build(seed)
+        self.prepare(dataset, run_dir.parent / "shared", max_steps=max_steps)
         faces = Faces.read(dataset)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             visual = Encoder(3, LAYERS * WIDTH)
         for name, encoder in (("visual", visual), ("mask", self.networks["mask"])):
             self._fit_encoder(name, encoder, faces, run_dir, seconds, seed, max_steps)
@@ -152,8 +155,6 @@ class TediGAN(System):
         generators: Sequence[torch.Generator],
     ) -> Tensor:
         """Codes `(b, LAYERS, WIDTH)` before optimisation; what is not given is random."""
-        if prompts is None and masks is None:
-            raise ValueError("TediGAN needs prompts, masks or both")
         random = self.networks["generator"].random_codes(generators)
         codes = random.clone()
         if prompts is not None:
@@ -165,7 +166,7 @@ class TediGAN(System):
         codes[:, -FREE_LAYERS:].lerp_(random[:, -FREE_LAYERS:], DIVERSITY)
         return codes
 
-    def generate(
+    def sample(
         self,
         prompts: Sequence[str] | None,
         masks: Tensor | None,
@@ -176,8 +177,7 @@ class TediGAN(System):
         if prompts is not None and self.clip_steps:
             first = MASK_LAYERS if masks is not None else 0
             codes = self._optimise(codes, first, self.clip.text_features(prompts))
-        with torch.no_grad():
-            return (self.networks["generator"](codes) / 2 + 0.5).clamp(0, 1)
+        return (self.networks["generator"](codes) / 2 + 0.5).clamp(0, 1)
 
     @torch.enable_grad()
     def _optimise(self, start: Tensor, first: int, text: Tensor) -> Tensor:

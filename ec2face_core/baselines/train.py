@@ -2,13 +2,15 @@
 
     python -m ec2face_core.baselines.train --system TediGAN --out runs/mini/baselines/tedigan
 
-What several systems share is trained once, in `shared` beside the output folder.
+What two systems share is trained once, in `shared` beside the output folder: by the first of them,
+or before, which has to be where two are trained at the same time:
+
+    python -m ec2face_core.baselines.train --system TediGAN --out ... --shared
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -16,41 +18,22 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, ConfigError, load_profile
+from ..config import ConfigError, load_profile
+from ..journal import read_metrics
 from ..launch import end_with_parent
-from .system import System
+from . import SYSTEMS, build
 
-# row of Tables 1 and 2 -> where its class is
-SYSTEMS: dict[str, str] = {
-    "TediGAN": "tedigan.TediGAN",
-    "UaC": "uac.UaC",
-    "PixelFace+": "pixelface.PixelFace",
-    "CoDiffusion": "codiffusion.CoDiffusion",
-    "ControlNeXt": "controlnext.ControlNeXt",
-    "MM2Latent": "mm2latent.MM2Latent",
-}
 SECONDS = 720.0  # of optimisation, all stages of a system together, shared networks apart
-
-
-def build(name: str, config: Config) -> System:
-    """The untrained system of a row.
-
-    Raises:
-        ConfigError: there is no such row; the message lists them.
-    """
-    if name not in SYSTEMS:
-        raise ConfigError(f"system {name!r} does not exist; known: {', '.join(SYSTEMS)}")
-    module, _, cls = SYSTEMS[name].rpartition(".")
-    return getattr(importlib.import_module(f"{__package__}.{module}"), cls)(config)
 
 
 def spent(run_dir: Path) -> dict[str, dict[str, float]]:
     """Steps and seconds of optimisation of every stage that was trained in a folder, by name."""
-    found = {}
-    for journal in sorted(run_dir.glob("*/metrics.jsonl")):
-        last = json.loads(journal.read_text().splitlines()[-1])
-        found[journal.parent.name] = {key: last[key] for key in ("step", "seconds")}
-    return found
+    last = {p.parent.name: read_metrics(p.parent) for p in sorted(run_dir.glob("*/metrics.jsonl"))}
+    return {
+        name: {key: rows[-1][key] for key in ("step", "seconds")}
+        for name, rows in last.items()
+        if rows
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--system", required=True, choices=list(SYSTEMS), help="row of Table 1")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of optimisation")
+    parser.add_argument("--shared", action="store_true", help="train only what it shares")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0,
+        help=f"of optimisation (0: {SECONDS:.0f}, or what the shared network's module says)",
+    )  # fmt: skip
     parser.add_argument("--profile", default="mini", help="profile: smoke or mini")
     parser.add_argument("--seed", type=int, default=42, help="of weights and noise")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
@@ -75,14 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_profile(options.profile)
         system = build(options.system, config)
-        system.fit(open_dataset(config, "train"), options.out, options.seconds, options.seed)
+        dataset, shared = open_dataset(config, "train"), options.out.parent / "shared"
+        if options.shared:
+            if not system.shares:
+                raise ConfigError(f"{system.name} shares nothing: leave out --shared")
+            system.prepare(dataset, shared, options.seconds)
+            print(f"shared by {system.name} and others: {shared}")
+            return 0
+        system.fit(dataset, options.out, options.seconds or SECONDS, options.seed)
     except (ConfigError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     system.save(options.out)
+    before = {stage: how for stage, how in spent(shared).items() if stage == system.shares}
     record = provenance(
-        config, system=system.name, seed=options.seed, budget=options.seconds,
-        stages=spent(options.out), shared=spent(options.out.parent / "shared"),
+        config, system=system.name, seed=options.seed, budget=options.seconds or SECONDS,
+        stages=spent(options.out), shared=before,
         parameters=system.parameters(), threads=options.threads,
     )  # fmt: skip
     (options.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")

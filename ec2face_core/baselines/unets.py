@@ -10,6 +10,8 @@ Chosen here:
 - Every U-Net predicts v instead of the noise: at t = T, where samples begin, an error of predicted
   noise is 80 times as large in x_0. Mixing predictions is the same for both, as long as weights add
   up to 1: v is affine in the noise.
+- Steps of sampling are equally long and end at 0, as the scheduler's step supposes: where they do
+  not divide T (28 do not) the first one begins a little below T.
 - Times of a batch are stratified over [0, T): the same expectation, less noise.
 """
 
@@ -17,8 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,17 +31,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..backbone import decode_latents, encode_images, load_backbone
 from ..config import Config
 from ..datasets import FaceDataset
-from .system import Faces, System, guiding_clip, train_stage
+from .system import Faces, System, shared_weights, train_stage, word_features
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, UNet2DConditionModel
-
-    from ..perception import ClipScorer
 
 CHANNELS = (40, 72)  # of a uni-modal U-Net: 1.3 M parameters
 BATCH, RATE, WARM_UP = 32, 1.5e-3, 100
 TEXT_DROP = 0.1  # captions replaced by "", for classifier-free guidance
 TEXT_UNET = "text_unet.safetensors"
+PRETRAIN_SECONDS = 1200.0  # a foundation: apart from what a system may spend
 
 
 class LatentSystem(System):
@@ -53,7 +53,6 @@ class LatentSystem(System):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.clip = guiding_clip(config)
         self.vae = load_backbone(config.backbone, ("vae",)).vae.requires_grad_(False).eval()
         side = config.data.size >> (len(self.vae.config.block_out_channels) - 1)
         self.shape = (self.vae.config.latent_channels, side, side)
@@ -127,27 +126,10 @@ def ldm_scheduler() -> DDIMScheduler:
         beta_end=0.0195,
         prediction_type="v_prediction",
         clip_sample=False,
-        timestep_spacing="trailing",  # few steps have to begin where the noise is pure
     )
 
 
-@torch.no_grad()
-def word_features(clip: ClipScorer, texts: Sequence[str]) -> Tensor:
-    """Word features of captions, `b n d`: the last layer of CLIP's text transformer, unpooled."""
-    model = clip.model
-    x = model.token_embedding(clip.tokenizer(list(texts))) + model.positional_embedding
-    return model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
-
-
 # ----------------------------------------------------------------------------------- training
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random weights as a function of the seed, with the global generator left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def optimise(
@@ -230,9 +212,9 @@ def drop_texts(texts: Sequence[str], share: float, generator: torch.Generator) -
 def pretrain_text_unet(
     system: LatentSystem,
     unet: UNet2DConditionModel,
-    faces: LatentFaces,
+    dataset: FaceDataset,
     shared_dir: Path,
-    seconds: float,
+    seconds: float = 0.0,
     seed: int = 42,
     max_steps: int = 0,
 ) -> None:
@@ -240,24 +222,21 @@ def pretrain_text_unet(
 
     Args:
         shared_dir: holds the finished weights, or the checkpoints of a training that was stopped.
-        seconds: of optimisation, if it has to be trained.
+        seconds: of optimisation, if it has to be trained; 0: `PRETRAIN_SECONDS`.
     """
-    from safetensors.torch import load_file, save_file
 
-    path = shared_dir / TEXT_UNET
-    if not path.is_file():
+    def train() -> None:
+        faces = LatentFaces(dataset, system.vae)
 
         def loss(generator: torch.Generator) -> Tensor:
             z, _, texts = faces.batch(BATCH, generator)
             words = word_features(system.clip, drop_texts(texts, TEXT_DROP, generator))
             return denoising_loss(prediction_of(unet), system.scheduler, z, generator, words)
 
-        optimise("text_unet", loss, {"unet": unet}, shared_dir, seconds, seed, None, max_steps)
-        part = path.with_suffix(".part")
-        save_file(unet.state_dict(), part)
-        part.replace(path)
-    unet.load_state_dict(load_file(path))
-    unet.requires_grad_(False).eval()
+        budget = seconds or PRETRAIN_SECONDS
+        optimise("text_unet", loss, {"unet": unet}, shared_dir, budget, seed, None, max_steps)
+
+    shared_weights(shared_dir / TEXT_UNET, unet, train)
 
 
 # ----------------------------------------------------------------------------------- sampling
@@ -280,8 +259,10 @@ def ddim_sample(
         generators: one for each sample: neither batch nor order counts.
     """
     scheduler.set_timesteps(steps)
+    # of equal length, the last one ends at x_0; few steps have to begin where the noise is pure
+    length = scheduler.config.num_train_timesteps // steps
     x = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
-    for t in scheduler.timesteps:
+    for t in torch.arange(steps, 0, -1) * length - 1:
         v = predict(x, t.expand(len(x)))
         x = scheduler.step(
             v,
