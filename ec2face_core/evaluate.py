@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .baselines import SYSTEMS
+from .baselines.draw import draw_split
 from .config import (
     VARIANTS,
     Config,
@@ -128,9 +130,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError("--adapter and --manifest are about pictures: name them by --images DIR")
     if folder is None:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        folder = generate_split(
-            config, method, options.split, options.out_dir, options.limit, (rank, world)
-        )
+        draw = draw_split if method in SYSTEMS else generate_split
+        folder = draw(config, method, options.split, options.out_dir, options.limit, (rank, world))
         if world > 1:
             from accelerate import PartialState
 
@@ -183,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--profile", default="mini", help="profile: smoke, mini or paper")
     source.add_argument("--config", type=Path, metavar="FILE", help="a saved config.yaml instead")
     add = parser.add_argument
-    add("--variant", default="both", choices=SOURCES, help="whose pictures")
+    add("--variant", default="both", choices=(*SOURCES, *SYSTEMS), help="whose pictures")
     add(
         "--split",
         default="test",

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from .attributes import CLASS_ID, GROUPS, display_name, pixel_counts
+from .baselines import SYSTEMS, trained
+from .baselines.draw import draw_split
 from .config import VARIANTS, Config, ConfigError, adapter_dir, adapter_name
 from .datasets import FaceDataset, open_dataset
 from .evaluate import summarise, summarise_difference
@@ -37,7 +39,6 @@ from .tables import METHODS
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-SYSTEMS = ("TediGAN", "UaC", "PixelFace+", "CoDiffusion", "ControlNeXt", "MM2Latent")
 MAIN = ("Text", "OAA", "HFA", "NFA", "RFA", "LPIPS", "NIQE")
 
 
@@ -72,7 +73,12 @@ def with_seed(config: Config, k: int) -> Config:
 
 
 def _pictures(config: Config, variant: str, split: str) -> Path:
-    """`generate_split`; where pictures are missing, on as many processes as the profile says."""
+    """`generate_split`; where pictures are missing, on as many processes as the profile says.
+
+    Or, with a comparison system for the variant, `draw_split`.
+    """
+    if variant in SYSTEMS:
+        return draw_split(config, variant, split)
     processes = config.sampling.num_processes
     if variant in VARIANTS and not (folder := adapter_dir(config, variant)).is_dir():
         count = config.seed - Config.seed + 1
@@ -309,13 +315,17 @@ def faces(dataset: FaceDataset, ids: Sequence[str]) -> tuple[list[str], Tensor, 
 
 
 def systems(config: Config, ids: Sequence[str], split: str = "test") -> dict[str, Tensor | None]:
-    """Columns of Figs. 3 and 6: nothing for the systems that are not run here, and EC²Face."""
+    """Columns of Figs. 3 and 6: nothing for the systems without weights here, and EC²Face."""
     dataset = open_dataset(config, split)
     known = set(evaluated_ids(config, dataset))
     if unknown := [name for name in ids if name not in known]:
         raise ValueError(f"faces {unknown} are not among those evaluated: see evaluation.limit")
-    pictures = load_pictures(_pictures(config, "both", split), ids)
-    return {**dict.fromkeys(SYSTEMS), "EC²Face": pictures}
+    sources = {name: name for name in trained(config)} | {"EC²Face": "both"}
+    pictures = {
+        name: load_pictures(_pictures(config, source, split), ids)
+        for name, source in sources.items()
+    }
+    return dict.fromkeys(SYSTEMS) | pictures
 
 
 def diversity(
