@@ -1,42 +1,20 @@
-"""TediGAN, PixelFace+, MM2Latent and the style-based generator: training, weights, equations."""
+"""The equations of TediGAN, PixelFace+, MM2Latent and of the style-based generator."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ec2face_core.baselines import mm2latent, pixelface, style, tedigan
-from ec2face_core.baselines.train import SYSTEMS, build, spent
-from ec2face_core.config import Config, ConfigError
+from ec2face_core.baselines import build, mm2latent, pixelface, style, tedigan
+from ec2face_core.baselines.system import word_features
+from ec2face_core.config import Config
 from ec2face_core.datasets import open_dataset
 
 PROMPTS = ["A woman with black hair.", "The man has eyeglasses."]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("baselines")
-
-
-@pytest.fixture(scope="module", params=["TediGAN", "PixelFace+", "MM2Latent"])
-def trained(request, tiny_config, runs):
-    """A system after two steps a stage, stopped between the first and the second."""
-    dataset, folder = open_dataset(tiny_config, "train"), runs / request.param
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (style, tedigan, mm2latent, pixelface):
-            patch.setattr(module, "BATCH", 4)
-        patch.setattr(mm2latent, "CENTRED", 16)
-        for steps in (1, 2):
-            system = build(request.param, tiny_config)
-            system.clip_steps = 1  # of TediGAN
-            system.fit(dataset, folder, 60.0, max_steps=steps)
-    return system, folder
 
 
 @pytest.fixture(scope="module")
@@ -47,71 +25,6 @@ def masks(tiny_config: Config) -> torch.Tensor:
 
 def generators(first: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + i) for i in range(2)]
-
-
-# ------------------------------------------------------------------------------ every system
-
-
-def test_a_second_fit_goes_on_where_the_first_stopped(trained):
-    _, folder = trained
-    journals = [*folder.glob("*/metrics.jsonl")]
-    assert {name: row["step"] for name, row in spent(folder).items()} == {
-        journal.parent.name: 2 for journal in journals
-    }
-    for journal in journals:
-        rows = [json.loads(line) for line in journal.read_text().splitlines()]
-        assert [row["step"] for row in rows] == [1, 2], journal
-        numbers = [v for row in rows for v in row.values() if not isinstance(v, str)]
-        assert all(map(math.isfinite, numbers))
-
-
-def test_pictures_follow_their_generators_and_both_conditions(trained, masks):
-    system, _ = trained
-    pictures = system.generate(PROMPTS, masks, generators())
-    assert pictures.shape == (2, 3, 64, 64) and pictures.dtype == torch.float32
-    assert pictures.min() >= 0 and pictures.max() <= 1
-    assert torch.equal(pictures, system.generate(PROMPTS, masks, generators()))
-    assert not torch.equal(pictures, system.generate(PROMPTS, masks.flip(0), generators()))
-    assert not torch.equal(pictures, system.generate(PROMPTS[::-1], masks, generators()))
-
-
-def test_one_condition_alone_where_the_original_has_it(trained, masks):
-    system, _ = trained
-    for name, prompts, maps in (("text", PROMPTS, None), ("mask", None, masks)):
-        if name in system.takes:
-            pictures = system.generate(prompts, maps, generators())
-            assert pictures.shape == (2, 3, 64, 64)
-        else:
-            with pytest.raises(ValueError, match="needs"):
-                system.generate(prompts, maps, generators())
-    with pytest.raises(ValueError, match="needs"):
-        system.generate(None, None, generators())
-
-
-def test_weights_come_back(trained, tiny_config, masks, tmp_path):
-    system, _ = trained
-    system.save(tmp_path)
-    first, second = build(system.name, tiny_config), build(system.name, tiny_config)
-    first.clip_steps = second.clip_steps = 1
-    first.load(tmp_path)
-    first.save(tmp_path / "again")
-    second.load(tmp_path / "again")
-    pictures = first.generate(PROMPTS, masks, generators())
-    assert torch.equal(pictures, second.generate(PROMPTS, masks, generators()))
-    assert (pictures - system.generate(PROMPTS, masks, generators())).abs().mean() < 0.01
-    with pytest.raises(FileNotFoundError, match="TRAIN=1"):
-        first.load(tmp_path / "nowhere")
-
-
-def test_parameters_are_within_a_fifth_of_the_transformers(trained):
-    assert 1.9e6 <= trained[0].parameters() <= 2.9e6
-
-
-def test_the_registry_knows_six_rows(tiny_config):
-    rows = ["TediGAN", "UaC", "PixelFace+", "CoDiffusion", "ControlNeXt", "MM2Latent"]
-    assert list(SYSTEMS) == rows
-    with pytest.raises(ConfigError, match="known: TediGAN"):
-        build("StyleFace", tiny_config)
 
 
 # ----------------------------------------------------------------------- style-based generator
@@ -152,6 +65,24 @@ def test_later_layers_change_finer_structure_only():
         net(codes), net(other)
     same = [torch.equal(a, b) for a, b in zip(seen[:10], seen[10:], strict=True)]
     assert same == [True] * 7 + [False] * 3
+
+
+def test_perceptual_distance_is_a_mean_over_layers_of_unit_features():
+    """Layers that see the pixels, the pixels five times as large, and nothing of them."""
+
+    def layers(x: torch.Tensor, indices: list[int], intermediates_only: bool) -> dict:
+        assert indices == [0, 1, 2] and intermediates_only
+        return {"image_intermediates": [x, 5 * x[..., ::2, ::2], torch.ones_like(x)]}
+
+    visual = SimpleNamespace(forward_intermediates=layers)
+    clip = SimpleNamespace(model=SimpleNamespace(visual=visual), mean=0.0, std=1.0)
+    red, other = torch.full((2, 3, 8, 8), -1.0), torch.full((2, 3, 8, 8), -1.0)
+    red[:, 0] = 1.0
+    other[0, 1] = 1.0  # green; the second picture is red in its upper half
+    other[1, 0, :4] = other[1, 1, 4:] = 1.0
+    # unit vectors at right angles lie sqrt 2 apart
+    expected = torch.tensor([(2 + 2 + 0) / 3, (1 + 1 + 0) / 3])
+    assert torch.allclose(style.perceptual(clip, red, other), expected, atol=1e-6)
 
 
 # -------------------------------------------------------------------------- equations of each
@@ -237,8 +168,8 @@ def test_pixelface_matching_is_a_binary_decision():
 
 
 def test_pixelface_words_after_the_end_are_not_read(tiny_config):
-    clip = build("PixelFace+", tiny_config).clip
-    words, real = pixelface.word_features(clip, PROMPTS)
+    system = build("PixelFace+", tiny_config)
+    clip, words, real = system.clip, word_features(system.clip, PROMPTS), system.real(PROMPTS)
     assert words.shape[:2] == real.shape == (2, clip.model.context_length)
     ends = real.sum(1)
     assert (ends < clip.model.context_length).all()

@@ -1,0 +1,219 @@
+"""What the six comparison systems share: training, resuming, sampling, weights, folders."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+
+from ec2face_core import baselines
+from ec2face_core.baselines import SYSTEMS, build, system
+from ec2face_core.baselines.draw import draw_split
+from ec2face_core.config import Config, ConfigError
+from ec2face_core.datasets import open_dataset
+from ec2face_core.generate import NOTICE
+
+MODULES = "style tedigan mm2latent pixelface unets uac codiffusion controlnext"
+STAGES = {
+    "TediGAN": ["visual", "mask", "text"],
+    "UaC": ["mask", "text"],
+    "PixelFace+": ["adversarial"],
+    "CoDiffusion": ["mask", "influence"],
+    "ControlNeXt": ["control"],
+    "MM2Latent": ["masks", "mapping"],
+}
+LONG = 1e30  # seconds: steps decide, and learning rates do not feel how long they took
+PROMPTS = ["A woman with black hair.", "The man has eyeglasses."]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config) -> Config:
+    return tiny_config.replace(sampling={"steps": 2})
+
+
+@pytest.fixture(scope="module")
+def faces(config):
+    return open_dataset(config, "train")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("baselines")
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def trained(request, config, faces, runs):
+    """(a system after two steps a stage, one killed in its last stage and resumed, run folder)."""
+    name = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        for module in MODULES.split():
+            module = importlib.import_module(f"ec2face_core.baselines.{module}")
+            patch.setattr(module, "BATCH", 2)
+            if hasattr(module, "CENTRED"):
+                patch.setattr(module, "CENTRED", 8)
+        patch.setattr(system, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
+        straight, stopped = build(name, config), build(name, config)
+        straight.fit(faces, runs / f"{name}-straight", LONG, max_steps=2)
+        save, left = system.save_checkpoint, 2 * len(STAGES[name]) - 1
+
+        def save_or_die(*arguments, **options):
+            nonlocal left
+            save(*arguments, **options)
+            left -= 1
+            if not left:
+                raise Killed
+
+        patch.setattr(system, "save_checkpoint", save_or_die)
+        with pytest.raises(Killed):
+            stopped.fit(faces, runs / name, LONG, max_steps=2)
+        patch.setattr(system, "save_checkpoint", save)
+        stopped = build(name, config)
+        stopped.fit(faces, runs / name, LONG, max_steps=2)
+    for one in (straight, stopped):
+        one.clip_steps = 1  # of TediGAN
+    return straight, stopped, runs / name
+
+
+@pytest.fixture(scope="module")
+def masks(config) -> torch.Tensor:
+    test = open_dataset(config, "test")
+    return torch.stack([test[i].label_map for i in range(2)])
+
+
+def noise(n: int = 2) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(n)]
+
+
+def test_resumed_training_goes_on_as_if_never_stopped(trained, config):
+    straight, stopped, folder = trained
+    a, b = straight.networks.state_dict(), stopped.networks.state_dict()
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    fresh = build(straight.name, config).networks.state_dict()
+    moved = {k.split(".")[0] for k in a if not torch.equal(a[k], fresh[k])}
+    assert moved == set(straight.networks), "every network has been trained"
+    assert not any(p.requires_grad for p in straight.networks.parameters())
+    journals = {path.parent.name: path for path in folder.glob("*/metrics.jsonl")}
+    assert set(journals) == set(STAGES[straight.name])
+    for journal in journals.values():
+        rows = [json.loads(line) for line in journal.read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2], journal
+        assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_what_is_shared_is_frozen_and_trained_once(trained, runs):
+    """TediGAN and MM2Latent stand on one generator, CoDiffusion and ControlNeXt on one U-Net."""
+    from safetensors.torch import load_file
+
+    own = trained[0]
+    if not own.shares:
+        return
+    key = {"CoDiffusion": "text", "ControlNeXt": "unet"}.get(own.name, "generator")
+    shared = load_file(runs / "shared" / f"{own.shares}.safetensors")
+    found = own.networks[key].state_dict()
+    assert found.keys() == shared.keys()
+    assert all(torch.equal(shared[k], found[k]) for k in shared)
+
+
+def test_pictures_follow_their_noise_and_both_conditions(trained, masks):
+    own = trained[0]
+    pictures = own.generate(PROMPTS, masks, noise())
+    assert pictures.shape == (2, 3, 64, 64) and pictures.dtype == torch.float32
+    assert 0 <= pictures.min() < pictures.max() <= 1
+    assert torch.equal(pictures, own.generate(PROMPTS, masks, noise()))
+    assert not torch.equal(pictures, own.generate(PROMPTS, masks.flip(0), noise()))
+    assert not torch.equal(pictures, own.generate(PROMPTS[::-1], masks, noise()))
+    second = own.generate(PROMPTS[1:], masks[1:], noise()[1:])
+    assert torch.allclose(second[0], pictures[1], atol=1e-3), "neither batch nor order counts"
+
+
+def test_one_condition_alone_where_the_original_has_it(trained, masks):
+    own = trained[0]
+    for what, given in (("text", (PROMPTS, None)), ("mask", (None, masks))):
+        if what in own.takes:
+            assert own.generate(*given, noise()).shape == (2, 3, 64, 64)
+        else:
+            with pytest.raises(ValueError, match="needs a text and a mask"):
+                own.generate(*given, noise())
+    with pytest.raises(ValueError, match="needs a text"):
+        own.generate(None, None, noise())
+    with pytest.raises(ValueError, match="3 generators"):
+        own.generate(PROMPTS, masks, noise(3))
+
+
+def test_words_that_the_vocabulary_lacks_are_named(config, faces, masks):
+    own = build("MM2Latent", config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own.generate([faces.manifest_caption(name) for name in faces.ids[:2]], masks, noise())
+    with pytest.warns(UserWarning, match=r"has Xylophone, ñandú; such"):
+        own.generate(["A Xylophone.", "The ñandú has a Xylophone"], masks, noise())
+
+
+def test_weights_come_back(trained, config, masks, tmp_path):
+    own = trained[0]
+    own.save(tmp_path)
+    first, second = build(own.name, config), build(own.name, config)
+    first.clip_steps = second.clip_steps = 1
+    first.load(tmp_path)
+    first.save(tmp_path / "again")
+    second.load(tmp_path / "again")
+    pictures = first.generate(PROMPTS, masks, noise())
+    assert torch.equal(pictures, second.generate(PROMPTS, masks, noise()))
+    assert (pictures - own.generate(PROMPTS, masks, noise())).abs().mean() < 0.01  # half precision
+    with pytest.raises(FileNotFoundError, match="TRAIN=1"):
+        first.load(tmp_path / "nowhere")
+
+
+def test_parameters_are_within_a_fifth_of_the_transformers(trained):
+    assert 0.8 * 2.4e6 <= trained[0].parameters() <= 1.2 * 2.4e6
+
+
+def test_rows_and_where_their_weights_lie(tiny_config, tmp_path):
+    rows = ["TediGAN", "UaC", "PixelFace+", "CoDiffusion", "ControlNeXt", "MM2Latent"]
+    classes = baselines.systems()
+    assert list(classes) == rows == [cls.name for cls in classes.values()]
+    with pytest.raises(ConfigError, match="known: TediGAN"):
+        build("StyleFace", tiny_config)
+    config = tiny_config.replace(adapters=str(tmp_path / "adapters"), profile=str(tmp_path / "run"))
+    kept = tmp_path / "baselines" / "pixelface"
+    assert baselines.weights_dir(config, "PixelFace+") == kept and not baselines.trained(config)
+    retrained = tmp_path / "run" / "baselines" / "pixelface"
+    retrained.mkdir(parents=True)  # as while it trains
+    assert baselines.weights_dir(config, "PixelFace+") == kept
+    (retrained / baselines.WEIGHTS).touch()
+    assert baselines.weights_dir(config, "PixelFace+") == retrained
+    assert baselines.trained(config) == ["PixelFace+"]
+
+
+def test_a_split_is_drawn_once_and_completed(config, tmp_path):
+    config = config.replace(adapters=str(tmp_path / "adapters"), profile=str(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="no weights of MM2Latent"):
+        draw_split(config, "MM2Latent", "test", progress=False)
+    assert not (config.run_dir / "images").exists()
+    build("MM2Latent", config).save(tmp_path / "baselines" / "mm2latent")
+    folder = draw_split(config, "MM2Latent", "test", progress=False)
+    ids = open_dataset(config, "test").ids
+    assert {path.stem for path in folder.glob("*.png")} == set(ids)
+    with Image.open(folder / f"{ids[0]}.png") as picture:
+        assert picture.size == (64, 64) and picture.mode == "RGB"
+        assert picture.text["Disclaimer"] == NOTICE and "MM2Latent" in picture.text["Model"]
+    before = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    (folder / f"{ids[2]}.png").unlink()
+    assert draw_split(config, "MM2Latent", "test", progress=False) == folder
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
+    made = {p.name for p in folder.glob("*.png") if p.stat().st_mtime_ns != times[p.name]}
+    assert made == {f"{ids[2]}.png"}
+    other = build("MM2Latent", config.replace(seed=7))
+    other.save(tmp_path / "baselines" / "mm2latent")
+    assert draw_split(config, "MM2Latent", "test", limit=1, progress=False) != folder
