@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from ec2face_core import sweeps
+from ec2face_core import results, sweeps
 from ec2face_core.config import adapter_name, load_profile
 from ec2face_core.losses import beta
 from ec2face_core.sweeps import SWEEPS, Point, point_config
@@ -72,7 +72,11 @@ def swept(tiny_config, tmp_path_factory):
         patch.setattr(sweeps, "trained_seeds", lambda config: 2)
         for seed in (config.seed, config.seed + 1):
             train(config.replace(seed=seed), ("none", "both"))
-        earlier = dict.fromkeys(results.COLUMNS, "") | {"metric": "RFA", "value": 1.0, "method": "16"}
+        earlier = dict.fromkeys(results.COLUMNS, "") | {
+            "metric": "RFA",
+            "value": 1.0,
+            "method": "16",
+        }
         kept = [{**earlier, "table": t} for t in ("lora", "lora, minus 16", "dropout", "seeds")]
         file = config.run_dir / "sweeps" / "sweeps.csv"
         file.parent.mkdir(parents=True)
