@@ -6,6 +6,9 @@ FORCE ?=
 TRAIN ?=
 SEEDS ?=
 SWEEPS ?=
+DATA ?=
+OUT ?=
+BUNDLE = $(if $(DATA),--data $(DATA) --out $(OUT))
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.up-to-date
@@ -24,7 +27,8 @@ help:
 	@echo "make reproduce   every figure and table: PROFILE=mini|smoke|paper ONLY=\"05 06\" FORCE=1 TRAIN=1 SEEDS=3 SWEEPS=1"
 	@echo "make test        every test, a PROFILE=smoke run of all notebooks included"
 	@echo "make lab         JupyterLab on the notebooks"
-	@echo "make foundation  retrain the bundle data/mini from nothing (hours on two cores)"
+	@echo "make foundation  retrain the bundle data/mini from nothing (hours on two cores);"
+	@echo "                 DATA=ROOT OUT=DIR trains one on the faces of a folder instead"
 	@echo "make lint        ruff check and format"
 	@echo "make clean       remove .venv, runs/, data/cache and caches (never data/raw)"
 
@@ -60,11 +64,11 @@ lab: $(STAMP)
 	$(PYTHON) -m jupyterlab notebooks
 
 foundation: $(STAMP)
-	$(PYTHON) -m ec2face_core.foundation vae --samples 57600
-	$(PYTHON) -m ec2face_core.foundation latents --samples 16384
-	$(PYTHON) -m ec2face_core.foundation flux --samples 400000 --batch 32 --rate 1.2e-3
+	$(PYTHON) -m ec2face_core.foundation vae --samples 57600 $(BUNDLE)
+	$(PYTHON) -m ec2face_core.foundation latents --samples 16384 $(BUNDLE)
+	$(PYTHON) -m ec2face_core.foundation flux --samples 400000 --batch 32 --rate 1.2e-3 $(BUNDLE)
 	for kind in parser clip; do for role in guiding scoring; do \
-	  $(PYTHON) -m ec2face_core.critics $$kind --role $$role || exit; done; done
+	  $(PYTHON) -m ec2face_core.critics $$kind --role $$role $(BUNDLE) || exit; done; done
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check

@@ -203,6 +203,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def load_profile(name: str, **overrides: Any) -> Config:
     """Read `profiles/<name>.yaml` over the defaults, then the overrides.
 
+    A profile may name another one as its `base` and then holds only what differs from that.
     Overrides are nested mappings, `trainer={"steps": 5}`, or dotted keys, `**{"trainer.steps": 5}`.
     Raises ConfigError naming an unknown profile, option or wrong type, with the nearest match.
     """
@@ -210,7 +211,10 @@ def load_profile(name: str, **overrides: Any) -> Config:
     if name not in known:
         raise ConfigError(f"profile {name!r} does not exist{_hint(name, known)}; known: {known}")
     values = yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) or {}
-    return load_config({"profile": name, **values}, **overrides)
+    base = values.pop("base", "")
+    merged = dataclasses.asdict(load_profile(base) if base else Config())
+    _merge(merged, values)
+    return load_config({**merged, "profile": name}, **overrides)
 
 
 def load_config(values: Path | dict[str, Any], **overrides: Any) -> Config:

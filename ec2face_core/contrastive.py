@@ -12,10 +12,11 @@ WORDS = {"hair_colour": HAIR_COLOURS, "hair_style": HAIR_STYLES, "hair_length": 
 
 
 def facts(attributes: dict[str, bool | str]) -> list[dict[str, bool | str]]:
-    """Everything that one sentence can say of a face with these attributes, one fact each."""
+    """Everything that one sentence can say of faces with these keys, one fact each."""
     flags = sorted(key for key, value in attributes.items() if isinstance(value, bool))
-    either = [{key: False} for key in ("male", "young")]
-    words = [{key: word} for key, values in WORDS.items() for word in values if word != "medium"]
+    either = [{key: False} for key in ("male", "young") if key in attributes]
+    known = {key: values for key, values in WORDS.items() if key in attributes}
+    words = [{key: word} for key, values in known.items() for word in values if word != "medium"]
     return [{key: True} for key in flags] + either + words
 
 

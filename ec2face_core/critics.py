@@ -1,4 +1,4 @@
-"""Train the miniature's critics from procedural faces: two parsers, two CLIPs.
+"""Train the miniature's critics: two parsers, two CLIPs.
 
     python -m ec2face_core.critics parser --role guiding --out data/mini
     python -m ec2face_core.critics clip --role scoring --out data/mini
@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .attributes import CLASSES, FACER_TO_CELEBAMASK, GROUPS, NUM_CLASSES, class_weights
 from .captions import captions
-from .config import ROOT, load_profile, resolve
+from .config import ROOT, load_profile
 from .contrastive import area_under_curve, contrastive_loss, fact_targets, facts, retrieval
 from .metrics import mask_accuracy
 from .perception import (
@@ -42,22 +42,22 @@ from .perception import (
     save_mini_clip,
     save_parser,
 )
-from .rendering import render
 from .results import provenance
-from .synthetic import sample_scenes
-
-SIZE = 64
-SAMPLES = {"parser": 48_000, "clip": 80_000}  # five and nine minutes on one core
-# look, frequencies, share of every batch
-MIXTURE = (
-    ("first", "balanced", 0.4),
-    ("second", "balanced", 0.25),
-    ("first", "natural", 0.2),
-    ("second", "second", 0.15),
+from .worlds import (
+    HELD_OUT_SEED,
+    SIZE,
+    Faces,
+    FolderWorld,
+    ProceduralWorld,
+    add_world_arguments,
+    chosen_world,
 )
-STYLE = {"first": "mm-celeba-hq", "second": "ffhq-text"}
+
+SAMPLES = {"parser": 48_000, "clip": 80_000}  # five and nine minutes on one core
 BLOCK = 128  # faces drawn at once; a checkpoint lies between two blocks
-HELD_OUT_SEED, HELD_OUT = 90_001, 384  # faces of a world that no critic is trained on
+
+
+World = ProceduralWorld | FolderWorld
 
 
 @dataclass(frozen=True)
@@ -74,44 +74,6 @@ ROLES = {
     "guiding": Role(7_001, 1.0, (24, 48, 96), {}),
     "scoring": Role(8_002, 0.7, (32, 48, 56, 56), {"layers": (1, 3, 2, 1), "embed_dim": 64}),
 }
-
-
-@dataclass
-class Faces:
-    """A batch: image `b 3 h w` in [-1, 1], label map `b h w`, attributes and a caption each."""
-
-    image: Tensor
-    label_map: Tensor
-    attributes: list[dict[str, bool | str]]
-    captions: list[str]
-
-    def split(self, size: int) -> Iterator[Faces]:
-        """Batches of `size` faces, each with the looks mixed."""
-        for rows in torch.randperm(len(self.image)).split(size):
-            yield Faces(
-                self.image[rows],
-                self.label_map[rows],
-                [self.attributes[i] for i in rows.tolist()],
-                [self.captions[i] for i in rows.tolist()],
-            )
-
-
-def draw_faces(seed: int, start: int, count: int, mixture: tuple = MIXTURE) -> Faces:
-    """Faces start ... start + count - 1 of the world `seed`, the looks mixed as `mixture` says."""
-    images, labels, attributes, texts = [], [], [], []
-    first, cumulative = start, 0.0
-    for look, frequencies, share in mixture:
-        cumulative += share
-        indices = range(first, start + round(cumulative * count))
-        first = indices.stop
-        scenes = sample_scenes(seed, indices, look=look, frequencies=frequencies)
-        faces = render(scenes, SIZE)
-        images.append(faces.image)
-        labels.append(faces.label_map)
-        rows = scenes.attributes
-        attributes += rows
-        texts += [captions(row, 1, i, STYLE[look])[0] for i, row in zip(indices, rows, strict=True)]
-    return Faces(torch.cat(images), torch.cat(labels), attributes, texts)
 
 
 def augment(images: Tensor, strength: float) -> Tensor:
@@ -142,11 +104,11 @@ def class_recall(predicted: Tensor, target: Tensor) -> dict[str, Any]:
     return {**means, "classes": classes, "faces": len(target)}
 
 
-def train_parser(role: Role, path: Path, samples: int) -> None:
+def train_parser(role: Role, path: Path, samples: int, world: World) -> None:
     """Cross-entropy with mild class weights, AdamW, one cycle; writes `path` and its JSON."""
     torch.manual_seed(role.seed)
     net = MiniParserNet(role.widths, SIZE)
-    counts = draw_faces(role.seed, 2**30, 256).label_map.flatten().bincount(minlength=NUM_CLASSES)
+    counts = world.faces(role.seed, 2**30, 256).label_map.flatten().bincount(minlength=NUM_CLASSES)
     # recall per class is what counts later, but probabilities must stay honest: ^0.4 of Eq. 10
     weights = class_weights(counts).pow(0.4).float()
     weights = weights / (weights * counts).sum() * counts.sum()
@@ -154,10 +116,7 @@ def train_parser(role: Role, path: Path, samples: int) -> None:
     with torch.no_grad():  # start from the class frequencies instead of learning them first
         net.head.bias.copy_(prior.repeat_interleave(4))
         net.head.weight.mul_(0.3)
-    held_out = {
-        "first": draw_faces(HELD_OUT_SEED, 0, HELD_OUT, (("first", "natural", 1.0),)),
-        "second": draw_faces(HELD_OUT_SEED, 0, HELD_OUT, (("second", "second", 1.0),)),
-    }
+    held_out = world.held_out()
 
     def predict(images: Tensor) -> Tensor:
         return net(images / 2 + 0.5)[0][:, FACER_CHANNEL]
@@ -170,40 +129,34 @@ def train_parser(role: Role, path: Path, samples: int) -> None:
     @torch.no_grad()
     def quality() -> dict[str, Any]:
         return {
-            f"{look} look": class_recall(
+            name: class_recall(
                 torch.cat([predict(part).argmax(1) for part in faces.image.split(64)]),
                 faces.label_map,
             )
-            for look, faces in held_out.items()
+            for name, faces in held_out.items()
         }
 
-    run = Run(path, net, loss, quality, role, batch=32, rate=4e-3)
+    run = Run(path, net, loss, quality, role, world, batch=32, rate=4e-3)
     record = run.fit(samples)
     save_parser(net, path)
     _write_json(path.with_suffix(".json"), record)
 
 
-def train_clip(role: Role, folder: Path, samples: int) -> None:
+def train_clip(role: Role, folder: Path, samples: int, world: World) -> None:
     """CLIP's contrastive loss, and beside it a classifier whose weights are sentences of one fact.
 
     Whole captions are told apart by gender, age and hair alone; that a face smiles or wears
     earrings then stays unread. "This person is wearing earrings." against every face teaches it.
     """
-    corpus = [
-        caption
-        for look, style in STYLE.items()
-        for row in sample_scenes(role.seed, range(2**30, 2**30 + 1000), look, "balanced").attributes
-        for caption in captions(row, count=3, seed=role.seed, style=style)
-    ]
-    tokenizer = clip_tokenizer(corpus, vocab_size=800)
+    tokenizer = clip_tokenizer(world.corpus(role.seed, 2**30), vocab_size=800)
     config = mini_clip_config(len(tokenizer), **role.clip)
     torch.manual_seed(role.seed)
     model = build_mini_clip(config)
-    told = facts(draw_faces(role.seed, 2**30, 8).attributes[0])
+    told = facts(world.faces(role.seed, 2**30, 8).attributes[0])
     prior = nn.ParameterDict({"bias": torch.full((len(told),), -1.0), "scale": torch.tensor(2.3)})
     nets = nn.ModuleDict({"clip": model, "prior": prior})
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    held_out = draw_faces(HELD_OUT_SEED, 0, HELD_OUT, (("first", "natural", 1.0),))
+    held_out = next(iter(world.held_out().values()))
 
     def pixels(images: Tensor) -> Tensor:
         return (images / 2 + 0.5 - mean) / std
@@ -214,7 +167,8 @@ def train_clip(role: Role, folder: Path, samples: int) -> None:
         return torch.tensor(padded["input_ids"])
 
     def loss(faces: Faces) -> Tensor:
-        seed, style = int(torch.randint(2**31, ())), list(STYLE.values())[int(torch.randint(2, ()))]
+        seed = int(torch.randint(2**31, ()))
+        style = world.styles[int(torch.randint(len(world.styles), ()))]
         sentences = [captions(fact, 1, seed, style)[0] for fact in told]
         image = model.encode_image(pixels(augment(faces.image, role.strength)), normalize=True)
         text = model.encode_text(tokens(faces.captions + sentences), normalize=True)
@@ -236,7 +190,7 @@ def train_clip(role: Role, folder: Path, samples: int) -> None:
         }
         return {**retrieval(image, text, held_out.captions), "facts": areas}
 
-    run = Run(folder, nets, loss, quality, role, batch=64, rate=2e-3)
+    run = Run(folder, nets, loss, quality, role, world, batch=64, rate=2e-3)
     record = run.fit(samples)
     save_mini_clip(folder, model, config, tokenizer)
     _write_json(folder / "provenance.json", record)
@@ -255,6 +209,7 @@ class Run:
     loss: Callable[[Faces], Tensor]
     quality: Callable[[], dict[str, Any]]
     role: Role
+    world: World
     batch: int
     rate: float
 
@@ -263,7 +218,7 @@ class Run:
         optimizer = torch.optim.AdamW(
             self.nets.parameters(), lr=self.rate, weight_decay=0.02, betas=(0.9, 0.98)
         )
-        plan = repr((self.path, self.role, self.batch, self.rate, samples))
+        plan = repr((self.path, self.role, self.world.name, self.batch, self.rate, samples))
         digest = hashlib.sha256(plan.encode()).hexdigest()[:8]  # another plan is another file
         file = ROOT / "runs" / "critics" / f"{self.path.stem}-{digest}.pt"
         seen, seconds = self._resume(file, optimizer)
@@ -274,7 +229,7 @@ class Run:
                 group["lr"] = self.rate * one_cycle(seen / samples)
             torch.manual_seed(self.role.seed * 1_000_003 + seen)
             self.nets.train()
-            for faces in draw_faces(self.role.seed, seen, BLOCK).split(self.batch):
+            for faces in self.world.faces(self.role.seed, seen, BLOCK).split(self.batch):
                 loss = self.loss(faces)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -291,7 +246,7 @@ class Run:
         file.unlink(missing_ok=True)
         return provenance(
             load_profile("mini"), seconds=seconds, critic=self.path.stem, faces_seen=seen,
-            role=str(self.role), batch=self.batch, learning_rate=self.rate, mixture=MIXTURE,
+            role=str(self.role), batch=self.batch, learning_rate=self.rate, faces=self.world.name,
             parameters=sum(p.numel() for p in self.nets.parameters()), held_out=held_out,
             held_out_seed=HELD_OUT_SEED,
         )  # fmt: skip
@@ -299,7 +254,7 @@ class Run:
     def _report(self, seen: int, samples: int, seconds: float, loss: Tensor) -> dict[str, Any]:
         self.nets.eval()
         found = self.quality()
-        numbers = found.get("first look", found)
+        numbers = next((v for v in found.values() if isinstance(v, dict) and "OAA" in v), found)
         brief = ", ".join(f"{k} {v}" for k, v in numbers.items() if isinstance(v, float))
         done = f"{seen}/{samples} faces, {seconds:.0f} s"
         print(f"{self.path.stem}: {done}, loss {loss.item():.4f}, {brief}", flush=True)
@@ -343,16 +298,16 @@ def main() -> None:
     )
     parser.add_argument("kind", choices=("parser", "clip"), help="which network")
     parser.add_argument("--role", choices=tuple(ROLES), required=True, help="guides, or scores")
-    parser.add_argument("--out", type=Path, default=Path("data/mini"), help="folder of the bundle")
+    add_world_arguments(parser)
     parser.add_argument("--samples", type=int, default=0, help="faces to see; 0 = default of kind")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    role, out = ROLES[options.role], resolve(options.out)
+    role, (world, out) = ROLES[options.role], chosen_world(parser, options)
     samples = options.samples or SAMPLES[options.kind]
     if options.kind == "parser":
-        train_parser(role, out / f"parser_{options.role}.pt", samples)
+        train_parser(role, out / f"parser_{options.role}.pt", samples, world)
     else:
-        train_clip(role, out / f"clip_{options.role}", samples)
+        train_clip(role, out / f"clip_{options.role}", samples, world)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ colours are drawn anew for every face, so that no colour has a meaning.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,11 +15,21 @@ from torch import Tensor
 from .attributes import NUM_CLASSES
 from .rendering import Rendered
 
+
+@dataclass
+class Photographs:
+    """What photographs with masks show: image `b 3 h w` in [-1, 1] and label map `b h w`."""
+
+    image: Tensor
+    label_map: Tensor
+
+
 CONDITIONS = ("regions", "albedo", "normals", "depth", "edges", "low resolution")
 
 
-def dense_condition(kind: str, faces: Rendered, generator: torch.Generator) -> Tensor:
-    """One of CONDITIONS as a picture `b 3 h w` in [-1, 1]."""
+def dense_condition(kind: str, faces: Rendered | Photographs, generator: torch.Generator) -> Tensor:
+    """One of CONDITIONS as a picture `b 3 h w` in [-1, 1]; photographs have the last two and the
+    first only."""
     if kind == "albedo":
         return faces.albedo
     if kind == "normals":

@@ -52,6 +52,12 @@ def difference_figure(
     return _labelled(fig, labels, 3)
 
 
+def noise_band(noise: DataFrame, metric: str) -> tuple[float, float]:
+    """Least and greatest difference that another seed of the same training makes, 0 included."""
+    values = [0.0, *noise[noise["metric"] == metric]["value"]]
+    return min(values), max(values)
+
+
 @styled
 def sweep_figure(
     rows: DataFrame,
@@ -73,8 +79,7 @@ def sweep_figure(
     panels = fig.subplots(1, len(metrics), sharey=True)
     y = np.arange(len(names))
     for ax, metric in zip(panels, metrics, strict=True):
-        band = [0.0, *noise[noise["metric"] == metric]["value"]]
-        ax.axvspan(min(band), max(band), color=GREY, alpha=0.25, lw=0,
+        ax.axvspan(*noise_band(noise, metric), color=GREY, alpha=0.25, lw=0,
                    label="range of other training seeds")  # fmt: skip
         _dots(ax, rows, metric, names, y, BLUE, "this setting, 95 % interval over faces")
         ax.axvline(0, color="0.4", lw=1, label=f"reference: {reference}")

@@ -4,6 +4,8 @@
     python -m ec2face_core.foundation latents    a pool of encoded faces        -> runs/foundation
     python -m ec2face_core.foundation flux       transformer and text encoders  -> data/mini/flux
 
+With `--data ROOT --out DIR` the same on photographs of faces; then everything lies in DIR.
+
 The transformer is pretrained on captions and on *generic* dense conditions of procedural scenes
 (depth, normals, albedo, edges, low resolution, regions in random colours), given as extra tokens
 in the very layout of the mask branch. So it reads condition tokens before any LoRA exists, as
@@ -27,65 +29,58 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attributes import class_weights, pixel_counts
 from .backbone import Backbone, TextEmbedding, encode_images, save_backbone, tiny_backbone
-from .captions import captions
 from .conditioning import predict_velocity
-from .config import ROOT, load_profile
-from .dense import CONDITIONS, dense_condition
+from .config import ROOT, load_profile, resolve
+from .dense import dense_condition
 from .flow import interpolate, velocity
-from .rendering import Rendered, render
 from .results import provenance
-from .synthetic import sample_scenes
 from .tuning import blocks_of
+from .worlds import FolderWorld, ProceduralWorld, add_world_arguments, chosen_world, sentence
 
-WORK = ROOT / "runs" / "foundation"
-SEED, SIZE, TEXT_LENGTH = 5_001, 64, 32
-SHARES = (0.40, 0.15, 0.15, 0.10, 0.10, 0.10)  # of CONDITIONS
+SEED, TEXT_LENGTH = 5_001, 32
+VOCABULARY = 10**7  # number of the first face whose captions make the vocabularies
 # The backward pass of the CPU's flash kernel is slower than plain matrix products at 160 tokens.
 FASTEST_SDPA = SDPBackend.EFFICIENT_ATTENTION if torch.cuda.is_available() else SDPBackend.MATH
-STYLE = {"first": "mm-celeba-hq", "second": "ffhq-text"}
+World = ProceduralWorld | FolderWorld
 
 
-def draw(start: int, count: int) -> tuple[Rendered, list[dict], str]:
-    """Faces start ... start + count - 1 of the foundation's own world: both looks, rare parts
-    between their natural and their balanced frequency."""
-    batch = start // count
-    look = "second" if batch % 3 == 2 else "first"
-    frequencies = "balanced" if batch % 4 == 3 else ""
-    scenes = sample_scenes(SEED, range(start, start + count), look, frequencies)
-    return render(scenes, SIZE), scenes.attributes, look
+def work_folder(out: Path) -> Path:
+    """Where checkpoints and the pool of a bundle lie."""
+    return ROOT / "runs" / "foundation" if out == resolve("data/mini") else out / "training"
 
 
-def corpus() -> list[str]:
-    """Captions of both wordings, for the vocabularies."""
-    rows = sample_scenes(SEED, range(10**7, 10**7 + 1000), frequencies="balanced").attributes
-    return [c for i, row in enumerate(rows) for s in STYLE.values() for c in captions(row, 3, i, s)]
+def untrained(world: World) -> Backbone:
+    """The miniature's FLUX with the vocabularies of a world and random weights."""
+    return tiny_backbone(world.corpus(SEED, VOCABULARY), SEED)
 
 
 # ------------------------------------------------------------------------------- autoencoder
 
 
-def train_vae(samples: int, batch: int = 16) -> None:
+def train_vae(world: World, work: Path, samples: int, batch: int = 16) -> None:
     """L1 + L2 + edges, weighted towards small parts, and a small KL; 30 % dense conditions."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     torch.manual_seed(SEED)
-    vae = tiny_backbone(corpus(), SEED).vae.train()
+    vae = untrained(world).vae.train()
     optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=1e-4, fused=True)
     steps = samples // batch
     schedule = _one_cycle(optimizer, steps)
-    state, begin = _resume(WORK / "vae.pt", vae, optimizer, schedule)
-    held_out = render(sample_scenes(SEED + 1, range(128)), SIZE).image
+    state, begin = _resume(work / "vae.pt", vae, optimizer, schedule)
+    held_out = world.held_out_scenes(SEED, 128).image
     # Eyes, lips and jewellery are few pixels: weights do here what a perceptual loss does at scale.
-    counts = pixel_counts(render(sample_scenes(SEED + 1, range(256)), SIZE).label_map).sum(0)
+    counts = pixel_counts(world.held_out_scenes(SEED, 256).label_map).sum(0)
     detail = class_weights(counts).pow(0.35).clamp(max=8).float()
     detail = detail / (detail * counts / counts.sum()).sum()
+    # a low resolution is no harder to encode than the face itself
+    kinds = [kind for kind in world.condition_shares if kind != "low resolution"]
     clock = _Clock(steps, batch, begin, state)
     for step in range(begin, steps):
         generator = torch.Generator().manual_seed(step)
         torch.manual_seed(step)
-        faces, _, _ = draw(step * batch, batch)
+        faces, _ = world.scenes(SEED, step * batch, batch)
         x = faces.image
-        kind = CONDITIONS[step % 5]
+        kind = kinds[step % len(kinds)]
         n = batch * 3 // 10
         x = torch.cat([x[n:], dense_condition(kind, faces, generator)[:n]])
         w = detail[torch.cat([faces.label_map[n:], faces.label_map[:n]])][:, None]
@@ -110,13 +105,13 @@ def train_vae(samples: int, batch: int = 16) -> None:
                 error = (vae.decode(z).sample.clamp(-1, 1) - held_out).div(2).pow(2)
             psnr = -10 * error.mean((1, 2, 3)).log10().mean().item()
             clock.log(step, loss=loss.item(), psnr=psnr, latent_std=z.std().item())
-            _save(WORK / "vae.pt", vae, optimizer, schedule, step + 1, clock.seconds())
+            _save(work / "vae.pt", vae, optimizer, schedule, step + 1, clock.seconds())
     with torch.no_grad():
         z = vae.encode(held_out).latent_dist.mode()
     done = {"shift": z.mean().item(), "scale": 1 / z.std().item(), "psnr": psnr, "samples": samples,
             "seconds": round(clock.seconds())}  # fmt: skip
-    _save(WORK / "vae.pt", vae, optimizer, schedule, steps, clock.seconds())
-    (WORK / "vae.json").write_text(json.dumps(done, indent=2))
+    _save(work / "vae.pt", vae, optimizer, schedule, steps, clock.seconds())
+    (work / "vae.json").write_text(json.dumps(done, indent=2))
     print(done, flush=True)
 
 
@@ -126,10 +121,10 @@ def _gradient(x: Tensor) -> Tensor:
     return down.abs() + right.abs()
 
 
-def _trained_vae(backbone: Backbone) -> None:
+def _trained_vae(backbone: Backbone, work: Path) -> None:
     """Put the trained autoencoder into a tiny backbone, latents brought to mean 0 and std 1."""
-    backbone.vae.load_state_dict(torch.load(WORK / "vae.pt", weights_only=True)["model"])
-    numbers = json.loads((WORK / "vae.json").read_text())
+    backbone.vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["model"])
+    numbers = json.loads((work / "vae.json").read_text())
     backbone.vae.register_to_config(shift_factor=numbers["shift"], scaling_factor=numbers["scale"])
     backbone.vae.requires_grad_(False).eval()
 
@@ -137,32 +132,35 @@ def _trained_vae(backbone: Backbone) -> None:
 # ------------------------------------------------------------------------------- latent pool
 
 
-def encode_pool(faces: int, part: int, parts: int, batch: int = 64) -> None:
+def encode_pool(
+    world: World, work: Path, faces: int, part: int, parts: int, batch: int = 64
+) -> None:
     """Encode faces and two dense conditions each; part `part` of `parts`, for parallel runs."""
-    backbone = tiny_backbone(corpus(), SEED)
-    _trained_vae(backbone)
+    backbone = untrained(world)
+    _trained_vae(backbone, work)
     rows, z_image, z_condition = [], [], []
+    shares = torch.tensor(list(world.condition_shares.values()))
     first, last = faces * part // parts // batch, faces * (part + 1) // parts // batch
     for number in range(first, last):
         generator = torch.Generator().manual_seed(number)
-        drawn, attributes, look = draw(10**6 + number * batch, batch)
+        drawn, told = world.scenes(SEED, 10**6 + number * batch, batch)
         with torch.no_grad():
             z_image.append(encode_images(backbone.vae, drawn.image).half())
             pair = []
             for _ in range(2):
-                kinds = torch.multinomial(torch.tensor(SHARES), batch, True, generator=generator)
+                kinds = torch.multinomial(shares, batch, True, generator=generator)
                 pictures = torch.empty_like(drawn.image)
-                for k, kind in enumerate(CONDITIONS):
+                for k, kind in enumerate(world.condition_shares):
                     chosen = kinds == k
                     if chosen.any():
                         pictures[chosen] = dense_condition(kind, drawn, generator)[chosen]
                 pair.append(encode_images(backbone.vae, pictures).half())
             z_condition.append(torch.stack(pair, 1))
-        rows += [(STYLE[look], row) for row in attributes]
+        rows += told
         if number % 50 == 0:
             print(f"pool part {part}: {number - first}/{last - first} batches", flush=True)
     pool = {"image": torch.cat(z_image), "condition": torch.cat(z_condition), "rows": rows}
-    torch.save(pool, WORK / f"pool{part}.pt")
+    torch.save(pool, work / f"pool{part}.pt")
 
 
 # -------------------------------------------------------------------------------- transformer
@@ -209,41 +207,45 @@ def local_attention_init(transformer: nn.Module) -> None:
                 norm.weight[pairs] = 2.0
 
 
-def train_flux(samples: int, batch: int, rate: float) -> None:
-    """Flow matching with captions (10 % dropped) and condition tokens (15 % dropped)."""
+def train_flux(world: World, out: Path, samples: int, batch: int, rate: float) -> None:
+    """Flow matching with captions (10 % dropped) and condition tokens (15 % dropped).
+
+    The loss is reported on the last 256 faces of the pool: new faces of a procedural world, other
+    passes over the same faces of a folder.
+    """
     from accelerate import Accelerator
 
+    work = work_folder(out)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
-    backbone = tiny_backbone(corpus(), SEED)
-    _trained_vae(backbone)
+    backbone = untrained(world)
+    _trained_vae(backbone, work)
     local_attention_init(backbone.transformer)
     model = TextToVelocity(backbone)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(
         model.parameters(), rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True
     )
-    world = accelerator.num_processes
-    steps = samples // (batch * world)
+    ranks = accelerator.num_processes
+    steps = samples // (batch * ranks)
     schedule = _one_cycle(optimizer, steps)
-    path = WORK / "flux.pt"
+    path = work / "flux.pt"
     state, begin = _resume(path, model, optimizer, schedule)
     average = state.get("average", average)
-    pools = [torch.load(WORK / f"pool{i}.pt") for i in range(len(list(WORK.glob("pool*.pt"))))]
+    pools = [torch.load(work / f"pool{i}.pt") for i in range(len(list(work.glob("pool*.pt"))))]
     z_image = torch.cat([p["image"] for p in pools])
     z_condition = torch.cat([p["condition"] for p in pools])
     rows = [row for p in pools for row in p["rows"]]
-    held = 256  # the last faces of the pool are held out
+    held = min(256, len(rows) // 4)  # the last faces of the pool are held out
     wrapped = accelerator.prepare_model(model)
-    clock = _Clock(steps, batch * world, begin, state)
+    clock = _Clock(steps, batch * ranks, begin, state)
 
     def token_ids(
         indices: list[int], seeds: list[int], drop: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         texts = []
         for j, (i, s) in enumerate(zip(indices, seeds, strict=True)):
-            style, row = rows[i]
             dropped = drop is not None and bool(drop[j])
-            texts.append("" if dropped else captions(row, 1, s, style)[0])
+            texts.append("" if dropped else sentence(rows[i], s))
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         clip = backbone.tokenizer(texts, max_length=backbone.tokenizer.model_max_length, **options)
         t5 = backbone.tokenizer_2(texts, max_length=TEXT_LENGTH, **options)
@@ -267,7 +269,7 @@ def train_flux(samples: int, batch: int, rate: float) -> None:
 
     torch.manual_seed(SEED)
     for step in range(begin, steps):
-        generator = torch.Generator().manual_seed(step * world + accelerator.process_index)
+        generator = torch.Generator().manual_seed(step * ranks + accelerator.process_index)
         index = torch.randint(len(rows) - held, (batch,), generator=generator)
         x0 = z_image[index].float()
         z_c = z_condition[index, torch.randint(2, (batch,), generator=generator)].float()
@@ -297,14 +299,15 @@ def train_flux(samples: int, batch: int, rate: float) -> None:
     if accelerator.is_main_process:
         model.load_state_dict(average)
         quality = held_out_loss()
-        folder = ROOT / "data" / "mini" / "flux"
+        folder = out / "flux"
         save_backbone(backbone, folder)
         record = provenance(
             load_profile("mini"),
             seconds=clock.seconds(),
-            samples=steps * batch * world,
+            samples=steps * batch * ranks,
+            faces=world.name,
             held_out_flow_loss=quality,
-            autoencoder=json.loads((WORK / "vae.json").read_text()),
+            autoencoder=json.loads((work / "vae.json").read_text()),
         )
         (folder / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
         print(quality, flush=True)
@@ -370,6 +373,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("stage", choices=("vae", "latents", "flux"))
+    add_world_arguments(parser)
     parser.add_argument(
         "--samples", type=int, default=0, help="training samples, or faces of the pool"
     )
@@ -378,13 +382,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="samples a process and step")
     parser.add_argument("--rate", type=float, default=1e-3, help="flux: peak learning rate")
     options = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
+    world, out = chosen_world(parser, options)
+    work = work_folder(out)
+    work.mkdir(parents=True, exist_ok=True)
     if options.stage == "vae":
-        train_vae(options.samples or 60_000, options.batch)
+        train_vae(world, work, options.samples or 60_000, options.batch)
     elif options.stage == "latents":
-        encode_pool(options.samples or 24_576, options.part, options.parts)
+        encode_pool(world, work, options.samples or 24_576, options.part, options.parts)
     else:
-        train_flux(options.samples or 200_000, options.batch, options.rate)
+        train_flux(world, out, options.samples or 200_000, options.batch, options.rate)
 
 
 if __name__ == "__main__":

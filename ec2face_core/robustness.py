@@ -191,7 +191,7 @@ def conflict_rows(rows: DataFrame) -> DataFrame:
     """The rows of `conflicts` in the long form: metric `shown`, a method for each cell."""
     yes = {True: "yes", False: "no"}
     cells = [
-        f"{row['class']}: mask {yes[row['mask']]}, text {yes[row['text']]}"
+        f"{display_name(CLASS_ID[row['class']])}: mask {yes[row['mask']]}, text {yes[row['text']]}"
         for _, row in rows.iterrows()
     ]
     long = rows[["value", "ci_low", "ci_high", "n"]]

@@ -28,7 +28,7 @@ from .config import (
     trained_seeds,
 )
 from .datasets import DataError, open_dataset
-from .effects import length_figure, sweep_figure
+from .effects import length_figure, noise_band, sweep_figure
 from .evaluate import summarise, summarise_difference
 from .experiments import one_condition, scored, with_seed
 from .journal import read_metrics
@@ -289,13 +289,13 @@ def conclusion(
         return "Not trained yet: `make reproduce SWEEPS=1`."
     found = []
     for metric in metrics:
-        band = [0.0, *noise[noise["metric"] == metric]["value"]]
+        low, high = noise_band(noise, metric)
         of = differences[differences["metric"] == metric].set_index("method")
         beyond = [
             f"{shown} {of['value'][name]:+.1f}"
             for name, shown in labels.items()
             if (of["ci_low"][name] > 0 or of["ci_high"][name] < 0)
-            and not min(band) <= of["value"][name] <= max(band)
+            and not low <= of["value"][name] <= high
         ]
         if beyond:
             found.append(f"{metric}: {', '.join(beyond)}")
@@ -313,12 +313,19 @@ def sweep_table(rows: DataFrame, sweep: str, critic: str = "independent") -> Dat
 
 
 def run_sweeps(config: Config, sweeps: Sequence[str] = tuple(SWEEPS)) -> Path:
-    """Train what is missing, score, and write `runs/<profile>/sweeps/sweeps.csv` and its JSON."""
+    """Train what is missing, score, and write `runs/<profile>/sweeps/sweeps.csv` and its JSON.
+
+    Rows of other sweeps that the file has stay in it.
+    """
     import pandas as pd
 
     train_sweeps(config, sweeps)
-    parts = [noise_rows(config), *(sweep_rows(config, sweep) for sweep in sweeps)]
     path = config.run_dir / "sweeps" / "sweeps.csv"
+    parts = [noise_rows(config), *(sweep_rows(config, sweep) for sweep in sweeps)]
+    if path.is_file():
+        others = read_rows(path)
+        made = others["table"].str.split(",").str[0].isin([*sweeps, "seeds"])
+        parts.append(others[~made])
     adapters = [
         adapter_dir(point_config(config, sweep, name), point.variant)
         for sweep in sweeps

@@ -39,7 +39,8 @@ def test_the_paper_profile_has_the_values_of_the_paper():
 def test_profiles_load_and_change_only_what_they_name(name):
     config = dataclasses.asdict(load_profile(name))
     written = yaml.safe_load((PROFILES / f"{name}.yaml").read_text())
-    expected = dataclasses.asdict(Config()) | {"profile": name}
+    base = written.pop("base", None)
+    expected = dataclasses.asdict(load_profile(base) if base else Config()) | {"profile": name}
     for key, value in written.items():
         expected[key] = expected[key] | value if isinstance(value, dict) else value
     assert config == expected

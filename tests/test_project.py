@@ -33,7 +33,7 @@ FLOORS = {
         "dense synthetic",
         "contrastive datasets folders photos",
     ],
-    4: ["critics foundation inventory latents", "adapters draws pipeline", "generate"],
+    4: ["inventory latents worlds", "critics foundation", "adapters draws pipeline", "generate"],
     5: [
         "baselines scoring trainer",
         "estimation evaluate inspection",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from ec2face_core import sweeps
+from ec2face_core import results, sweeps
 from ec2face_core.config import adapter_name, load_profile
 from ec2face_core.losses import beta
 from ec2face_core.sweeps import SWEEPS, Point, point_config
@@ -72,6 +72,15 @@ def swept(tiny_config, tmp_path_factory):
         patch.setattr(sweeps, "trained_seeds", lambda config: 2)
         for seed in (config.seed, config.seed + 1):
             train(config.replace(seed=seed), ("none", "both"))
+        earlier = dict.fromkeys(results.COLUMNS, "") | {
+            "metric": "RFA",
+            "value": 1.0,
+            "method": "16",
+        }
+        kept = [{**earlier, "table": t} for t in ("lora", "lora, minus 16", "dropout", "seeds")]
+        file = config.run_dir / "sweeps" / "sweeps.csv"
+        file.parent.mkdir(parents=True)
+        pd.DataFrame(kept).to_csv(file, index=False)
         path = sweeps.run_sweeps(config, ["dropout"])
         yield *sweeps.kept_sweeps(config), path
 
@@ -92,6 +101,11 @@ def test_rows_of_a_sweep(swept):
     assert {"none, seed 43", "both, seed 43"} == set(rows[rows["table"] == "seeds"]["method"])
     table = sweeps.sweep_table(rows, "dropout")
     assert list(table.index) == ["as it is", "raw"] and "Text, text alone" in table
+
+
+def test_rows_of_other_sweeps_stay_and_those_of_this_one_are_made_anew(swept):
+    earlier = swept[0][swept[0]["method"] == "16"]
+    assert sorted(earlier["table"]) == ["lora", "lora, minus 16"]
 
 
 def test_a_missing_sweep_names_the_remedy(tmp_path):
