@@ -122,7 +122,7 @@ class System(ABC):
             warnings.warn(
                 f"{self.name}: no caption of its training has {', '.join(strange)}; "
                 "such words are read letter by letter",
-                stacklevel=2,
+                stacklevel=3,  # `no_grad` lies between
             )
         return self.sample(prompts, masks, generators)
 
