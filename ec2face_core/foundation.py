@@ -32,6 +32,7 @@ from .backbone import Backbone, TextEmbedding, encode_images, save_backbone, tin
 from .conditioning import predict_velocity
 from .config import ROOT, load_profile, resolve
 from .dense import dense_condition
+from .distribution import leave_group
 from .flow import interpolate, velocity
 from .results import provenance
 from .tuning import blocks_of
@@ -311,6 +312,7 @@ def train_flux(world: World, out: Path, samples: int, batch: int, rate: float) -
         )
         (folder / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
         print(quality, flush=True)
+    leave_group()
 
 
 # ------------------------------------------------------------------------------ shared pieces
