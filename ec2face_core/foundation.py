@@ -36,13 +36,12 @@ from .distribution import leave_group
 from .flow import interpolate, velocity
 from .results import provenance
 from .tuning import blocks_of
-from .worlds import FolderWorld, ProceduralWorld, add_world_arguments, chosen_world, sentence
+from .worlds import World, add_world_arguments, chosen_world, sentence
 
 SEED, TEXT_LENGTH = 5_001, 32
 VOCABULARY = 10**7  # number of the first face whose captions make the vocabularies
 # The backward pass of the CPU's flash kernel is slower than plain matrix products at 160 tokens.
 FASTEST_SDPA = SDPBackend.EFFICIENT_ATTENTION if torch.cuda.is_available() else SDPBackend.MATH
-World = ProceduralWorld | FolderWorld
 
 
 def work_folder(out: Path) -> Path:
