@@ -47,17 +47,13 @@ from .worlds import (
     HELD_OUT_SEED,
     SIZE,
     Faces,
-    FolderWorld,
-    ProceduralWorld,
+    World,
     add_world_arguments,
     chosen_world,
 )
 
 SAMPLES = {"parser": 48_000, "clip": 80_000}  # five and nine minutes on one core
 BLOCK = 128  # faces drawn at once; a checkpoint lies between two blocks
-
-
-World = ProceduralWorld | FolderWorld
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,16 @@ def make_accelerator(config: TrainerConfig, device: str | None = None) -> Any:
     return accelerator
 
 
+def leave_group() -> None:
+    """End this process's part in the group, if there is one: the last thing that a rank does.
+
+    An interpreter that ends with an open group aborts now and then (gloo's threads still run), and
+    torchrun then calls the whole run failed.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def shard_base(transformer: nn.Module, accelerator: Any) -> nn.Module:
     """Leave this process 1/n of each block's frozen weights, on its device; in place of DDP.
 

@@ -135,7 +135,10 @@ def _run(options: argparse.Namespace) -> int:
         if world > 1:
             from accelerate import PartialState
 
+            from .distribution import leave_group
+
             PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+            leave_group()
         print(f"pictures: {folder}", flush=True)
         if options.sample_only or rank:
             return 0

@@ -32,16 +32,16 @@ from .backbone import Backbone, TextEmbedding, encode_images, save_backbone, tin
 from .conditioning import predict_velocity
 from .config import ROOT, load_profile, resolve
 from .dense import dense_condition
+from .distribution import leave_group
 from .flow import interpolate, velocity
 from .results import provenance
 from .tuning import blocks_of
-from .worlds import FolderWorld, ProceduralWorld, add_world_arguments, chosen_world, sentence
+from .worlds import World, add_world_arguments, chosen_world, sentence
 
 SEED, TEXT_LENGTH = 5_001, 32
 VOCABULARY = 10**7  # number of the first face whose captions make the vocabularies
 # The backward pass of the CPU's flash kernel is slower than plain matrix products at 160 tokens.
 FASTEST_SDPA = SDPBackend.EFFICIENT_ATTENTION if torch.cuda.is_available() else SDPBackend.MATH
-World = ProceduralWorld | FolderWorld
 
 
 def work_folder(out: Path) -> Path:
@@ -311,6 +311,7 @@ def train_flux(world: World, out: Path, samples: int, batch: int, rate: float) -
         )
         (folder / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
         print(quality, flush=True)
+    leave_group()
 
 
 # ------------------------------------------------------------------------------ shared pieces

@@ -49,6 +49,15 @@ CLAIMS = (
     Claim("both together keep the one", "OAA", "both - none", 4, "both", "none"),
     Claim("... and the other", "Text", "both - none", 4, "both", "none"),
 )
+# sweep -> the question that it answers, and the notebooks
+SWEPT = {
+    "beta": ("Which β(t), and is it needed?", "03, 09"),
+    "weights": ("What do very large class weights do?", "01, 09"),
+    "lora": ("LoRA on mask tokens alone, and of which rank?", "09"),
+    "attention": ("May mask tokens see mask tokens only?", "09"),
+    "dropout": ("How often should a condition be dropped?", "09"),
+    "length": ("Would longer training bring the gain of the weights as well?", "09"),
+}
 HEAD = """# Claim by claim
 
 Profile `{profile}`, {n} test faces, training seeds {seeds}. Ours: the difference of two variants on
@@ -155,11 +164,9 @@ def _questions(config: Config) -> list[str]:
             "Latent error, LPIPS, parser and CLIP against t, with bands",
             "02, `fig2`",
         ),
-        ("Which β(t), and is it needed?", conclusion(sweeps, "beta"), "03, 09, `sweep_beta`"),
-        (
-            "What do very large class weights do?",
-            conclusion(sweeps, "weights"),
-            "01, 09, `sweep_weights`",
+        *(
+            (question, conclusion(sweeps, sweep), f"{notebooks}, `sweep_{sweep}`")
+            for sweep, (question, notebooks) in SWEPT.items()
         ),
         (
             "Masks drawn by hand?",

@@ -101,7 +101,6 @@ SWEEPS: dict[str, dict[str, Point]] = {
         "center-0.2": Point("t_c = 0.2", "both", _beta(center=0.2)),
         "center-0.6": Point("t_c = 0.6", "both", _beta(center=0.6)),
         "always": Point("β ≡ 1", "both", _beta(center=ALWAYS)),
-        "alpha-5": Point("α = 5", "both", _beta(alpha=5.0)),
         "alpha-5-always": Point("α = 5, β ≡ 1", "both", _beta(center=ALWAYS, alpha=5.0)),
     },
     "attention": {
@@ -134,7 +133,7 @@ QUESTIONS: dict[str, str] = {
     "counted over the data set or over each face; brought to a latent cell by maximum, mean or "
     "nearest pixel. `gradient spread`: 95th percentile of the gradient norm over its median.",
     "beta": "The schedule β(t): its slope and center, none (β ≡ 1), and no consistency loss "
-    "(β ≡ 0); with the paper's α = 0.5 and with ten times that.",
+    "(β ≡ 0); with the paper's α = 0.5; and ten times that, never faded.",
     "attention": "Attention: joint, or mask tokens that see mask tokens only, which makes sampling "
     "1.7 times faster (`benchmarks/step-tiny.csv`).",
     "lora": "Where the LoRA acts, and its rank.",

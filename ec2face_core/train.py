@@ -21,15 +21,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with_parent()
     options = build_parser().parse_args(arguments)
     from .datasets import DataError
+    from .distribution import leave_group
     from .latents import CacheError
     from .trainer import Trainer
 
+    code = 0
     try:
         Trainer(read_config(options), options.variant, options.run_dir).fit()
     except (ConfigError, DataError, CacheError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        code = 2
+    leave_group()
+    return code
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -195,6 +195,9 @@ def _shuffled(faces: list[int], seed: int, start: int, count: int) -> tuple[list
     return rows, torch.cat(mirrored)
 
 
+World = ProceduralWorld | FolderWorld
+
+
 def add_world_arguments(parser: argparse.ArgumentParser) -> None:
     """`--data` and `--out`, which every training of a foundation takes."""
     parser.add_argument(
@@ -210,7 +213,7 @@ def add_world_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chosen_world(
     parser: argparse.ArgumentParser, options: argparse.Namespace
-) -> tuple[ProceduralWorld | FolderWorld, Path]:
+) -> tuple[World, Path]:
     """The world and the folder of the bundle; ends the command with an error if they clash."""
     out = resolve(options.out)
     if options.data is None:

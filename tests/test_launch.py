@@ -138,7 +138,8 @@ def test_two_processes_are_two_ranks(module, tmp_path, capfd):
         "from accelerate import Accelerator\n"
         "a = Accelerator(cpu=True)\n"
         "total = a.reduce(torch.tensor([1.0 + a.process_index]))\n"
-        "print(f'rank {a.process_index} of {a.num_processes} sum {total.item()}\\n', end='')\n",
+        "print(f'rank {a.process_index} of {a.num_processes} sum {total.item()}\\n', end='')\n"
+        "a.end_training()\n",
     )
     launch.run(name, num_processes=2, env=env, logs=tmp_path / "logs")
     out = capfd.readouterr().out
@@ -153,7 +154,8 @@ def test_the_line_for_several_machines_works(module, tmp_path):
         "meets",
         "import torch.distributed as d\n"
         "d.init_process_group('gloo')\n"
-        "print(f'rank {d.get_rank()} of {d.get_world_size()}')\n",
+        "print(f'rank {d.get_rank()} of {d.get_world_size()}')\n"
+        "d.destroy_process_group()\n",
     )
     with socket.socket() as free:
         free.bind(("localhost", 0))

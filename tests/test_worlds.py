@@ -8,7 +8,6 @@ import torch
 from ec2face_core import critics, foundation
 from ec2face_core.attributes import CLASS_ID, flip_labels
 from ec2face_core.datasets import FaceDataset
-from ec2face_core.metrics import mask_accuracy
 from ec2face_core.synthetic import write_dataset
 from ec2face_core.worlds import FolderWorld, ProceduralWorld, sentence
 
@@ -32,11 +31,11 @@ def test_a_folder_shows_each_face_once_an_epoch_and_mirrors_some(folder, faces_d
         face = dataset[i]
         known[face.image.numpy().tobytes()] = (i, False, face.label_map)
         known[face.image.flip(-1).numpy().tobytes()] = (i, True, flip_labels(face.label_map))
-    n = len(range(len(dataset))) - len(range(0, len(dataset), 20))
+    n = len(dataset) - len(range(0, len(dataset), 20))
     shown, told = folder.scenes(3, 0, 3 * n)
     found = [known[image.numpy().tobytes()] for image in shown.image]
-    for image, label_map, (_, _, expected) in zip(shown.image, shown.label_map, found, strict=True):
-        assert torch.equal(label_map, expected), image.shape
+    for label_map, (_, _, expected) in zip(shown.label_map, found, strict=True):
+        assert torch.equal(label_map, expected)
     for epoch in range(3):
         faces = [i for i, _, _ in found[epoch * n : (epoch + 1) * n]]
         assert len(set(faces)) == n
@@ -103,11 +102,13 @@ def test_every_stage_trains_on_a_folder(faces_dir, tmp_path, monkeypatch):
             "clip": f"local-dir:{tmp_path / 'clip_guiding'}",
         },
     )
-    assert load_backbone(config.backbone).transformer.config.in_channels > 0
+    record = json.loads((tmp_path / "flux" / "provenance.json").read_text())["parameters"]
+    assert record["faces"] == faces_dir.name
+    assert load_backbone(config.backbone).vae.config.scaling_factor == pytest.approx(
+        record["autoencoder"]["scale"]
+    )
     faces = FaceDataset(faces_dir, "test", 64)
     parsed = FaceParser.from_config(config.perception).parse(faces[0].image[None])
-    assert mask_accuracy(parsed, faces[0].label_map[None]).OAA >= 0
+    assert parsed.shape == (1, 64, 64) and len(parsed.unique()) > 1
     score = ClipScorer.from_config(config.perception).score(faces[0].image[None], ["A person."])
     assert score.isfinite().all()
-    record = json.loads((tmp_path / "flux" / "provenance.json").read_text())
-    assert record["parameters"]["faces"] == faces_dir.name
