@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..attributes import NUM_CLASSES
 from ..datasets import FaceDataset
-from .system import one_hot, seeded, word_features
+from .system import FOUNDATION_SECONDS, Faces, one_hot, seeded, word_features
 from .unets import (
     BATCH,
     LatentFaces,
@@ -43,7 +43,7 @@ MASK_SHARE = 0.6  # of the time for the mask diffuser, the rest for the dynamic 
 class CoDiffusion(LatentSystem):
     """Frozen uni-modal diffusers that collaborate through influence maps."""
 
-    name, shares = "CoDiffusion", "text_unet"
+    name, shares = "CoDiffusion", ("text_unet", "text")
 
     def build(self, seed: int) -> None:
         cells = self.shape[1] * self.shape[2]
@@ -55,11 +55,11 @@ class CoDiffusion(LatentSystem):
                 self.networks[f"{kind}_influence"] = text_unet(self.shape, width, DYNAMIC, 1)
 
     def prepare(
-        self, dataset: FaceDataset, shared_dir: Path, seconds: float = 0.0, max_steps: int = 0
+        self, shared_dir: Path, seconds: float = FOUNDATION_SECONDS, max_steps: int = 0
     ) -> None:
         """The text-to-image U-Net, shared with ControlNeXt."""
         net = self.networks["text"]
-        pretrain_text_unet(self, net, dataset, shared_dir, seconds, max_steps=max_steps)
+        pretrain_text_unet(self, net, shared_dir, seconds, max_steps)
 
     def fit(
         self,
@@ -71,8 +71,8 @@ class CoDiffusion(LatentSystem):
     ) -> None:
         """Stage 1: the mask diffuser (the text diffuser is shared); stage 2: influence alone."""
         self.build(seed)
-        faces, nets = LatentFaces(dataset, self.vae), self.networks
-        self.prepare(dataset, run_dir.parent / "shared", max_steps=max_steps)
+        faces, nets = LatentFaces(Faces.read(dataset), self.vae), self.networks
+        self.prepare(run_dir.parent / "shared", max_steps=max_steps)
 
         def mask_loss(generator: torch.Generator) -> Tensor:
             z, maps, _ = faces.batch(BATCH, generator)

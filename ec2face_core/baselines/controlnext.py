@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from ..attributes import NUM_CLASSES
 from ..datasets import FaceDataset
-from .system import one_hot, seeded, word_features
+from .system import FOUNDATION_SECONDS, Faces, one_hot, seeded, word_features
 from .unets import (
     BATCH,
     CHANNELS,
@@ -51,7 +51,7 @@ INCREMENT_RATE = 3e-4  # the encoder learns faster, by 10 in the SD1.5 recipe, b
 class ControlNeXt(LatentSystem):
     """A frozen text-to-image U-Net, a light mask encoder, and a few trained weights."""
 
-    name, shares = "ControlNeXt", "text_unet"
+    name, shares = "ControlNeXt", ("text_unet", "unet")
 
     def build(self, seed: int) -> None:
         with seeded(seed):
@@ -63,11 +63,11 @@ class ControlNeXt(LatentSystem):
         self.networks["increments"] = nn.ParameterList(increments)
 
     def prepare(
-        self, dataset: FaceDataset, shared_dir: Path, seconds: float = 0.0, max_steps: int = 0
+        self, shared_dir: Path, seconds: float = FOUNDATION_SECONDS, max_steps: int = 0
     ) -> None:
         """The text-to-image U-Net, shared with CoDiffusion."""
         net = self.networks["unet"]
-        pretrain_text_unet(self, net, dataset, shared_dir, seconds, max_steps=max_steps)
+        pretrain_text_unet(self, net, shared_dir, seconds, max_steps)
 
     def fit(
         self,
@@ -79,8 +79,8 @@ class ControlNeXt(LatentSystem):
     ) -> None:
         """The shared base first, if it is not there; then encoder and increments together."""
         self.build(seed)
-        faces = LatentFaces(dataset, self.vae)
-        self.prepare(dataset, run_dir.parent / "shared", max_steps=max_steps)
+        faces = LatentFaces(Faces.read(dataset), self.vae)
+        self.prepare(run_dir.parent / "shared", max_steps=max_steps)
 
         def loss(generator: torch.Generator) -> Tensor:
             z, maps, texts = faces.batch(BATCH, generator)

@@ -29,7 +29,8 @@ from ..generate import (  # private there: another name would make EC²Face's pi
 )
 from ..perception import LOCAL_DIR
 from ..results import path_digest
-from . import SYSTEMS, WEIGHTS, load, weights_dir
+from . import SYSTEMS, WEIGHTS, load, systems, weights_dir
+from .system import shared_file
 
 BLOCKS = ("system", "style", "unets")  # modules that several systems stand on
 
@@ -77,8 +78,13 @@ def draw_split(
 
 def system_key(config: Config, name: str, dataset: FaceDataset) -> str:
     """Twelve hex digits of all that shapes the pictures of a system."""
-    s, weights = config.sampling, path_digest(weights_dir(config, name) / WEIGHTS)
-    about = [name, weights, data_digest(dataset), config.data.size, s.steps, s.seed]
+    s, folder = config.sampling, weights_dir(config, name)
+    about = [name, data_digest(dataset), config.data.size, s.steps, s.seed]
+    files = [
+        folder / WEIGHTS,
+        *(shared_file(folder, stage) for stage in systems()[name].shares[:1]),
+    ]
+    about += [path_digest(path) for path in files if path.is_file()]
     about += [path_digest(resolve(config.backbone.path) / "vae")]
     about += [path_digest(resolve(config.perception.clip.removeprefix(LOCAL_DIR)))]
     here, module = Path(__file__).parent, SYSTEMS[name].partition(".")[0]

@@ -37,7 +37,7 @@ from .style import (
     update,
     upsample,
 )
-from .system import Centre, Faces, System, one_hot, seeded, train_stage
+from .system import FOUNDATION_SECONDS, Centre, Faces, System, one_hot, seeded, train_stage
 
 CODE = 128  # of a mask
 NOISE = 0.5  # length of the noise that makes an image embedding a pseudo text
@@ -82,7 +82,7 @@ class ToLatent(nn.Module):
 class MM2Latent(System):
     """One forward pass from mask and text to w."""
 
-    name, shares = "MM2Latent", "style"
+    name, shares = "MM2Latent", ("style", "generator")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -99,11 +99,11 @@ class MM2Latent(System):
         self.networks["centre"] = Centre(width)
 
     def prepare(
-        self, dataset: FaceDataset, shared_dir: Path, seconds: float = 0.0, max_steps: int = 0
+        self, shared_dir: Path, seconds: float = FOUNDATION_SECONDS, max_steps: int = 0
     ) -> None:
         """The frozen generator, shared with TediGAN."""
         net = self.networks["generator"]
-        pretrain_style(dataset, net, shared_dir, seconds, max_steps=max_steps)
+        pretrain_style(self.config, net, shared_dir, seconds, max_steps)
 
     def fit(
         self,
@@ -115,7 +115,7 @@ class MM2Latent(System):
     ) -> None:
         """Code masks, then map codes to w."""
         self.build(seed)
-        self.prepare(dataset, run_dir.parent / "shared", max_steps=max_steps)
+        self.prepare(run_dir.parent / "shared", max_steps=max_steps)
         faces = Faces.read(dataset)
         self._centre(faces)
         self._fit_masks(faces, run_dir, seconds, seed, max_steps)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..datasets import FaceDataset
+from ..config import Config
 from .system import Faces, seeded, shared_weights, train_stage
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ LAYERS = 10  # modulated convolutions, each with its own slot of W+
 STAGES = ((4, False), (4, False), (8, True), (8, False), (16, True), (16, False), (16, False),
           (32, True), (32, False), (32, False))  # fmt: skip  # side, whether it was just doubled
 STYLE = "style.safetensors"  # the finished generator, in `shared`
-PRETRAIN_SECONDS = 3600.0  # a foundation, as FLUX is: apart from what a system may spend
-BATCH, RATE, R1, R1_EVERY, HALF_LIFE = 8, 2e-3, 1.0, 16, 2500  # half-life in samples
+BATCH, RATE, R1, R1_EVERY, HALF_LIFE = 16, 2e-3, 1.0, 16, 2500  # half-life in samples
 
 
 class Linear(nn.Module):
@@ -267,40 +266,30 @@ def perceptual(clip: ClipScorer, a: Tensor, b: Tensor) -> Tensor:
 
 
 def pretrain_style(
-    dataset: FaceDataset,
-    average: StyleGenerator,
-    shared_dir: Path,
-    seconds: float = 0.0,
-    seed: int = 42,
-    max_steps: int = 0,
+    config: Config, average: StyleGenerator, shared_dir: Path, seconds: float, max_steps: int = 0
 ) -> None:
     """Fill `average` with the shared generator; train it first where there is none.
 
     Args:
         average: becomes the moving average of the trained weights, frozen.
         shared_dir: holds the finished weights, or the checkpoints of a training that was stopped.
-        seconds: of optimisation, if it has to be trained; 0: `PRETRAIN_SECONDS`.
+        seconds: of one core, if it has to be trained.
     """
 
     def train() -> None:
-        _train_style(dataset, average, shared_dir, seconds or PRETRAIN_SECONDS, seed, max_steps)
+        _train_style(config, average, shared_dir, seconds, max_steps)
 
     shared_weights(shared_dir / STYLE, average, train)
 
 
 def _train_style(
-    dataset: FaceDataset,
-    average: StyleGenerator,
-    shared_dir: Path,
-    seconds: float,
-    seed: int,
-    max_steps: int,
+    config: Config, average: StyleGenerator, shared_dir: Path, seconds: float, max_steps: int
 ) -> None:
-    with seeded(seed):
+    with seeded(config.seed):
         net, critic = StyleGenerator(), Discriminator()
     average.load_state_dict(net.state_dict())
     optimizers = [adam(m, RATE, momentum=0.0) for m in (net, critic)]
-    faces = Faces.read(dataset)
+    faces = Faces.of_world(config)
 
     def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor | float]:
         for optimizer in optimizers:
@@ -325,7 +314,7 @@ def _train_style(
 
     state = {"net": net, "average": average, "critic": critic}
     state |= {"adam": optimizers[0], "adam_critic": optimizers[1]}
-    train_stage("style", step, state, shared_dir, seconds, seed, max_steps)
+    train_stage("style", step, state, shared_dir, seconds, config.seed, max_steps)
 
 
 def adam(net: nn.Module, rate: float, momentum: float = 0.9) -> torch.optim.Adam:

@@ -1,12 +1,15 @@
 """What the comparison systems have in common: data, training by wall time, weights, sampling.
 
 Chosen here:
-- Equal training wall time is what makes systems comparable that differ in everything else, so a
-  stage of training ends after `seconds` of optimisation, and its schedules follow the fraction of
-  time spent. A stopped run resumes from its last checkpoint with the seconds it had spent.
+- Equal training time is what makes systems comparable that differ in everything else, so a stage
+  of training ends after `seconds` of optimisation, and its schedules follow the fraction of time
+  spent. Seconds are those of one core, which other work on the machine does not shorten. A stopped
+  run resumes from its last checkpoint with the seconds it had spent.
+- Every system may spend the same: `FOUNDATION_SECONDS` on what it stands on and `SECONDS` on its
+  task. Two systems share what they stand on; it is trained once, on the faces that the base of
+  EC²Face saw, and frozen. Systems that stand on nothing spend both on their task.
 - All training faces are held in memory once, as bytes.
 - Every system sees captions through the guiding CLIP only, as this world has no other reader.
-- What two systems stand on is trained once, apart from their budgets, and frozen.
 """
 
 from __future__ import annotations
@@ -25,14 +28,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import newest_checkpoint, save_checkpoint
-from ..config import Config
+from ..config import Config, resolve
 from ..datasets import FaceDataset
+from ..foundation import SEED
 from ..journal import add_metrics, cut_metrics
+from ..worlds import FolderWorld, ProceduralWorld, sentence
 from . import WEIGHTS
 
 if TYPE_CHECKING:
     from ..perception import ClipScorer
 
+FOUNDATION_SECONDS = 1800.0  # of one core, for what a system stands on
+SECONDS = 900.0  # and for its task, as EC²Face's training of 890 s
+POOL = 16_384  # faces that foundations see: those of `make foundation`
+SMALLEST, SCALE = 1024, "/scale"  # of tensors that are kept in 8 bits; name of their scales
 CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints
 
 
@@ -44,14 +53,14 @@ class System(ABC):
 
     Attributes:
         name: row of Tables 1 and 2.
-        shares: stage of `prepare`, of a system that shares something.
+        shares: (stage of `prepare`, its network in `networks`), where a system shares one.
         takes: which of `text` and `mask` may be given alone; every system takes both together.
         clip: reads captions (and pictures); frozen.
         networks: everything that training made and sampling needs, by name.
     """
 
     name: str
-    shares: str = ""
+    shares: tuple[str, str] | tuple[()] = ()
     takes: frozenset[str] = frozenset({"text", "mask"})
 
     def __init__(self, config: Config) -> None:
@@ -59,13 +68,17 @@ class System(ABC):
         self.networks = nn.ModuleDict()
 
     def prepare(  # noqa: B027
-        self, dataset: FaceDataset, shared_dir: Path, seconds: float = 0.0, max_steps: int = 0
+        self, shared_dir: Path, seconds: float = FOUNDATION_SECONDS, max_steps: int = 0
     ) -> None:
         """Fill in what the system shares with another one from `shared_dir`.
 
-        Where it is not there it is trained, within `seconds` (0: what its module says); the same
-        call again resumes. Nothing to do for a system that shares nothing.
+        Where it is not there it is trained, within `seconds`; the same call again resumes. Nothing
+        to do for a system that shares nothing.
         """
+
+    def budget(self) -> float:
+        """Seconds that `fit` may spend, so that every system spends the same in all."""
+        return SECONDS if self.shares else FOUNDATION_SECONDS + SECONDS
 
     @abstractmethod
     def fit(
@@ -131,14 +144,11 @@ class System(ABC):
         return sum(p.numel() for p in self.networks.parameters())
 
     def save(self, folder: Path) -> None:
-        """Write `folder/weights.safetensors` in half precision."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: _half(v).contiguous() for k, v in self.networks.state_dict().items()}
-        part = folder / f"{WEIGHTS}.part"
-        save_file(tensors, part, {"system": self.name})
-        part.replace(folder / WEIGHTS)
+        """Write `folder/weights.safetensors`, and what is shared beside it if it is not there."""
+        write_weights(folder / WEIGHTS, self._own())
+        for path, net in self._shared(folder):
+            if not path.is_file():
+                write_weights(path, net)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.
@@ -146,16 +156,24 @@ class System(ABC):
         Raises:
             FileNotFoundError: there are no weights; the message names the remedy.
         """
-        from safetensors.torch import load_file
-
-        path = Path(folder) / WEIGHTS
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no weights of {self.name} at {path}: `python -m ec2face_core.baselines.train "
-                f"--system {self.name} --out {folder}` trains it, as does TRAIN=1"
-            )
-        self.networks.load_state_dict(load_file(path))
+        for path, net in ((Path(folder) / WEIGHTS, self._own()), *self._shared(Path(folder))):
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"no weights of {self.name} at {path}: `python -m ec2face_core.baselines.train "
+                    f"--system {self.name} --out {folder}` trains it, as does TRAIN=1"
+                )
+            read_weights(path, net)
         self.networks.requires_grad_(False).eval()
+
+    def _own(self) -> nn.ModuleDict:
+        return nn.ModuleDict({k: v for k, v in self.networks.items() if k not in self.shares})
+
+    def _shared(self, folder: Path) -> list[tuple[Path, nn.Module]]:
+        """File and network of what is shared: none, or one."""
+        if not self.shares:
+            return []
+        stage, key = self.shares
+        return [(shared_file(folder, stage), self.networks[key])]
 
 
 @dataclass
@@ -177,6 +195,20 @@ class Faces:
         return cls(
             torch.stack(images), torch.stack(maps), [dataset.captions(n) for n in dataset.ids]
         )
+
+    @classmethod
+    def of_world(cls, config: Config) -> Faces:
+        """The faces that the base of EC²Face was trained on, `POOL` of them."""
+        world = (
+            ProceduralWorld() if config.data.procedural else FolderWorld(resolve(config.data.root))
+        )
+        images, maps, texts = [], [], []
+        for number in range(-(-POOL // 64)):
+            drawn, told = world.scenes(SEED, 10**6 + number * 64, 64)
+            images.append(((drawn.image + 1) * 127.5).round().byte())
+            maps.append(drawn.label_map.byte())
+            texts += [tuple(sentence(telling, seed) for seed in range(4)) for telling in told]
+        return cls(torch.cat(images)[:POOL], torch.cat(maps)[:POOL], texts[:POOL])
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[list[int], list[str]]:
         """Rows of random faces, and a caption each."""
@@ -208,7 +240,7 @@ def train_stage(
     seed: int,
     max_steps: int = 0,
 ) -> int:
-    """Call `step` until `seconds` of optimisation are spent; checkpoint, journal, bar, resume.
+    """Call `step` until `seconds` of a core are spent; checkpoint, journal, bar, resume.
 
     Args:
         name: of the stage, for its folder `run_dir/name` and the bar.
@@ -239,11 +271,11 @@ def train_stage(
 
     bar = tqdm(total=round(seconds), initial=round(spent), desc=name, unit="s", mininterval=1)
     while spent < seconds and not (max_steps and number >= max_steps):
-        began = time.perf_counter()
+        began = time.process_time()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         values = step(number, min(1.0, spent / seconds), generator)
         number += 1
-        spent += time.perf_counter() - began
+        spent += time.process_time() - began
         rows.append({"step": number, "seconds": spent} | {k: float(v) for k, v in values.items()})
         bar.update(min(round(spent), bar.total) - bar.n)
         if spent - saved > CHECKPOINT_SECONDS:
@@ -265,16 +297,52 @@ def seeded(seed: int) -> Iterator[None]:
 
 def shared_weights(path: Path, net: nn.Module, train: Callable[[], None]) -> None:
     """Fill and freeze `net` from the file `path`, which `train`, filling `net`, makes at first."""
-    from safetensors.torch import load_file, save_file
-
     if not path.is_file():
         train()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part)
-        part.replace(path)
-    net.load_state_dict(load_file(path))
+        write_weights(path, net)
+    read_weights(path, net)
     net.requires_grad_(False).eval()
+
+
+# ------------------------------------------------------------------------------- weights on disk
+
+
+def shared_file(folder: Path, stage: str) -> Path:
+    """Where what a system of this folder shares lies: `shared/<stage>.safetensors` beside it."""
+    return folder.parent / "shared" / f"{stage}.safetensors"
+
+
+def write_weights(path: Path, net: nn.Module) -> None:
+    """Matrices and kernels as 8-bit integers with a scale for each output, the rest as float16.
+
+    An eighth bit of noise in a weight is far below what a training's seed changes, and all systems
+    together stay small enough to be kept.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for key, value in net.state_dict().items():
+        if value.ndim > 1 and value.numel() >= SMALLEST:
+            flat = value.detach().float().flatten(1)
+            scale = (flat.abs().amax(1) / 127).clamp(min=1e-12)
+            tensors[f"{key}{SCALE}"] = scale
+            value = (flat / scale[:, None]).round().to(torch.int8).view(value.shape)
+        tensors[key] = value.half() if value.is_floating_point() else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+    part.replace(path)
+
+
+def read_weights(path: Path, net: nn.Module) -> None:
+    """Fill `net` with what `write_weights` wrote."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    for key in [k for k in tensors if k.endswith(SCALE)]:
+        scale, name = tensors.pop(key), key.removesuffix(SCALE)
+        tensors[name] = tensors[name] * scale.view(-1, *[1] * (tensors[name].ndim - 1))
+    net.load_state_dict(tensors)
 
 
 # -------------------------------------------------------------------------------- reading captions
@@ -325,10 +393,6 @@ class Centre(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-
-
-def _half(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().half() if tensor.is_floating_point() else tensor.detach().cpu()
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from .style import (
     schedule,
     update,
 )
-from .system import Faces, System, one_hot, seeded, train_stage
+from .system import FOUNDATION_SECONDS, Faces, System, one_hot, seeded, train_stage
 
 MASK_LAYERS = 6  # layers 0-5 take the mask's code, 6-9 the sentence's
 FREE_LAYERS, DIVERSITY = 2, 0.3  # the last layers lean towards a random code by this much
@@ -66,7 +66,7 @@ class TediGAN(System):
         clip_steps: of optimisation at sampling; 0 leaves the encoders' codes as they are.
     """
 
-    name, shares = "TediGAN", "style"
+    name, shares = "TediGAN", ("style", "generator")
 
     def __init__(self, config: Config, clip_steps: int = 20) -> None:
         super().__init__(config)
@@ -82,11 +82,11 @@ class TediGAN(System):
             self.networks["text"] = SentenceEncoder(width)
 
     def prepare(
-        self, dataset: FaceDataset, shared_dir: Path, seconds: float = 0.0, max_steps: int = 0
+        self, shared_dir: Path, seconds: float = FOUNDATION_SECONDS, max_steps: int = 0
     ) -> None:
         """The frozen generator, shared with MM2Latent."""
         net = self.networks["generator"]
-        pretrain_style(dataset, net, shared_dir, seconds, max_steps=max_steps)
+        pretrain_style(self.config, net, shared_dir, seconds, max_steps)
 
     def fit(
         self,
@@ -98,7 +98,7 @@ class TediGAN(System):
     ) -> None:
         """Invert faces, then masks, then sentences."""
         self.build(seed)
-        self.prepare(dataset, run_dir.parent / "shared", max_steps=max_steps)
+        self.prepare(run_dir.parent / "shared", max_steps=max_steps)
         faces = Faces.read(dataset)
         with seeded(seed):
             visual = Encoder(3, LAYERS * WIDTH)

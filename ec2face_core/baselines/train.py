@@ -23,8 +23,6 @@ from ..journal import read_metrics
 from ..launch import end_with_parent
 from . import SYSTEMS, build
 
-SECONDS = 720.0  # of optimisation, all stages of a system together, shared networks apart
-
 
 def spent(run_dir: Path) -> dict[str, dict[str, float]]:
     """Steps and seconds of optimisation of every stage that was trained in a folder, by name."""
@@ -41,14 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with_parent()
     parser = argparse.ArgumentParser(
         prog="python -m ec2face_core.baselines.train",
-        description="Train one comparison system by wall time. Run again to resume.",
+        description="Train one comparison system for a given time. Run again to resume.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--system", required=True, choices=list(SYSTEMS), help="row of Table 1")
     parser.add_argument("--shared", action="store_true", help="train only what it shares")
     parser.add_argument(
         "--seconds", type=float, default=0.0,
-        help=f"of optimisation (0: {SECONDS:.0f}, or what the shared network's module says)",
+        help="of one core (0: what every system may spend)",
     )  # fmt: skip
     parser.add_argument("--profile", default="mini", help="profile: smoke or mini")
     parser.add_argument("--seed", type=int, default=42, help="of weights and noise")
@@ -57,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     from ..datasets import DataError, open_dataset
     from ..results import provenance
+    from .system import FOUNDATION_SECONDS
 
     torch.set_num_threads(options.threads)
     try:
@@ -66,17 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.shared:
             if not system.shares:
                 raise ConfigError(f"{system.name} shares nothing: leave out --shared")
-            system.prepare(dataset, shared, options.seconds)
+            system.prepare(shared, options.seconds or FOUNDATION_SECONDS)
             print(f"shared by {system.name} and others: {shared}")
             return 0
-        system.fit(dataset, options.out, options.seconds or SECONDS, options.seed)
+        budget = options.seconds or system.budget()
+        system.fit(dataset, options.out, budget, options.seed)
     except (ConfigError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     system.save(options.out)
-    before = {stage: how for stage, how in spent(shared).items() if stage == system.shares}
+    before = {stage: how for stage, how in spent(shared).items() if stage in system.shares}
     record = provenance(
-        config, system=system.name, seed=options.seed, budget=options.seconds or SECONDS,
+        config, system=system.name, seed=options.seed, budget=budget,
         stages=spent(options.out), shared=before,
         parameters=system.parameters(), threads=options.threads,
     )  # fmt: skip

@@ -4,7 +4,7 @@ U-Nets and schedulers are diffusers' own classes. `pretrain_text_unet` makes the
 that CoDiffusion takes as its text diffuser and ControlNeXt as its frozen base, once for both.
 
 Chosen here:
-- Latents are the miniature VAE's (8 x 16 x 16, mean 0, std 1); all training latents are encoded
+- Latents are the miniature VAE's (8 x 16 x 16, mean 0, std 1); all latents are encoded
   once. Captions enter as the guiding CLIP's word features, in place of a text encoder of their own.
 - Attention begins at half the latent's side, as in LDM; it doubles the time at the full side.
 - Every U-Net predicts v instead of the noise: at t = T, where samples begin, an error of predicted
@@ -30,7 +30,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backbone import decode_latents, encode_images, load_backbone
 from ..config import Config
-from ..datasets import FaceDataset
 from .system import Faces, System, shared_weights, train_stage, word_features
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ CHANNELS = (40, 72)  # of a uni-modal U-Net: 1.3 M parameters
 BATCH, RATE, WARM_UP = 32, 1.5e-3, 100
 TEXT_DROP = 0.1  # captions replaced by "", for classifier-free guidance
 TEXT_UNET = "text_unet.safetensors"
-PRETRAIN_SECONDS = 1200.0  # a foundation: apart from what a system may spend
 
 
 class LatentSystem(System):
@@ -77,8 +75,8 @@ class LatentSystem(System):
 class LatentFaces:
     """Every training face as a latent, with its label map and captions."""
 
-    def __init__(self, dataset: FaceDataset, vae: nn.Module) -> None:
-        self.faces = Faces.read(dataset)
+    def __init__(self, faces: Faces, vae: nn.Module) -> None:
+        self.faces = faces
         self.z = encode_all(lambda x: encode_images(vae, x), self.faces)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
@@ -212,29 +210,27 @@ def drop_texts(texts: Sequence[str], share: float, generator: torch.Generator) -
 def pretrain_text_unet(
     system: LatentSystem,
     unet: UNet2DConditionModel,
-    dataset: FaceDataset,
     shared_dir: Path,
-    seconds: float = 0.0,
-    seed: int = 42,
+    seconds: float,
     max_steps: int = 0,
 ) -> None:
     """Fill `unet` with the shared text-to-image weights; train them first where there are none.
 
     Args:
         shared_dir: holds the finished weights, or the checkpoints of a training that was stopped.
-        seconds: of optimisation, if it has to be trained; 0: `PRETRAIN_SECONDS`.
+        seconds: of one core, if it has to be trained.
     """
 
     def train() -> None:
-        faces = LatentFaces(dataset, system.vae)
+        faces = LatentFaces(Faces.of_world(system.config), system.vae)
 
         def loss(generator: torch.Generator) -> Tensor:
             z, _, texts = faces.batch(BATCH, generator)
             words = word_features(system.clip, drop_texts(texts, TEXT_DROP, generator))
             return denoising_loss(prediction_of(unet), system.scheduler, z, generator, words)
 
-        budget = seconds or PRETRAIN_SECONDS
-        optimise("text_unet", loss, {"unet": unet}, shared_dir, budget, seed, None, max_steps)
+        seed = system.config.seed
+        optimise("text_unet", loss, {"unet": unet}, shared_dir, seconds, seed, None, max_steps)
 
     shared_weights(shared_dir / TEXT_UNET, unet, train)
 
