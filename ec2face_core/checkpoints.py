@@ -24,7 +24,7 @@ from .config import Config, ConfigError
 
 # What may change between the runs of one training; everything else decides the weights.
 FREE = {
-    "profile", "adapters", "data.validation", "sampling", "evaluation",
+    "profile", "adapters", "data.validation", "sampling", "evaluation", "baselines",
     "perception.scoring_parser", "perception.scoring_clip",
     "trainer.steps", "trainer.batch_size", "trainer.accumulation", "trainer.num_processes",
     "trainer.gradient_checkpointing", "trainer.recompute_every", "trainer.compile",

@@ -144,6 +144,15 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class BaselinesConfig:
+    """Training of the comparison systems' miniatures; seconds are of one core."""
+
+    pool: int = 16_384  # faces that foundations see: as many as `make foundation` takes
+    foundation_seconds: float = 1800.0  # for what a system stands on
+    seconds: float = 900.0  # for its task: EC²Face's training took 890
+
+
+@dataclass(frozen=True)
 class Config:
     """One experiment. `profile` names its folder in `runs/`."""
 
@@ -158,6 +167,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
 
     @property
     def run_dir(self) -> Path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .baselines import SYSTEMS
-from .baselines.draw import draw_split
+from .baselines.draw import draw_split, official_pictures
 from .config import (
     VARIANTS,
     Config,
@@ -173,7 +173,13 @@ def _adopt(config: Config, dataset: FaceDataset, options: argparse.Namespace) ->
         report.raise_if_bad()
     ids = evaluated_ids(config, dataset, options.limit)
     adapter, size = options.adapter or "plain", config.data.size
-    return adopt(resolve(options.images), adapter, rows, ids, size, config.run_dir / "images")
+    folder = adopt(resolve(options.images), adapter, rows, ids, size, config.run_dir / "images")
+    if adapter in SYSTEM_OF and not (options.limit or options.manifest):
+        link = official_pictures(config, SYSTEM_OF[adapter], options.split)  # Tables 1 and 2
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+    return folder
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .attributes import CLASS_ID, GROUPS, display_name, pixel_counts
-from .baselines import SYSTEMS, trained
-from .baselines.draw import draw_split
+from .baselines import SYSTEMS
+from .baselines.draw import available, system_pictures
 from .config import VARIANTS, Config, ConfigError, adapter_dir, adapter_name
 from .datasets import FaceDataset, open_dataset
 from .evaluate import summarise, summarise_difference
@@ -75,10 +75,10 @@ def with_seed(config: Config, k: int) -> Config:
 def _pictures(config: Config, variant: str, split: str) -> Path:
     """`generate_split`; where pictures are missing, on as many processes as the profile says.
 
-    Or, with a comparison system for the variant, `draw_split`.
+    Or, with a comparison system for the variant, `system_pictures`.
     """
     if variant in SYSTEMS:
-        return draw_split(config, variant, split)
+        return system_pictures(config, variant, split)
     processes = config.sampling.num_processes
     if variant in VARIANTS and not (folder := adapter_dir(config, variant)).is_dir():
         count = config.seed - Config.seed + 1
@@ -315,12 +315,12 @@ def faces(dataset: FaceDataset, ids: Sequence[str]) -> tuple[list[str], Tensor, 
 
 
 def systems(config: Config, ids: Sequence[str], split: str = "test") -> dict[str, Tensor | None]:
-    """Columns of Figs. 3 and 6: nothing for the systems without weights here, and EC²Face."""
+    """Columns of Figs. 3 and 6: nothing for the systems without pictures here, and EC²Face."""
     dataset = open_dataset(config, split)
     known = set(evaluated_ids(config, dataset))
     if unknown := [name for name in ids if name not in known]:
         raise ValueError(f"faces {unknown} are not among those evaluated: see evaluation.limit")
-    sources = {name: name for name in trained(config)} | {"EC²Face": "both"}
+    sources = {name: name for name in available(config, split)} | {"EC²Face": "both"}
     pictures = {
         name: load_pictures(_pictures(config, source, split), ids)
         for name, source in sources.items()

@@ -190,7 +190,7 @@ def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
 
     cells = nbformat.read(notebook, as_version=4).cells
     inputs = [
-        *sorted((ROOT / "ec2face_core").glob("*.py")),
+        *sorted((ROOT / "ec2face_core").rglob("*.py")),
         ROOT / "data/mini",
         ROOT / "data/paper",
     ]
@@ -199,7 +199,8 @@ def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
         inputs += [resolve(root) / "manifest.csv" for root in roots]
     if "train" not in papermill.inspect_notebook(str(notebook)):
         # one that trains writes these instead
-        inputs += [config.run_dir / "adapters", config.run_dir / "sweeps" / "sweeps.csv"]
+        kept = ("sweeps/sweeps.csv", "budget/budget.csv", "baselines")
+        inputs += [config.run_dir / "adapters", *(config.run_dir / name for name in kept)]
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     shaping = [code, parameters, config.digest(), [path_digest(path) for path in inputs]]
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]

@@ -39,7 +39,9 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def config(tiny_config) -> Config:
-    return tiny_config.replace(sampling={"steps": 2})
+    return tiny_config.replace(
+        sampling={"steps": 2}, baselines={"pool": 64, "foundation_seconds": LONG}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,6 @@ def trained(request, config, faces, runs):
             patch.setattr(module, "BATCH", 2)
             if hasattr(module, "CENTRED"):
                 patch.setattr(module, "CENTRED", 8)
-        patch.setattr(system, "POOL", 64)
         patch.setattr(system, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
         straight, stopped = build(name, config), build(name, config)
         straight.fit(faces, runs / f"{name}-straight", LONG, max_steps=2)
@@ -117,9 +118,9 @@ def test_what_is_shared_is_frozen_and_trained_once(trained, runs):
     """TediGAN and MM2Latent stand on one generator, CoDiffusion and ControlNeXt on one U-Net."""
     own = trained[0]
     if not own.shares:
-        assert own.budget() == system.FOUNDATION_SECONDS + system.SECONDS
+        assert own.budget() == LONG + own.config.baselines.seconds
         return
-    assert own.budget() == system.SECONDS
+    assert own.budget() == own.config.baselines.seconds
     stage, key = own.shares
     fresh = build(own.name, own.config).networks[key]
     read_weights(runs / "shared" / f"{stage}.safetensors", fresh)

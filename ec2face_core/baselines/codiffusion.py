@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..attributes import NUM_CLASSES
 from ..datasets import FaceDataset
-from .system import FOUNDATION_SECONDS, Faces, one_hot, seeded, word_features
+from .system import Faces, one_hot, seeded, word_features
 from .unets import (
     BATCH,
     LatentFaces,
@@ -54,12 +54,10 @@ class CoDiffusion(LatentSystem):
             for kind, width in (("text", self.words), ("mask", MASK_WIDTH)):
                 self.networks[f"{kind}_influence"] = text_unet(self.shape, width, DYNAMIC, 1)
 
-    def prepare(
-        self, shared_dir: Path, seconds: float = FOUNDATION_SECONDS, max_steps: int = 0
-    ) -> None:
+    def prepare(self, shared_dir: Path, max_steps: int = 0) -> None:
         """The text-to-image U-Net, shared with ControlNeXt."""
         net = self.networks["text"]
-        pretrain_text_unet(self, net, shared_dir, seconds, max_steps)
+        pretrain_text_unet(self, net, shared_dir, max_steps)
 
     def fit(
         self,

@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from ..attributes import NUM_CLASSES
 from ..datasets import FaceDataset
-from .system import FOUNDATION_SECONDS, Faces, one_hot, seeded, word_features
+from .system import Faces, one_hot, seeded, word_features
 from .unets import (
     BATCH,
     CHANNELS,
@@ -62,12 +62,10 @@ class ControlNeXt(LatentSystem):
         self.networks["unet"], self.networks["encoder"] = unet, encoder
         self.networks["increments"] = nn.ParameterList(increments)
 
-    def prepare(
-        self, shared_dir: Path, seconds: float = FOUNDATION_SECONDS, max_steps: int = 0
-    ) -> None:
+    def prepare(self, shared_dir: Path, max_steps: int = 0) -> None:
         """The text-to-image U-Net, shared with CoDiffusion."""
         net = self.networks["unet"]
-        pretrain_text_unet(self, net, shared_dir, seconds, max_steps)
+        pretrain_text_unet(self, net, shared_dir, max_steps)
 
     def fit(
         self,

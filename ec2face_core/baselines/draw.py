@@ -29,7 +29,7 @@ from ..generate import (  # private there: another name would make EC²Face's pi
 )
 from ..perception import LOCAL_DIR
 from ..results import path_digest
-from . import SYSTEMS, WEIGHTS, load, systems, weights_dir
+from . import SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
 from .system import shared_file
 
 BLOCKS = ("system", "style", "unets")  # modules that several systems stand on
@@ -74,6 +74,23 @@ def draw_split(
             chunks = {"Disclaimer": NOTICE, "Model": model, "Prompt-SHA256": prompt}
             save_picture(folder / f"{i}.png", image, chunks | {"Seed": str(seed)})
     return folder
+
+
+def available(config: Config, split: str) -> list[str]:
+    """The rows of which there are weights, or scored pictures of this split, in their order."""
+    have = trained(config)
+    return [n for n in SYSTEMS if n in have or official_pictures(config, n, split).is_dir()]
+
+
+def official_pictures(config: Config, name: str, split: str) -> Path:
+    """Where `evaluate --adapter` leaves a link to the pictures that the official code wrote."""
+    return config.run_dir / "images" / f"{split}-{name}-official"
+
+
+def system_pictures(config: Config, name: str, split: str) -> Path:
+    """The official code's pictures of a split where they were scored, else the miniature's."""
+    official = official_pictures(config, name, split)
+    return official.resolve() if official.is_dir() else draw_split(config, name, split)
 
 
 def system_key(config: Config, name: str, dataset: FaceDataset) -> str:

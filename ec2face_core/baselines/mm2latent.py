@@ -37,7 +37,7 @@ from .style import (
     update,
     upsample,
 )
-from .system import FOUNDATION_SECONDS, Centre, Faces, System, one_hot, seeded, train_stage
+from .system import Centre, Faces, System, one_hot, seeded, train_stage
 
 CODE = 128  # of a mask
 NOISE = 0.5  # length of the noise that makes an image embedding a pseudo text
@@ -98,12 +98,10 @@ class MM2Latent(System):
             self.networks["mapping"] = ToLatent(width)
         self.networks["centre"] = Centre(width)
 
-    def prepare(
-        self, shared_dir: Path, seconds: float = FOUNDATION_SECONDS, max_steps: int = 0
-    ) -> None:
+    def prepare(self, shared_dir: Path, max_steps: int = 0) -> None:
         """The frozen generator, shared with TediGAN."""
         net = self.networks["generator"]
-        pretrain_style(self.config, net, shared_dir, seconds, max_steps)
+        pretrain_style(self.config, net, shared_dir, max_steps)
 
     def fit(
         self,

@@ -266,25 +266,22 @@ def perceptual(clip: ClipScorer, a: Tensor, b: Tensor) -> Tensor:
 
 
 def pretrain_style(
-    config: Config, average: StyleGenerator, shared_dir: Path, seconds: float, max_steps: int = 0
+    config: Config, average: StyleGenerator, shared_dir: Path, max_steps: int = 0
 ) -> None:
     """Fill `average` with the shared generator; train it first where there is none.
 
     Args:
         average: becomes the moving average of the trained weights, frozen.
         shared_dir: holds the finished weights, or the checkpoints of a training that was stopped.
-        seconds: of one core, if it has to be trained.
     """
 
     def train() -> None:
-        _train_style(config, average, shared_dir, seconds, max_steps)
+        _train_style(config, average, shared_dir, max_steps)
 
     shared_weights(shared_dir / STYLE, average, train)
 
 
-def _train_style(
-    config: Config, average: StyleGenerator, shared_dir: Path, seconds: float, max_steps: int
-) -> None:
+def _train_style(config: Config, average: StyleGenerator, shared_dir: Path, max_steps: int) -> None:
     with seeded(config.seed):
         net, critic = StyleGenerator(), Discriminator()
     average.load_state_dict(net.state_dict())
@@ -314,6 +311,7 @@ def _train_style(
 
     state = {"net": net, "average": average, "critic": critic}
     state |= {"adam": optimizers[0], "adam_critic": optimizers[1]}
+    seconds = config.baselines.foundation_seconds
     train_stage("style", step, state, shared_dir, seconds, config.seed, max_steps)
 
 

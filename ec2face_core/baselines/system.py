@@ -5,9 +5,10 @@ Chosen here:
   of training ends after `seconds` of optimisation, and its schedules follow the fraction of time
   spent. Seconds are those of one core, which other work on the machine does not shorten. A stopped
   run resumes from its last checkpoint with the seconds it had spent.
-- Every system may spend the same: `FOUNDATION_SECONDS` on what it stands on and `SECONDS` on its
-  task. Two systems share what they stand on; it is trained once, on the faces that the base of
-  EC²Face saw, and frozen. Systems that stand on nothing spend both on their task.
+- Every system may spend the same, as the profile's `baselines` says: `foundation_seconds` on what
+  it stands on and `seconds` on its task. Two systems share what they stand on; it is trained once,
+  on the faces that the base of EC²Face saw, and frozen. Who stands on nothing spends both on its
+  task.
 - All training faces are held in memory once, as bytes.
 - Every system sees captions through the guiding CLIP only, as this world has no other reader.
 """
@@ -38,9 +39,6 @@ from . import WEIGHTS
 if TYPE_CHECKING:
     from ..perception import ClipScorer
 
-FOUNDATION_SECONDS = 1800.0  # of one core, for what a system stands on
-SECONDS = 900.0  # and for its task, as EC²Face's training of 890 s
-POOL = 16_384  # faces that foundations see: those of `make foundation`
 SMALLEST, SCALE = 1024, "/scale"  # of tensors that are kept in 8 bits; name of their scales
 CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints
 
@@ -68,17 +66,18 @@ class System(ABC):
         self.networks = nn.ModuleDict()
 
     def prepare(  # noqa: B027
-        self, shared_dir: Path, seconds: float = FOUNDATION_SECONDS, max_steps: int = 0
+        self, shared_dir: Path, max_steps: int = 0
     ) -> None:
         """Fill in what the system shares with another one from `shared_dir`.
 
-        Where it is not there it is trained, within `seconds`; the same call again resumes. Nothing
-        to do for a system that shares nothing.
+        Where it is not there it is trained; the same call again resumes. Nothing to do for a system
+        that shares nothing.
         """
 
     def budget(self) -> float:
         """Seconds that `fit` may spend, so that every system spends the same in all."""
-        return SECONDS if self.shares else FOUNDATION_SECONDS + SECONDS
+        own = self.config.baselines
+        return own.seconds if self.shares else own.foundation_seconds + own.seconds
 
     @abstractmethod
     def fit(
@@ -198,17 +197,16 @@ class Faces:
 
     @classmethod
     def of_world(cls, config: Config) -> Faces:
-        """The faces that the base of EC²Face was trained on, `POOL` of them."""
-        world = (
-            ProceduralWorld() if config.data.procedural else FolderWorld(resolve(config.data.root))
-        )
+        """The faces that the base of EC²Face was trained on, `baselines.pool` of them."""
+        data, pool = config.data, config.baselines.pool
+        world = ProceduralWorld() if data.procedural else FolderWorld(resolve(data.root))
         images, maps, texts = [], [], []
-        for number in range(-(-POOL // 64)):
+        for number in range(-(-pool // 64)):
             drawn, told = world.scenes(SEED, 10**6 + number * 64, 64)
             images.append(((drawn.image + 1) * 127.5).round().byte())
             maps.append(drawn.label_map.byte())
             texts += [tuple(sentence(telling, seed) for seed in range(4)) for telling in told]
-        return cls(torch.cat(images)[:POOL], torch.cat(maps)[:POOL], texts[:POOL])
+        return cls(torch.cat(images)[:pool], torch.cat(maps)[:pool], texts[:pool])
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[list[int], list[str]]:
         """Rows of random faces, and a caption each."""

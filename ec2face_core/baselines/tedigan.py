@@ -35,7 +35,7 @@ from .style import (
     schedule,
     update,
 )
-from .system import FOUNDATION_SECONDS, Faces, System, one_hot, seeded, train_stage
+from .system import Faces, System, one_hot, seeded, train_stage
 
 MASK_LAYERS = 6  # layers 0-5 take the mask's code, 6-9 the sentence's
 FREE_LAYERS, DIVERSITY = 2, 0.3  # the last layers lean towards a random code by this much
@@ -81,12 +81,10 @@ class TediGAN(System):
             width = self.clip.text_features([""]).shape[1]
             self.networks["text"] = SentenceEncoder(width)
 
-    def prepare(
-        self, shared_dir: Path, seconds: float = FOUNDATION_SECONDS, max_steps: int = 0
-    ) -> None:
+    def prepare(self, shared_dir: Path, max_steps: int = 0) -> None:
         """The frozen generator, shared with MM2Latent."""
         net = self.networks["generator"]
-        pretrain_style(self.config, net, shared_dir, seconds, max_steps)
+        pretrain_style(self.config, net, shared_dir, max_steps)
 
     def fit(
         self,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import ConfigError, load_profile
+from ..config import ConfigError, load_config, load_profile
 from ..journal import read_metrics
 from ..launch import end_with_parent
 from . import SYSTEMS, build
@@ -46,26 +46,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shared", action="store_true", help="train only what it shares")
     parser.add_argument(
         "--seconds", type=float, default=0.0,
-        help="of one core (0: what every system may spend)",
+        help="of one core (0: what the profile gives every system)",
     )  # fmt: skip
-    parser.add_argument("--profile", default="mini", help="profile: smoke or mini")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--profile", default="mini", help="profile: smoke, mini or photos64")
+    source.add_argument("--config", type=Path, metavar="FILE", help="a saved config.yaml instead")
     parser.add_argument("--seed", type=int, default=42, help="of weights and noise")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, required=True, help="folder of weights and state")
     options = parser.parse_args(arguments)
     from ..datasets import DataError, open_dataset
     from ..results import provenance
-    from .system import FOUNDATION_SECONDS
 
     torch.set_num_threads(options.threads)
     try:
-        config = load_profile(options.profile)
+        config = load_config(options.config) if options.config else load_profile(options.profile)
         system = build(options.system, config)
         dataset, shared = open_dataset(config, "train"), options.out.parent / "shared"
         if options.shared:
             if not system.shares:
                 raise ConfigError(f"{system.name} shares nothing: leave out --shared")
-            system.prepare(shared, options.seconds or FOUNDATION_SECONDS)
+            system.prepare(shared)
             print(f"shared by {system.name} and others: {shared}")
             return 0
         budget = options.seconds or system.budget()

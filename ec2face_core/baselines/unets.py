@@ -211,14 +211,12 @@ def pretrain_text_unet(
     system: LatentSystem,
     unet: UNet2DConditionModel,
     shared_dir: Path,
-    seconds: float,
     max_steps: int = 0,
 ) -> None:
     """Fill `unet` with the shared text-to-image weights; train them first where there are none.
 
     Args:
         shared_dir: holds the finished weights, or the checkpoints of a training that was stopped.
-        seconds: of one core, if it has to be trained.
     """
 
     def train() -> None:
@@ -229,7 +227,7 @@ def pretrain_text_unet(
             words = word_features(system.clip, drop_texts(texts, TEXT_DROP, generator))
             return denoising_loss(prediction_of(unet), system.scheduler, z, generator, words)
 
-        seed = system.config.seed
+        seed, seconds = system.config.seed, system.config.baselines.foundation_seconds
         optimise("text_unet", loss, {"unet": unet}, shared_dir, seconds, seed, None, max_steps)
 
     shared_weights(shared_dir / TEXT_UNET, unet, train)

@@ -1,0 +1,285 @@
+"""The comparison systems as experiments: training all, who leads by how much, time and budget.
+
+    python -m ec2face_core.comparison --profile mini [--only UaC] [--budget] [--keep DIR]
+
+trains the six in miniature, as many at a time as there are cores; the same call again resumes.
+`--budget` then trains each with half and with twice its time, too, and scores all three on
+validation faces; what two systems share stays as it is. Test faces are never looked at here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .baselines import SYSTEMS, WEIGHTS, build, systems, weights_dir
+from .baselines.draw import available
+from .baselines.system import shared_file
+from .config import Config, ConfigError, adapter_dir, load_profile, resolve
+from .datasets import DataError, open_dataset
+from .evaluate import summarise
+from .experiments import difference_rows, scored
+from .launch import run
+from .lora import LORA_FILE
+from .results import read_rows, save_rows
+from .tables import METHODS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+OURS, MINUS = "both", "EC²Face - {}"
+FACTORS = {"half": 0.5, "once": 1.0, "double": 2.0}  # of a system's own training time
+SPLIT = "validation"
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def retrain_systems(
+    config: Config, names: Sequence[str] = tuple(SYSTEMS), keep: Path | None = None
+) -> None:
+    """Train systems into `runs/<profile>/baselines`, one child process a core; resumes.
+
+    Args:
+        keep: folder to copy weights and provenance to, as `data/mini/baselines`.
+    """
+    classes, folder = systems(), config.run_dir / "baselines"
+    settings = folder / "config.yaml"
+    config.save(settings)
+
+    def train(job: tuple[str, bool]) -> None:
+        name, shared = job
+        out = folder / SYSTEMS[name].partition(".")[0]
+        if shared or not _finished(config, name, out):
+            run(
+                "ec2face_core.baselines.train", "--config", str(settings), "--system", name,
+                "--out", str(out), *(["--shared"] if shared else []),
+            )  # fmt: skip
+
+    first = {classes[n].shares: n for n in names if classes[n].shares}  # one of each pair
+    stands = [n for n in names if classes[n].shares]
+    waves = [
+        [*((n, True) for n in first.values()), *((n, False) for n in names if n not in stands)],
+        [(n, False) for n in stands],
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for wave in waves:
+            list(pool.map(train, wave))
+    if keep is not None:
+        for name in names:
+            _copy(config, name, keep)
+
+
+def _finished(config: Config, name: str, out: Path) -> bool:
+    about = out / "provenance.json"
+    if not (out / WEIGHTS).is_file() or not about.is_file():
+        return False
+    return json.loads(about.read_text())["parameters"]["budget"] == build(name, config).budget()
+
+
+def _copy(config: Config, name: str, target: Path) -> None:
+    """Weights and provenance of a system, and what it shares, to `target`."""
+    folder = weights_dir(config, name)
+    files = [folder / WEIGHTS, folder / "provenance.json"]
+    files += [shared_file(folder, stage) for stage in systems()[name].shares[:1]]
+    for source in files:
+        copy = target / source.relative_to(folder.parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if copy != source:
+            shutil.copyfile(source, copy)
+
+
+# ---------------------------------------------------------------------------- tables 1 and 2
+
+
+def compared(config: Config, split: str) -> dict[str, str]:
+    """Methods of Tables 1 and 2: name in the table -> whose pictures; ceilings last."""
+    own = {name: name for name in available(config, split)}
+    return own | {"EC2Face": OURS, "real": "real", "vae_round_trip": "vae_round_trip"}
+
+
+def lead_rows(config: Config, table: str, split: str, seeds: int = 1) -> DataFrame:
+    """EC²Face minus each system on the same faces, with intervals; empty without systems."""
+    import pandas as pd
+
+    pairs = {MINUS.format(name): (OURS, name) for name in available(config, split)}
+    return difference_rows(config, table, pairs, split, seeds) if pairs else pd.DataFrame()
+
+
+def describe_lead(
+    rows: DataFrame, lead: DataFrame, metrics: Sequence[str] = ("Text", "OAA", "RFA")
+) -> str:
+    """A line a metric: EC²Face, the best other system, their difference and quotient."""
+    if lead.empty:
+        return "No comparison system has pictures or weights here."
+    lines = []
+    for metric in metrics:
+        of = rows[(rows["metric"] == metric) & (rows["critic"] == "independent")]
+        of = of[of["source"] == "ours"].set_index("method")["value"]
+        others = of[[name for name in SYSTEMS if name in of]].sort_values(ascending=False)
+        best = others.index[0]
+        gap = lead[(lead["metric"] == metric) & (lead["critic"] == "independent")]
+        gap = gap.set_index("method")
+        behind = (gap["ci_low"] > 0).sum()
+        row = gap.loc[MINUS.format(best)]
+        lines.append(
+            f"{metric}: {METHODS['EC2Face']} {of['EC2Face']:.1f}, best other {best} "
+            f"{others[best]:.1f}: {row['value']:+.1f} [{row['ci_low']:+.1f}, "
+            f"{row['ci_high']:+.1f}], {of['EC2Face'] / others[best]:.2f} times as much; "
+            f"{behind} of {len(others)} systems are lower by more than faces explain."
+        )
+    return "\n".join(lines)
+
+
+def system_facts(config: Config, split: str = "test") -> DataFrame:
+    """Parameters and minutes of training, one row a system; blank for an official repository."""
+    import pandas as pd
+
+    rows = []
+    for name in available(config, split):
+        path = weights_dir(config, name) / "provenance.json"
+        made = json.loads(path.read_text())["parameters"] if path.is_file() else {}
+        own, shared = (
+            sum(stage["seconds"] for stage in made.get(k, {}).values())
+            for k in ("stages", "shared")
+        )
+        rows.append((name, made.get("parameters", 0) / 1e6, shared / 60, own / 60))
+    rows.append((METHODS["EC2Face"], *_own_facts(config)))
+    columns = ["system", "parameters (M)", "foundation (min)", "training (min)"]
+    table = pd.DataFrame(rows, columns=columns).set_index("system").round(2)
+    return table.astype(object).where(table > 0, "")
+
+
+def _own_facts(config: Config) -> tuple[float, float, float]:
+    """Millions of parameters, minutes of the base and of the adapter."""
+    import numpy as np
+    from safetensors import safe_open
+
+    base, adapter = resolve(config.backbone.path), adapter_dir(config, OURS)
+    files, count = [*(base / "transformer").glob("*.safetensors"), adapter / LORA_FILE], 0
+    for path in files:
+        with safe_open(path, "pt") as file:
+            count += sum(np.prod(file.get_slice(k).get_shape()) for k in file.keys())  # noqa: SIM118
+    minutes = []
+    for folder in (base, adapter):
+        about = folder / "provenance.json"
+        minutes.append(json.loads(about.read_text())["seconds"] / 60 if about.is_file() else 0.0)
+    return count / 1e6, *minutes
+
+
+# ------------------------------------------------------------------------- half, once, double
+
+
+def budget_config(config: Config, factor: str) -> Config:
+    """The configuration whose systems have half or twice the time; `config` itself for once."""
+    if factor == "once":
+        return config
+    own, folder = config.baselines, f"{config.profile}/budget/{factor}"
+    return config.replace(
+        profile=folder,
+        adapters=f"runs/{folder}/adapters",
+        baselines={
+            "seconds": FACTORS[factor] * own.seconds,
+            "foundation_seconds": FACTORS[factor] * own.foundation_seconds,
+        },
+    )
+
+
+def run_budget(config: Config, names: Sequence[str] = tuple(SYSTEMS)) -> Path:
+    """Train with half and twice the time, score on validation faces, write `budget.csv`.
+
+    Long rows of table `budget`; methods are `<system>, <half | once | double>`. Rows of other
+    systems that the file has stay in it.
+    """
+    import pandas as pd
+
+    dataset, parts = open_dataset(config, SPLIT), []
+    path = config.run_dir / "budget" / "budget.csv"
+    for factor in FACTORS:
+        other = budget_config(config, factor)
+        if other is not config:
+            for name in names:
+                for stage in systems()[name].shares[:1]:
+                    kept = shared_file(weights_dir(config, name), stage)
+                    copy = shared_file(other.run_dir / "baselines" / name, stage)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(kept, copy)
+            retrain_systems(other, names)
+        for name in names:
+            about = ("budget", f"{name}, {factor}", dataset.root.name, config)
+            parts.append(summarise(scored(other, name, SPLIT), *about))
+    ours = scored(config, OURS, SPLIT)
+    parts.append(summarise(ours, "budget", "EC2Face", dataset.root.name, config))
+    rows = pd.concat(parts, ignore_index=True)
+    if path.is_file():
+        others = read_rows(path)
+        rows = pd.concat([others[~others["method"].isin(rows["method"])], rows], ignore_index=True)
+    save_rows(rows, path, config, inputs=[weights_dir(config, name) for name in names])
+    return path
+
+
+def kept_budget(config: Config) -> tuple[DataFrame, Path] | None:
+    """The rows of `run_budget` and their file: this profile's own, else the kept, else None."""
+    own = config.run_dir / "budget" / "budget.csv"
+    path = own if own.is_file() else resolve(config.adapters).with_name("budget.csv")
+    return (read_rows(path), path) if path.is_file() else None
+
+
+def describe_budget(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA")) -> str:
+    """A line a metric: does EC²Face lead those that had twice the time?"""
+    own = rows[rows["critic"] == "independent"]
+    lines = []
+    for metric in metrics:
+        of = own[own["metric"] == metric].set_index("method")["value"]
+        twice = {n: of[f"{n}, double"] for n in SYSTEMS if f"{n}, double" in of}
+        best = max(twice, key=twice.get)
+        lines.append(
+            f"{metric}, twice the time for all but EC²Face: best {best} {twice[best]:.1f} "
+            f"(once {of[f'{best}, once']:.1f}), EC²Face {of['EC2Face']:.1f}."
+        )
+    return "\n".join(lines)
+
+
+def budget_series(rows: DataFrame) -> Mapping[str, list[tuple[float, str]]]:
+    """What `effects.length_figure` draws: (times its training time, method) of each system."""
+    have = set(rows["method"])
+    series = {
+        name: [(f, f"{name}, {k}") for k, f in FACTORS.items() if f"{name}, {k}" in have]
+        for name in SYSTEMS
+    }
+    return {name: points for name, points in series.items() if points}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns 0, or 2 for settings or data that cannot work."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ec2face_core.comparison",
+        description="Train the comparison systems in miniature. Run again to resume.",
+    )
+    parser.add_argument("--profile", default="mini", help="smoke, mini or photos64 (default: mini)")
+    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), help="some of the systems")
+    parser.add_argument("--budget", action="store_true", help="also half and twice the time")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the weights there")
+    options = parser.parse_args(arguments)
+    names = options.only or list(SYSTEMS)
+    try:
+        config = load_profile(options.profile)
+        retrain_systems(config, names, options.keep and resolve(options.keep))
+        print(config.run_dir / "baselines")
+        if options.budget:
+            print(run_budget(config, names))
+    except (ConfigError, DataError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
