@@ -57,7 +57,11 @@ def retrain_systems(
     def train(job: tuple[str, bool]) -> None:
         name, shared = job
         out = folder / SYSTEMS[name].partition(".")[0]
-        if shared or not _finished(config, name, out):
+        if shared:
+            there = shared_file(out, classes[name].shares[0]).is_file()
+        else:
+            there = _finished(config, name, out)
+        if not there:
             run(
                 "ec2face_core.baselines.train", "--config", str(settings), "--system", name,
                 "--out", str(out), *(["--shared"] if shared else []),

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .plotting import BLUE, GREY, ORANGE, SKY, new_figure, styled
+from .plotting import BLUE, CYCLE, GREY, ORANGE, SKY, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
+
+SERIES, BLACK = (SKY, *CYCLE[:-1]), "0.15"
 
 
 @styled
@@ -94,22 +96,28 @@ def length_figure(
     series: Mapping[str, Sequence[tuple[float, str]]],
     xlabel: str,
     metrics: Sequence[str] = ("RFA", "OAA", "HFA"),
+    level: tuple[str, str] | None = None,
 ) -> Figure:
     """Metrics against a number, a line with its 95 % band for each series.
 
     Args:
         rows: long rows of one critic, method = point.
-        series: legend text -> (x, point) of its points.
+        series: legend text -> (x, point) of its points; at most seven.
+        level: (legend text, point) of something without number, a dashed line.
     """
-    fig = new_figure(9, 2.9)
+    fig = new_figure(9, 2.9 if len(series) < 4 else 3.4)
     for ax, metric in zip(fig.subplots(1, len(metrics)), metrics, strict=True):
         of = rows[rows["metric"] == metric].set_index("method")
-        for (label, points), colour in zip(series.items(), (SKY, BLUE, ORANGE), strict=False):
+        for (label, points), colour in zip(series.items(), SERIES, strict=False):
             x, names = zip(*sorted(points), strict=True)
             line = of.reindex(list(names))
             ax.fill_between(x, line["ci_low"].to_numpy(float), line["ci_high"].to_numpy(float),
                             color=colour, alpha=0.18, lw=0)  # fmt: skip
             ax.plot(x, line["value"].to_numpy(float), "o-", color=colour, label=label, ms=4)
+        if level:
+            value, low, high = of.loc[level[1], ["value", "ci_low", "ci_high"]]
+            ax.axhspan(low, high, color=BLACK, alpha=0.1, lw=0)
+            ax.axhline(value, color=BLACK, ls="--", lw=1.2, label=level[0])
         ax.set_xscale("log")
         ax.set_xticks(sorted({x for points in series.values() for x, _ in points}))
         ax.get_xaxis().set_major_formatter("{x:g}")
@@ -118,7 +126,7 @@ def length_figure(
         ax.grid(axis="y")
     fig.axes[0].set_ylabel("accuracy (%)")
     handles, texts = fig.axes[0].get_legend_handles_labels()
-    fig.legend(handles, texts, loc="outside upper center", ncols=len(texts))
+    fig.legend(handles, texts, loc="outside upper center", ncols=min(len(texts), 7))
     return fig
 
 

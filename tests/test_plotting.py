@@ -122,6 +122,13 @@ ALL = {
         "steps",
         ("RFA", "OAA", "Text"),
     ),
+    "budget": lambda: effects.length_figure(
+        differences()[0],
+        {name: [(0.5, "mask - none"), (2, "mask - none")] for name in "ABCDEF"},
+        "times its training time",
+        ("RFA", "OAA", "Text"),
+        level=("EC²Face", "text - none"),
+    ),
     "critics": lambda: effects.critic_figure(
         pd.concat([differences()[0].assign(critic=c) for c in ("independent", "guiding")]),
         {"mask - none": "mask"},

@@ -39,7 +39,7 @@ FLOORS = {
         "estimation evaluate inspection",
         "gradients",
         "experiments sentences",
-        "robustness sweeps",
+        "comparison robustness sweeps",
         "report",
     ],
     6: ["prepare train"],

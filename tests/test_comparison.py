@@ -1,0 +1,150 @@
+"""Comparison systems as experiments: training in child processes, budgets, who leads, tables."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from ec2face_core import comparison, evaluate, experiments
+from ec2face_core.baselines import WEIGHTS, build, weights_dir
+from ec2face_core.baselines.draw import available, draw_split
+from ec2face_core.comparison import FACTORS, budget_config, describe_lead
+from ec2face_core.config import Config
+from ec2face_core.datasets import open_dataset
+from ec2face_core.results import read_rows
+from ec2face_core.tables import METHODS
+
+NAME = "MM2Latent"
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config, tmp_path_factory) -> Config:
+    return tiny_config.replace(
+        profile=str(tmp_path_factory.mktemp("runs") / "systems"),
+        data={"procedural": True, "validation": 2},
+        sampling={"steps": 1},
+        evaluation={"bootstrap": 20},
+        baselines={"pool": 64, "foundation_seconds": 0.1, "seconds": 0.1},
+    )
+
+
+@pytest.fixture(scope="module")
+def kept(config, tmp_path_factory):
+    """A system trained in a child process, and where its weights were copied to."""
+    keep = tmp_path_factory.mktemp("kept") / "baselines"
+    comparison.retrain_systems(config, [NAME], keep)
+    return keep
+
+
+def test_a_system_is_trained_in_a_child_and_kept(config, kept):
+    assert {p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()} == {
+        f"mm2latent/{WEIGHTS}", "mm2latent/provenance.json", "shared/style.safetensors",
+    }  # fmt: skip
+    made = json.loads((kept / "mm2latent" / "provenance.json").read_text())["parameters"]
+    assert made["budget"] == pytest.approx(0.1) and set(made["stages"]) == {"masks", "mapping"}
+    assert set(made["shared"]) == {"style"}
+    system = build(NAME, config)
+    assert made["parameters"] == system.parameters()
+    system.load(kept / "mm2latent")
+
+
+def test_what_is_trained_is_not_trained_again(config, kept, monkeypatch):
+    started = []
+    monkeypatch.setattr(comparison, "run", lambda *words, **options: started.append(words))
+    comparison.retrain_systems(config, [NAME])
+    assert started == []
+    longer = config.replace(baselines={"seconds": 5.0})
+    comparison.retrain_systems(longer, [NAME])
+    assert len(started) == 1, "another budget counts"
+
+
+def test_half_and_double_are_other_runs_of_other_lengths(config):
+    own = config.baselines
+    folders = {factor: budget_config(config, factor).run_dir for factor in FACTORS}
+    assert len(set(folders.values())) == 3 and folders["once"] == config.run_dir
+    for factor, times in {"half": 0.5, "double": 2.0}.items():
+        other = budget_config(config, factor)
+        assert other.baselines.seconds == times * own.seconds
+        assert build("UaC", other).budget() == times * build("UaC", config).budget()
+        assert other.data == config.data and other.seed == config.seed
+
+
+def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch):
+    real = experiments.scored
+    monkeypatch.setattr(  # EC²Face has no adapter here
+        comparison, "scored", lambda c, v, s: real(c, "real" if v == "both" else v, s)
+    )
+    path = comparison.run_budget(config, [NAME])
+    rows = read_rows(path)
+    assert set(rows["method"]) == {"EC2Face", *(f"{NAME}, {factor}" for factor in FACTORS)}
+    assert set(rows["dataset"]) == {open_dataset(config, "validation").root.name}
+    shared = [budget_config(config, f).run_dir / "baselines" / "shared" for f in FACTORS]
+    assert len({(folder / "style.safetensors").read_bytes() for folder in shared}) == 1
+    for factor, times in FACTORS.items():
+        about = budget_config(config, factor).run_dir / "baselines/mm2latent/provenance.json"
+        made = json.loads(about.read_text())["parameters"]
+        assert made["budget"] == pytest.approx(times * config.baselines.seconds)
+    assert comparison.kept_budget(config)[1] == path
+    assert comparison.budget_series(rows) == {
+        NAME: [(times, f"{NAME}, {factor}") for factor, times in FACTORS.items()]
+    }
+    assert "twice the time" in comparison.describe_budget(rows)
+
+
+def test_tables_hold_the_systems_that_have_weights(config, kept):
+    assert list(comparison.compared(config, "test")) == [
+        NAME, "EC2Face", "real", "vae_round_trip",
+    ]  # fmt: skip
+    assert set(comparison.compared(config, "test")) <= set(METHODS)
+    assert weights_dir(config, NAME) == config.run_dir / "baselines" / "mm2latent"
+
+
+def test_pictures_of_an_official_repository_take_their_place(config, kept, tmp_path):
+    dataset = open_dataset(config, "test")
+    drawn = draw_split(config, NAME, "test", progress=False)
+    folder = tmp_path / "official"
+    shutil.copytree(drawn, folder)
+    (folder / f"{dataset.ids[0]}.png").write_bytes((folder / f"{dataset.ids[1]}.png").read_bytes())
+    other = config.replace(profile=str(tmp_path / "run"))  # without weights
+    assert available(other, "test") == []
+    settings = tmp_path / "config.yaml"
+    other.save(settings)
+    arguments = ["--config", str(settings), "--images", str(folder), "--adapter", "uac"]
+    assert evaluate.main(arguments) == 2, "the folder is not in that repository's naming"
+    assert available(other, "test") == []
+    assert evaluate.main([*arguments[:-1], "mm2latent"]) == 0
+    assert available(other, "test") == [NAME] and available(other, "zero_shot") == []
+    shown = experiments.scored(other, NAME, "test")
+    assert list(shown["id"]) == dataset.ids
+    again = experiments.scored(config, NAME, "test")
+    assert shown["text_independent"][0] != again["text_independent"][0]
+    assert (shown["text_independent"][1:] - again["text_independent"][1:]).abs().max() < 1e-4
+
+
+def test_the_lead_is_told_over_the_best_of_the_others():
+    def row(method: str, value: float, low: float = 0, high: float = 0) -> dict:
+        return {
+            "method": method, "metric": "RFA", "critic": "independent", "source": "ours",
+            "value": value, "ci_low": low, "ci_high": high,
+        }  # fmt: skip
+
+    rows = pd.DataFrame([row("EC2Face", 60), row("UaC", 20), row("TediGAN", 30), row("real", 90)])
+    rows = pd.concat([rows, rows.assign(critic="guiding", value=1.0)])
+    lead = pd.DataFrame([row("EC²Face - UaC", 40, 38, 42), row("EC²Face - TediGAN", 30, -1, 61)])
+    assert describe_lead(rows, lead, ["RFA"]) == (
+        "RFA: EC²Face (ours) 60.0, best other TediGAN 30.0: +30.0 [-1.0, +61.0], 2.00 times as "
+        "much; 1 of 2 systems are lower by more than faces explain."
+    )
+    assert "No comparison system" in describe_lead(rows, pd.DataFrame())
+
+
+def test_facts_are_those_of_the_trainings(config, kept, monkeypatch):
+    monkeypatch.setattr(comparison, "_own_facts", lambda config: (2.4, 71.0, 15.0))
+    table = comparison.system_facts(config)
+    assert list(table.index) == [NAME, METHODS["EC2Face"]]
+    made = build(NAME, config).parameters() / 1e6
+    assert table["parameters (M)"][NAME] == pytest.approx(made, abs=0.01)
+    assert list(table.loc[METHODS["EC2Face"]]) == [2.4, 71.0, 15.0]
