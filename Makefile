@@ -69,6 +69,7 @@ foundation: $(STAMP)
 	$(PYTHON) -m ec2face_core.foundation flux --samples 400000 --batch 32 --rate 1.2e-3 $(BUNDLE)
 	for kind in parser clip; do for role in guiding scoring; do \
 	  $(PYTHON) -m ec2face_core.critics $$kind --role $$role $(BUNDLE) || exit; done; done
+	$(if $(DATA),,$(PYTHON) -m ec2face_core.comparison --keep data/mini/baselines)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check

@@ -14,12 +14,15 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .baselines import SYSTEMS, WEIGHTS, build, systems, weights_dir
+import torch
+
+from .baselines import SYSTEMS, WEIGHTS, build, load, systems, trained, weights_dir
 from .baselines.draw import available
 from .baselines.system import shared_file
 from .config import Config, ConfigError, adapter_dir, load_profile, resolve
@@ -28,6 +31,7 @@ from .evaluate import summarise
 from .experiments import difference_rows, scored
 from .launch import run
 from .lora import LORA_FILE
+from .pipeline import EC2FacePipeline
 from .results import read_rows, save_rows
 from .tables import METHODS
 
@@ -143,10 +147,13 @@ def describe_lead(
 
 
 def system_facts(config: Config, split: str = "test") -> DataFrame:
-    """Parameters and minutes of training, one row a system; blank for an official repository."""
+    """Parameters, minutes of training, seconds a picture here, one row a system.
+
+    Blank for an official repository's pictures; seconds are taken where miniatures are compared.
+    """
     import pandas as pd
 
-    rows = []
+    rows, here = [], trained(config)
     for name in available(config, split):
         path = weights_dir(config, name) / "provenance.json"
         made = json.loads(path.read_text())["parameters"] if path.is_file() else {}
@@ -154,11 +161,40 @@ def system_facts(config: Config, split: str = "test") -> DataFrame:
             sum(stage["seconds"] for stage in made.get(k, {}).values())
             for k in ("stages", "shared")
         )
-        rows.append((name, made.get("parameters", 0) / 1e6, shared / 60, own / 60))
-    rows.append((METHODS["EC2Face"], *_own_facts(config)))
-    columns = ["system", "parameters (M)", "foundation (min)", "training (min)"]
+        took = sampling_seconds(config, name) if name in here else 0
+        rows.append((name, made.get("parameters", 0) / 1e6, shared / 60, own / 60, took))
+    took = sampling_seconds(config, "EC2Face") if here else 0
+    rows.append((METHODS["EC2Face"], *_own_facts(config), took))
+    columns = ["system", "parameters (M)", "foundation (min)", "training (min)", "sampling (s)"]
     table = pd.DataFrame(rows, columns=columns).set_index("system").round(2)
     return table.astype(object).where(table > 0, "")
+
+
+def sampling_seconds(config: Config, name: str, count: int = 8) -> float:
+    """Seconds a picture, of `count` test faces at once, the better of two; EC2Face as configured."""
+    dataset, times = open_dataset(config, "test"), []
+    ids = dataset.ids[:count]
+    texts = [dataset.manifest_caption(i) for i in ids]
+    masks = torch.stack([dataset.label_map(i) for i in ids])
+    if name in SYSTEMS:
+        system = load(config, name)
+
+        def draw() -> None:
+            system.generate(texts, masks, [torch.Generator().manual_seed(0) for _ in ids])
+
+    else:
+        s, pipe = config.sampling, EC2FacePipeline.from_config(config, variant=OURS)
+        pipe.set_progress_bar_config(disable=True)
+
+        def draw() -> None:
+            guidance = {"text_guidance": s.text_guidance, "mask_guidance": s.mask_guidance}
+            pipe(texts, masks, num_inference_steps=s.steps, output_type="pt", **guidance)
+
+    for _ in range(2):
+        began = time.perf_counter()
+        draw()
+        times.append(time.perf_counter() - began)
+    return min(times) / len(ids)
 
 
 def _own_facts(config: Config) -> tuple[float, float, float]:

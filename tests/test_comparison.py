@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from ec2face_core import comparison, evaluate, experiments
-from ec2face_core.baselines import WEIGHTS, build, weights_dir
+from ec2face_core.baselines import WEIGHTS, build, train, weights_dir
 from ec2face_core.baselines.draw import available, draw_split
 from ec2face_core.comparison import FACTORS, budget_config, describe_lead
 from ec2face_core.config import Config
@@ -59,6 +59,20 @@ def test_what_is_trained_is_not_trained_again(config, kept, monkeypatch):
     longer = config.replace(baselines={"seconds": 5.0})
     comparison.retrain_systems(longer, [NAME])
     assert len(started) == 1, "another budget counts"
+
+
+def test_a_training_on_another_clip_is_not_gone_on_with(config, kept, tmp_path, capsys):
+    other = config.replace(
+        perception={"clip": f"local-dir:{tmp_path / 'clip'}"}, profile=str(tmp_path / "run")
+    )
+    shutil.copytree(config.perception.clip.removeprefix("local-dir:"), tmp_path / "clip")
+    name = next((tmp_path / "clip").glob("*.json"))
+    name.write_text(name.read_text() + "\n")
+    other.save(tmp_path / "config.yaml")
+    out = config.run_dir / "baselines" / "mm2latent"
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--system", NAME, "--out", str(out)]
+    assert train.main(arguments) == 2
+    assert "delete it" in capsys.readouterr().err
 
 
 def test_half_and_double_are_other_runs_of_other_lengths(config):
@@ -143,8 +157,12 @@ def test_the_lead_is_told_over_the_best_of_the_others():
 
 def test_facts_are_those_of_the_trainings(config, kept, monkeypatch):
     monkeypatch.setattr(comparison, "_own_facts", lambda config: (2.4, 71.0, 15.0))
+    real = comparison.sampling_seconds
+    seconds = lambda c, name: 0.5 if name == "EC2Face" else real(c, name, 2)  # noqa: E731
+    monkeypatch.setattr(comparison, "sampling_seconds", seconds)
     table = comparison.system_facts(config)
     assert list(table.index) == [NAME, METHODS["EC2Face"]]
     made = build(NAME, config).parameters() / 1e6
     assert table["parameters (M)"][NAME] == pytest.approx(made, abs=0.01)
-    assert list(table.loc[METHODS["EC2Face"]]) == [2.4, 71.0, 15.0]
+    assert list(table.loc[METHODS["EC2Face"]]) == [2.4, 71.0, 15.0, 0.5]
+    assert 0 < table["sampling (s)"][NAME] < 60

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
-from ..config import ConfigError, load_config, load_profile
+from ..config import Config, ConfigError, load_config, load_profile, resolve
 from ..journal import read_metrics
 from ..launch import end_with_parent
+from ..perception import LOCAL_DIR
+from ..results import path_digest, provenance
 from . import SYSTEMS, build
 
 
@@ -32,6 +34,27 @@ def spent(run_dir: Path) -> dict[str, dict[str, float]]:
         for name, rows in last.items()
         if rows
     }
+
+
+def claim(folder: Path, config: Config, seed: int) -> None:
+    """Note what a training stands on, or see that it is what the folder's training stood on.
+
+    Raises:
+        ConfigError: the folder holds a training on another autoencoder, CLIP or seed.
+    """
+    clip = config.perception.clip.removeprefix(LOCAL_DIR)
+    about = {
+        "seed": seed,
+        "autoencoder": path_digest(resolve(config.backbone.path) / "vae"),
+        "clip": path_digest(resolve(clip)),
+    }
+    path = folder / "about.json"
+    if path.is_file() and (found := json.loads(path.read_text())) != about:
+        raise ConfigError(
+            f"{folder} holds a training on {found}, not {about}: delete it, or name another --out"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about, indent=2) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of weights and state")
     options = parser.parse_args(arguments)
     from ..datasets import DataError, open_dataset
-    from ..results import provenance
 
     torch.set_num_threads(options.threads)
     try:
@@ -66,10 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.shared:
             if not system.shares:
                 raise ConfigError(f"{system.name} shares nothing: leave out --shared")
+            claim(shared, config, config.seed)
             system.prepare(shared)
             print(f"shared by {system.name} and others: {shared}")
             return 0
         budget = options.seconds or system.budget()
+        claim(options.out, config, options.seed)
+        if system.shares:
+            claim(shared, config, config.seed)
         system.fit(dataset, options.out, budget, options.seed)
     except (ConfigError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
