@@ -171,7 +171,7 @@ def system_facts(config: Config, split: str = "test") -> DataFrame:
 
 
 def sampling_seconds(config: Config, name: str, count: int = 8) -> float:
-    """Seconds a picture, of `count` test faces at once, the better of two; EC2Face as configured."""
+    """Seconds a picture, `count` test faces at once, better of two; EC2Face as configured."""
     dataset, times = open_dataset(config, "test"), []
     ids = dataset.ids[:count]
     texts = [dataset.manifest_caption(i) for i in ids]
