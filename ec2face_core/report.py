@@ -94,6 +94,7 @@ def report(config: Config) -> str:
             f"{_interval(guiding)} | {verdict(ours, claim.least, list(alone['value']))} |"
         )
     lines += ["", "## Against the ceilings", "", *_ceilings(config)]
+    lines += ["", "## Against the comparison systems", "", *_leads(config)]
     lines += ["", "## What reviewers asked", "", *_questions(config)]
     return "\n".join(lines) + "\n"
 
@@ -135,6 +136,29 @@ def _ceilings(config: Config) -> list[str]:
             span = f"{ours[0]:.2f} [{ours[1]:.2f}, {ours[2]:.2f}]"
             share = f"{100 * ours[0] / real[0]:.0f} %"
             lines.append(f"| {faces} | {metric} | {span} | {real[0]:.2f} | {share} |")
+    return lines
+
+
+def _leads(config: Config) -> list[str]:
+    """EC²Face minus each comparison system on the test faces, the paper's difference beside it."""
+    if not (config.figure_dir / "table1_lead.csv").is_file():
+        return ["No system has pictures or weights here."]
+    rows, paper, metrics = _table(config, "table1_lead"), paper_table(1), ("Text", "OAA", "RFA")
+    paper = paper.pivot(index="method", columns="metric", values="value")
+    lines = [
+        "One training of EC²Face minus a miniature of each system on the same faces, independent",
+        "critics; then the paper's difference.",
+        "",
+        f"| EC²Face minus | {' | '.join(metrics)} |",
+        "|---|---|---|---|",
+    ]
+    for method in dict.fromkeys(rows["method"]):
+        name, cells = method.partition(" - ")[2], []
+        for metric in metrics:
+            ours = _cell(rows, method, metric, "independent")
+            theirs = paper[metric]["EC2Face"] - paper[metric][name]
+            cells.append(f"{_interval(ours)}, paper {theirs:+.2f}: {verdict(ours)}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

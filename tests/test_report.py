@@ -54,6 +54,17 @@ def test_verdicts():
     assert report.verdict((-0.7, -0.8, -0.6), least=-0.5) == "does not hold"
 
 
+def test_leads_stand_beside_the_paper_s(config):
+    save_tables(config)
+    assert "No system has pictures" in report.report(config)
+    behind = rows(["EC²Face - TediGAN"], -2.0, 1.0)
+    save_table(pd.concat([rows(["EC²Face - UaC"], 2.0, 1.0), behind]), "table1_lead", config)
+    lines = [line for line in report.report(config).splitlines() if "paper +" in line]
+    assert lines[0].startswith("| UaC |") and lines[1].startswith("| TediGAN |")
+    assert f"paper {62.78 - 18.19:+.2f}: holds" in lines[0]
+    assert f"paper {62.78 - 0.61:+.2f}: does not hold" in lines[1]
+
+
 def test_the_paper_s_differences_are_its_tables(config):
     paper = report.paper_differences().set_index(["method", "metric"])["value"]
     assert paper["with LTAL - without", "RFA"] == pytest.approx(61.12 - 52.04)
