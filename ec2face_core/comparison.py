@@ -24,7 +24,7 @@ import torch
 
 from .baselines import SYSTEMS, WEIGHTS, build, load, systems, trained, weights_dir
 from .baselines.draw import available
-from .baselines.system import shared_file
+from .baselines.storage import shared_file
 from .config import Config, ConfigError, adapter_dir, load_profile, resolve
 from .datasets import DataError, open_dataset
 from .evaluate import summarise

@@ -15,7 +15,7 @@ from PIL import Image
 from ec2face_core import baselines
 from ec2face_core.baselines import SYSTEMS, build, system
 from ec2face_core.baselines.draw import draw_split
-from ec2face_core.baselines.system import read_weights
+from ec2face_core.baselines.storage import read_weights, write_weights
 from ec2face_core.config import Config, ConfigError
 from ec2face_core.datasets import open_dataset
 from ec2face_core.generate import NOTICE, load_pictures
@@ -191,7 +191,7 @@ def test_weights_in_eight_bits_are_within_half_a_step(tmp_path):
     net, other = (torch.nn.Linear(64, 32, dtype=torch.float64) for _ in range(2))
     net.weight.data[3] *= 100
     net.weight.data[5] = 0
-    system.write_weights(tmp_path / "a.safetensors", net)
+    write_weights(tmp_path / "a.safetensors", net)
     read_weights(tmp_path / "a.safetensors", other)
     step = net.weight.abs().amax(1, keepdim=True) / 127
     assert ((other.weight - net.weight).abs() <= step / 2 + 1e-6).all()

@@ -30,9 +30,9 @@ from ..generate import (  # private there: another name would make EC²Face's pi
 from ..perception import LOCAL_DIR
 from ..results import path_digest
 from . import SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
-from .system import shared_file
+from .storage import shared_file
 
-BLOCKS = ("system", "style", "unets")  # modules that several systems stand on
+BLOCKS = ("system", "storage", "style", "unets")  # modules that several systems stand on
 
 
 def draw_split(

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
-from .system import Faces, seeded, shared_weights, train_stage
+from .storage import shared_weights
+from .system import Faces, seeded, train_stage
 
 if TYPE_CHECKING:
     from ..perception import ClipScorer

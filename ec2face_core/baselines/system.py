@@ -35,11 +35,11 @@ from ..foundation import SEED
 from ..journal import add_metrics, cut_metrics
 from ..worlds import FolderWorld, ProceduralWorld, sentence
 from . import WEIGHTS
+from .storage import read_weights, shared_file, write_weights
 
 if TYPE_CHECKING:
     from ..perception import ClipScorer
 
-SMALLEST, SCALE = 1024, "/scale"  # of tensors that are kept in 8 bits; name of their scales
 CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints
 
 
@@ -291,56 +291,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def shared_weights(path: Path, net: nn.Module, train: Callable[[], None]) -> None:
-    """Fill and freeze `net` from the file `path`, which `train`, filling `net`, makes at first."""
-    if not path.is_file():
-        train()
-        write_weights(path, net)
-    read_weights(path, net)
-    net.requires_grad_(False).eval()
-
-
-# ------------------------------------------------------------------------------- weights on disk
-
-
-def shared_file(folder: Path, stage: str) -> Path:
-    """Where what a system of this folder shares lies: `shared/<stage>.safetensors` beside it."""
-    return folder.parent / "shared" / f"{stage}.safetensors"
-
-
-def write_weights(path: Path, net: nn.Module) -> None:
-    """Matrices and kernels as 8-bit integers with a scale for each output, the rest as float16.
-
-    An eighth bit of noise in a weight is far below what a training's seed changes, and all systems
-    together stay small enough to be kept.
-    """
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for key, value in net.state_dict().items():
-        if value.ndim > 1 and value.numel() >= SMALLEST:
-            flat = value.detach().float().flatten(1)
-            scale = (flat.abs().amax(1) / 127).clamp(min=1e-12)
-            tensors[f"{key}{SCALE}"] = scale
-            value = (flat / scale[:, None]).round().to(torch.int8).view(value.shape)
-        tensors[key] = value.half() if value.is_floating_point() else value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
-    part.replace(path)
-
-
-def read_weights(path: Path, net: nn.Module) -> None:
-    """Fill `net` with what `write_weights` wrote."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
-    for key in [k for k in tensors if k.endswith(SCALE)]:
-        scale, name = tensors.pop(key), key.removesuffix(SCALE)
-        tensors[name] = tensors[name] * scale.view(-1, *[1] * (tensors[name].ndim - 1))
-    net.load_state_dict(tensors)
 
 
 # -------------------------------------------------------------------------------- reading captions

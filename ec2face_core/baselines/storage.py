@@ -1,0 +1,64 @@
+"""Weights on disk: a byte each, and what two systems share once, beside their folders.
+
+    data/mini/baselines/{tedigan, uac, ...}/weights.safetensors
+    data/mini/baselines/shared/{style, text_unet}.safetensors
+
+Matrices and kernels are kept as 8-bit integers, so that all systems together stay small. A system on
+shared weights is trained on what was read back, so nothing is lost between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+SMALLEST, SCALE = 1024, "/scale"  # of tensors that are kept in 8 bits; name of their scales
+
+
+def shared_weights(path: Path, net: nn.Module, train: Callable[[], None]) -> None:
+    """Fill and freeze `net` from the file `path`, which `train`, filling `net`, makes at first."""
+    if not path.is_file():
+        train()
+        write_weights(path, net)
+    read_weights(path, net)
+    net.requires_grad_(False).eval()
+
+
+def shared_file(folder: Path, stage: str) -> Path:
+    """Where what a system of this folder shares lies: `shared/<stage>.safetensors` beside it."""
+    return folder.parent / "shared" / f"{stage}.safetensors"
+
+
+def write_weights(path: Path, net: nn.Module) -> None:
+    """Matrices and kernels as 8-bit integers with a scale for each output, the rest as float16.
+
+    The error of a weight is at most half a step, 1/254 of the largest one of its output.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for key, value in net.state_dict().items():
+        if value.ndim > 1 and value.numel() >= SMALLEST:
+            flat = value.detach().float().flatten(1)
+            scale = (flat.abs().amax(1) / 127).clamp(min=1e-12)
+            tensors[f"{key}{SCALE}"] = scale
+            value = (flat / scale[:, None]).round().to(torch.int8).view(value.shape)
+        tensors[key] = value.half() if value.is_floating_point() else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+    part.replace(path)
+
+
+def read_weights(path: Path, net: nn.Module) -> None:
+    """Fill `net` with what `write_weights` wrote."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    for key in [k for k in tensors if k.endswith(SCALE)]:
+        scale, name = tensors.pop(key), key.removesuffix(SCALE)
+        tensors[name] = tensors[name] * scale.view(-1, *[1] * (tensors[name].ndim - 1))
+    net.load_state_dict(tensors)
