@@ -3,8 +3,8 @@
     data/mini/baselines/{tedigan, uac, ...}/weights.safetensors
     data/mini/baselines/shared/{style, text_unet}.safetensors
 
-Matrices and kernels are kept as 8-bit integers, so that all systems together stay small. A system on
-shared weights is trained on what was read back, so nothing is lost between.
+Matrices and kernels are kept as 8-bit integers, so that all systems together stay small. What
+stands on shared weights is trained on what was read back, so nothing is lost between.
 """
 
 from __future__ import annotations
