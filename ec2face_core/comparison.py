@@ -203,8 +203,8 @@ def _own_facts(config: Config) -> tuple[float, float, float]:
     from safetensors import safe_open
 
     base, adapter = resolve(config.backbone.path), adapter_dir(config, OURS)
-    files, count = [*(base / "transformer").glob("*.safetensors"), adapter / LORA_FILE], 0
-    for path in files:
+    files, count = list((base / "transformer").glob("*.safetensors")), 0
+    for path in [*files, adapter / LORA_FILE] if files else []:  # none here: blank
         with safe_open(path, "pt") as file:
             count += sum(np.prod(file.get_slice(k).get_shape()) for k in file.keys())  # noqa: SIM118
     minutes = []

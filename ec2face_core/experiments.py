@@ -18,7 +18,12 @@ from torch import Tensor
 
 from .attributes import CLASS_ID, GROUPS, display_name, pixel_counts
 from .baselines import SYSTEMS
-from .baselines.draw import available, system_pictures
+from .baselines.draw import (
+    available,
+    draw_split,
+    missing_system_pictures,
+    official_pictures,
+)
 from .config import VARIANTS, Config, ConfigError, adapter_dir, adapter_name
 from .datasets import FaceDataset, open_dataset
 from .evaluate import summarise, summarise_difference
@@ -73,27 +78,29 @@ def with_seed(config: Config, k: int) -> Config:
 
 
 def _pictures(config: Config, variant: str, split: str) -> Path:
-    """`generate_split`; where pictures are missing, on as many processes as the profile says.
+    """Folder of a split's pictures; what is missing is drawn by as many processes as configured.
 
-    Or, with a comparison system for the variant, `system_pictures`.
+    Of a comparison system its official code's pictures, where they were scored.
     """
-    if variant in SYSTEMS:
-        return system_pictures(config, variant, split)
-    processes = config.sampling.num_processes
+    if variant in SYSTEMS and (official := official_pictures(config, variant, split)).is_dir():
+        return official.resolve()
     if variant in VARIANTS and not (folder := adapter_dir(config, variant)).is_dir():
         count = config.seed - Config.seed + 1
         raise ConfigError(
             f"no adapter in {folder}: `make reproduce PROFILE={config.profile} TRAIN=1 "
             f"SEEDS={max(1, count)}` trains it"
         )
-    if processes > 1 and variant in VARIANTS and missing_pictures(config, variant, split):
-        settings = config.run_dir / "images" / f"{split}-{adapter_name(config, variant)}.yaml"
+    processes, system = config.sampling.num_processes, variant in SYSTEMS
+    missing = missing_system_pictures if system else missing_pictures
+    if processes > 1 and (system or variant in VARIANTS) and missing(config, variant, split):
+        name = variant if system else adapter_name(config, variant)
+        settings = config.run_dir / "images" / f"{split}-{name}.yaml"
         config.save(settings)
         run(
             "ec2face_core.evaluate", "--config", str(settings), "--variant", variant,
             "--split", split, "--sample-only", num_processes=processes,
         )  # fmt: skip
-    return generate_split(config, variant, split)
+    return (draw_split if system else generate_split)(config, variant, split)
 
 
 def table_rows(

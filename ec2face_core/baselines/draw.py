@@ -87,10 +87,11 @@ def official_pictures(config: Config, name: str, split: str) -> Path:
     return config.run_dir / "images" / f"{split}-{name}-official"
 
 
-def system_pictures(config: Config, name: str, split: str) -> Path:
-    """The official code's pictures of a split where they were scored, else the miniature's."""
-    official = official_pictures(config, name, split)
-    return official.resolve() if official.is_dir() else draw_split(config, name, split)
+def missing_system_pictures(config: Config, name: str, split: str) -> list[str]:
+    """Ids of a split whose pictures `draw_split` would have to make."""
+    dataset = open_dataset(config, split)
+    folder = _split_folder(config, name, split, system_key(config, name, dataset))
+    return _absent(folder, evaluated_ids(config, dataset))
 
 
 def system_key(config: Config, name: str, dataset: FaceDataset) -> str:
