@@ -10,10 +10,11 @@ import pytest
 
 from ec2face_core import comparison, evaluate, experiments
 from ec2face_core.baselines import WEIGHTS, build, train, weights_dir
-from ec2face_core.baselines.draw import available, draw_split
+from ec2face_core.baselines.draw import available, draw_split, missing_system_pictures
 from ec2face_core.comparison import FACTORS, budget_config, describe_lead
 from ec2face_core.config import Config
 from ec2face_core.datasets import open_dataset
+from ec2face_core.generate import load_pictures
 from ec2face_core.results import read_rows
 from ec2face_core.tables import METHODS
 
@@ -25,7 +26,7 @@ def config(tiny_config, tmp_path_factory) -> Config:
     return tiny_config.replace(
         profile=str(tmp_path_factory.mktemp("runs") / "systems"),
         data={"procedural": True, "validation": 2},
-        sampling={"steps": 1},
+        sampling={"steps": 1, "num_processes": 1},
         evaluation={"bootstrap": 20},
         baselines={"pool": 64, "foundation_seconds": 0.1, "seconds": 0.1},
     )
@@ -114,6 +115,22 @@ def test_tables_hold_the_systems_that_have_weights(config, kept):
     ]  # fmt: skip
     assert set(comparison.compared(config, "test")) <= set(METHODS)
     assert weights_dir(config, NAME) == config.run_dir / "baselines" / "mm2latent"
+
+
+def test_two_processes_draw_what_one_does(config, kept, tmp_path):
+    other = config.replace(
+        profile=str(tmp_path / "run"),
+        adapters=str(kept.with_name("adapters")),
+        sampling={"num_processes": 2},
+    )
+    ids = open_dataset(config, "test").ids
+    assert missing_system_pictures(other, NAME, "test") == ids
+    experiments.scored(other, NAME, "test")
+    assert missing_system_pictures(other, NAME, "test") == []
+    one, two = (
+        load_pictures(draw_split(c, NAME, "test", progress=False), ids) for c in (config, other)
+    )
+    assert (two - one).abs().max() < 1.5 / 127.5, "a level: another batch"
 
 
 def test_pictures_of_an_official_repository_take_their_place(config, kept, tmp_path):
