@@ -53,17 +53,40 @@ def test_composition_of_experts():
     assert torch.allclose(alone, score(guided))
 
 
-def test_composition_is_the_same_for_v_and_noise():
-    """v = sqrt(a) e - sqrt(1 - a) x0 with x0 of x_t = sqrt(a) x0 + sqrt(1 - a) e: affine in e."""
+def test_composition_is_the_same_for_clean_pictures_and_noise():
+    """x_0 of x_t = sqrt(a) x_0 + sqrt(1 - a) e is affine in e."""
     x_t, a = torch.randn(3, 4, 4), 0.3
     noises = {k: (torch.randn(3, 4, 4), torch.randn(3, 4, 4)) for k in ("mask", "text")}
 
-    def v(e: torch.Tensor) -> torch.Tensor:
-        return a**0.5 * e - (1 - a) ** 0.5 * (x_t - (1 - a) ** 0.5 * e) / a**0.5
+    def clean(e: torch.Tensor) -> torch.Tensor:
+        return (x_t - (1 - a) ** 0.5 * e) / a**0.5
 
     how = {"mask": 1.5, "text": 2.0}, {"mask": 0.5, "text": 0.5}
-    composed = compose({k: (v(e), v(e0)) for k, (e, e0) in noises.items()}, *how)
-    assert torch.allclose(composed, v(compose(noises, *how)), atol=1e-5)
+    composed = compose({k: (clean(e), clean(e0)) for k, (e, e0) in noises.items()}, *how)
+    assert torch.allclose(composed, clean(compose(noises, *how)), atol=1e-5)
+
+
+def test_an_error_of_the_clean_picture_weighs_as_its_error_of_v(monkeypatch):
+    """The same guess told as x_0 and as v, written out, has the same loss where none is cut."""
+    pixels, latents = pixel_scheduler(), unets.ldm_scheduler()
+    latents.alphas_cumprod = pixels.alphas_cumprod
+    x0, guess = torch.randn(6, 2, 4, 4), torch.randn(6, 2, 4, 4)
+
+    def v(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = pixels.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (a.sqrt() * x_t - guess) / (1 - a).sqrt()
+
+    def losses() -> list[float]:
+        how = ((lambda x_t, t: guess, pixels), (v, latents))
+        return [
+            unets.denoising_loss(f, s, x0, torch.Generator().manual_seed(1)).item() for f, s in how
+        ]
+
+    monkeypatch.setattr(unets, "HEAVIEST", 1e9)
+    told = losses()
+    assert told[0] == pytest.approx(told[1], rel=1e-4)
+    monkeypatch.setattr(unets, "HEAVIEST", 1.0)
+    assert losses()[0] == pytest.approx((guess - x0).square().mean().item(), rel=1e-5)
 
 
 def test_two_maps_are_skin_and_hair(config):
@@ -144,6 +167,8 @@ def test_sampling_a_gaussian(scheduler, eta):
         a = alphas[t].float().view(-1, 1, 1, 1)
         x0 = a.sqrt() * s**2 * x / (a * s**2 + 1 - a)
         e = (x - a.sqrt() * x0) / (1 - a).sqrt()
+        if plan.config.prediction_type == "sample":
+            return x0
         return a.sqrt() * e - (1 - a).sqrt() * x0
 
     x = unets.ddim_sample(predict, plan, (4, 8, 8), noise(24), steps, eta)

@@ -9,11 +9,12 @@ also without its condition, and their scores are multiplied as experts:
 with b the *reliability* of each model. The text diffuser never sees a text: it is trained on CLIP's
 features of the pictures and sampled with those of the caption.
 
-Simplified: pixels are folded (4 x 4) into the channels of a small U-Net, which predicts v: a few
-channels cannot carry the noise of 48, and the composition is the same for v, being affine with
-weights of sum 1. Features come from the miniature's CLIP (FaRL there). The variational bound term,
-the exponential average (the rate falls to 0 instead) and the low learning rate are left out; 28
-steps of DDIM (100 there). Added: `Centre`, for which training sees the captions' mean feature.
+Simplified: pixels are folded (4 x 4) into the channels of a small U-Net, which predicts x_0: a few
+channels cannot carry the noise of 48 (with v, or with the noise, pictures stay noisy), and the
+composition is the same for x_0, being affine with weights of sum 1. Features come from the
+miniature's CLIP (FaRL there). The variational bound term, the exponential average (the rate falls
+to 0 instead) and the low learning rate are left out; 28 steps of DDIM (100 there). Added: `Centre`,
+for which training sees the captions' mean feature.
 `maps` = 2 is faithful: the original sees face skin and hair alone; 19 is fair to the other systems.
 """
 
@@ -135,7 +136,7 @@ class UaC(System):
 
 
 class PixelDiffuser(nn.Module):
-    """(x_t `b 48 h/4 w/4`, t `b`, maps `b k h w` or features `b d`; zeros: none) -> v, like x_t.
+    """(x_t `b 48 h/4 w/4`, t `b`, maps `b k h w` or features `b d`; zeros: none) -> x_0, like x_t.
 
     Args:
         shape: of a folded picture.
@@ -196,6 +197,6 @@ def pixel_scheduler() -> DDIMScheduler:
         beta_schedule="linear",
         beta_start=1e-4,
         beta_end=0.02,
-        prediction_type="v_prediction",
+        prediction_type="sample",
         clip_sample=True,
     )

@@ -7,9 +7,9 @@ Chosen here:
 - Latents are the miniature VAE's (8 x 16 x 16, mean 0, std 1); all latents are encoded
   once. Captions enter as the guiding CLIP's word features, in place of a text encoder of their own.
 - Attention begins at half the latent's side, as in LDM; it doubles the time at the full side.
-- Every U-Net predicts v instead of the noise: at t = T, where samples begin, an error of predicted
-  noise is 80 times as large in x_0. Mixing predictions is the same for both, as long as weights add
-  up to 1: v is affine in the noise.
+- Every latent U-Net predicts v instead of the noise: at t = T, where samples begin, an error of
+  predicted noise is 80 times as large in x_0. Mixing predictions is the same for both, as long as
+  weights add up to 1: v, as x_0, is affine in the noise.
 - Steps of sampling are equally long and end at 0, as the scheduler's step supposes: where they do
   not divide T (28 do not) the first one begins a little below T.
 - Times of a batch are stratified over [0, T): the same expectation, less noise.
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 CHANNELS = (40, 72)  # of a uni-modal U-Net: 1.3 M parameters
 BATCH, RATE, WARM_UP = 32, 1.5e-3, 100
+HEAVIEST = 5.0  # weight of an error of x_0
 TEXT_DROP = 0.1  # captions replaced by "", for classifier-free guidance
 TEXT_UNET = "text_unet.safetensors"
 
@@ -189,12 +190,17 @@ def denoising_loss(
     """Mean squared error between v of x_t and `predict(x_t, t, *conditions)`.
 
     v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho 2022), a = `scheduler.alphas_cumprod[t]`.
+    Where the scheduler takes x_0 (`prediction_type` sample), the same error is 1 / (1 - a) of that
+    of x_0; this weight is cut at `HEAVIEST`, as nearly clean pictures would outweigh all others.
     """
     b, total = len(x0), scheduler.config.num_train_timesteps
     t = ((torch.arange(b) + torch.rand(b, generator=generator)) / b * total).long()
     noise = torch.randn(x0.shape, generator=generator)
-    predicted = predict(scheduler.add_noise(x0, noise, t), t, *conditions)
-    return F.mse_loss(predicted.float(), scheduler.get_velocity(x0, noise, t))
+    predicted = predict(scheduler.add_noise(x0, noise, t), t, *conditions).float()
+    if scheduler.config.prediction_type == "sample":
+        weight = (1 / (1 - scheduler.alphas_cumprod[t])).clamp(max=HEAVIEST)
+        return (weight * (predicted - x0).square().mean((1, 2, 3))).mean()
+    return F.mse_loss(predicted, scheduler.get_velocity(x0, noise, t))
 
 
 def prediction_of(unet: UNet2DConditionModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -249,7 +255,7 @@ def ddim_sample(
     """DDIM (Song et al. 2021, Eq. 12) from pure noise; eta 0: deterministic, 1: as DDPM.
 
     Args:
-        predict: (x_t `b c h w`, t `b`) -> v `b c h w`.
+        predict: (x_t `b c h w`, t `b`) -> v, or what the scheduler takes, `b c h w`.
         shape: of one sample.
         generators: one for each sample: neither batch nor order counts.
     """
@@ -258,9 +264,9 @@ def ddim_sample(
     length = scheduler.config.num_train_timesteps // steps
     x = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
     for t in torch.arange(steps, 0, -1) * length - 1:
-        v = predict(x, t.expand(len(x)))
+        told = predict(x, t.expand(len(x)))
         x = scheduler.step(
-            v,
+            told,
             t,
             x,
             eta=eta,
