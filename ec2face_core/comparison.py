@@ -166,7 +166,7 @@ def system_facts(config: Config, split: str = "test") -> DataFrame:
     took = sampling_seconds(config, "EC2Face") if here else 0
     rows.append((METHODS["EC2Face"], *_own_facts(config), took))
     columns = ["system", "parameters (M)", "foundation (min)", "training (min)", "sampling (s)"]
-    table = pd.DataFrame(rows, columns=columns).set_index("system").round(2)
+    table = pd.DataFrame(rows, columns=columns).set_index("system").round(3)
     return table.astype(object).where(table > 0, "")
 
 
