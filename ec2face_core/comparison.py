@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .baselines import SYSTEMS, WEIGHTS, build, load, systems, trained, weights_dir
+from .baselines import SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
 from .baselines.draw import available
 from .baselines.storage import shared_file
 from .config import Config, ConfigError, adapter_dir, load_profile, resolve
@@ -71,7 +71,7 @@ def retrain_systems(
                 "--out", str(out), *(["--shared"] if shared else []),
             )  # fmt: skip
 
-    first = {classes[n].shares: n for n in names if classes[n].shares}  # one of each pair
+    first = {classes[n].shares[0]: n for n in names if classes[n].shares}  # one of each pair
     stands = [n for n in names if classes[n].shares]
     waves = [
         [*((n, True) for n in first.values()), *((n, False) for n in names if n not in stands)],
@@ -89,7 +89,7 @@ def _finished(config: Config, name: str, out: Path) -> bool:
     about = out / "provenance.json"
     if not (out / WEIGHTS).is_file() or not about.is_file():
         return False
-    return json.loads(about.read_text())["parameters"]["budget"] == build(name, config).budget()
+    return json.loads(about.read_text())["parameters"]["budget"] == systems()[name].budget(config)
 
 
 def _copy(config: Config, name: str, target: Path) -> None:

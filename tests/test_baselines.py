@@ -118,9 +118,9 @@ def test_what_is_shared_is_frozen_and_trained_once(trained, runs):
     """TediGAN and MM2Latent stand on one generator, CoDiffusion and ControlNeXt on one U-Net."""
     own = trained[0]
     if not own.shares:
-        assert own.budget() == LONG + own.config.baselines.seconds
+        assert own.budget(own.config) == LONG + own.config.baselines.seconds
         return
-    assert own.budget() == own.config.baselines.seconds
+    assert own.budget(own.config) == own.config.baselines.seconds
     stage, key = own.shares
     fresh = build(own.name, own.config).networks[key]
     read_weights(runs / "shared" / f"{stage}.safetensors", fresh)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from ec2face_core import comparison, evaluate, experiments
-from ec2face_core.baselines import WEIGHTS, build, train, weights_dir
+from ec2face_core.baselines import SYSTEMS, WEIGHTS, build, systems, train, weights_dir
 from ec2face_core.baselines.draw import available, draw_split, missing_system_pictures
 from ec2face_core.comparison import FACTORS, budget_config, describe_lead
 from ec2face_core.config import Config
@@ -62,6 +62,19 @@ def test_what_is_trained_is_not_trained_again(config, kept, monkeypatch):
     assert len(started) == 1, "another budget counts"
 
 
+def test_what_two_share_is_trained_by_one_of_them_and_first(config, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(comparison, "run", lambda *words, **options: started.append(words))
+    comparison.retrain_systems(config.replace(profile=str(tmp_path)))
+    names = [words[words.index("--system") + 1] for words in started]
+    shared = ["--shared" in words for words in started]
+    stages = [systems()[n].shares[0] for n, s in zip(names, shared, strict=True) if s]
+    assert sorted(stages) == ["style", "text_unet"]
+    alone = [n for n, s in zip(names, shared, strict=True) if not s]
+    assert sorted(alone) == sorted(SYSTEMS)
+    assert all(not systems()[n].shares for n in alone[:2]), "who stands on them comes later"
+
+
 def test_a_training_on_another_clip_is_not_gone_on_with(config, kept, tmp_path, capsys):
     other = config.replace(
         perception={"clip": f"local-dir:{tmp_path / 'clip'}"}, profile=str(tmp_path / "run")
@@ -83,7 +96,7 @@ def test_half_and_double_are_other_runs_of_other_lengths(config):
     for factor, times in {"half": 0.5, "double": 2.0}.items():
         other = budget_config(config, factor)
         assert other.baselines.seconds == times * own.seconds
-        assert build("UaC", other).budget() == times * build("UaC", config).budget()
+        assert systems()["UaC"].budget(other) == times * systems()["UaC"].budget(config)
         assert other.data == config.data and other.seed == config.seed
 
 

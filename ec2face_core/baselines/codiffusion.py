@@ -27,11 +27,10 @@ from .system import Faces, one_hot, seeded, word_features
 from .unets import (
     BATCH,
     LatentFaces,
-    LatentSystem,
+    TextUnetSystem,
     denoising_loss,
     optimise,
     prediction_of,
-    pretrain_text_unet,
     text_unet,
 )
 
@@ -40,7 +39,7 @@ DYNAMIC = (8, 16)  # channels of a dynamic diffuser: 32 against 192 there
 MASK_SHARE = 0.6  # of the time for the mask diffuser, the rest for the dynamic ones
 
 
-class CoDiffusion(LatentSystem):
+class CoDiffusion(TextUnetSystem):
     """Frozen uni-modal diffusers that collaborate through influence maps."""
 
     name, shares = "CoDiffusion", ("text_unet", "text")
@@ -53,11 +52,6 @@ class CoDiffusion(LatentSystem):
             self.networks["mask"] = text_unet(self.shape, MASK_WIDTH)
             for kind, width in (("text", self.words), ("mask", MASK_WIDTH)):
                 self.networks[f"{kind}_influence"] = text_unet(self.shape, width, DYNAMIC, 1)
-
-    def prepare(self, shared_dir: Path, max_steps: int = 0) -> None:
-        """The text-to-image U-Net, shared with ControlNeXt."""
-        net = self.networks["text"]
-        pretrain_text_unet(self, net, shared_dir, max_steps)
 
     def fit(
         self,

@@ -32,12 +32,11 @@ from .unets import (
     BATCH,
     CHANNELS,
     LatentFaces,
-    LatentSystem,
+    TextUnetSystem,
     denoising_loss,
     drop_texts,
     guided,
     optimise,
-    pretrain_text_unet,
     text_unet,
 )
 
@@ -48,7 +47,7 @@ WIDTH = 128  # channels of the encoder's residual blocks
 INCREMENT_RATE = 3e-4  # the encoder learns faster, by 10 in the SD1.5 recipe, by 5 here
 
 
-class ControlNeXt(LatentSystem):
+class ControlNeXt(TextUnetSystem):
     """A frozen text-to-image U-Net, a light mask encoder, and a few trained weights."""
 
     name, shares = "ControlNeXt", ("text_unet", "unet")
@@ -61,11 +60,6 @@ class ControlNeXt(LatentSystem):
         increments = [torch.zeros_like(unet.get_parameter(k)) for k in self.trained]
         self.networks["unet"], self.networks["encoder"] = unet, encoder
         self.networks["increments"] = nn.ParameterList(increments)
-
-    def prepare(self, shared_dir: Path, max_steps: int = 0) -> None:
-        """The text-to-image U-Net, shared with CoDiffusion."""
-        net = self.networks["unet"]
-        pretrain_text_unet(self, net, shared_dir, max_steps)
 
     def fit(
         self,

@@ -29,15 +29,15 @@ from .style import (
     Encoder,
     Linear,
     StyleGenerator,
+    StyleSystem,
     adam,
     leaky,
     perceptual,
-    pretrain_style,
     schedule,
     update,
     upsample,
 )
-from .system import Centre, Faces, System, one_hot, seeded, train_stage
+from .system import Centre, Faces, one_hot, seeded, train_stage
 
 CODE = 128  # of a mask
 NOISE = 0.5  # length of the noise that makes an image embedding a pseudo text
@@ -79,10 +79,10 @@ class ToLatent(nn.Module):
         return self.head(x).float()
 
 
-class MM2Latent(System):
+class MM2Latent(StyleSystem):
     """One forward pass from mask and text to w."""
 
-    name, shares = "MM2Latent", ("style", "generator")
+    name = "MM2Latent"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -97,11 +97,6 @@ class MM2Latent(System):
             width = self.clip.text_features([""]).shape[1]
             self.networks["mapping"] = ToLatent(width)
         self.networks["centre"] = Centre(width)
-
-    def prepare(self, shared_dir: Path, max_steps: int = 0) -> None:
-        """The frozen generator, shared with TediGAN."""
-        net = self.networks["generator"]
-        pretrain_style(self.config, net, shared_dir, max_steps)
 
     def fit(
         self,

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
-from .storage import shared_weights
-from .system import Faces, seeded, train_stage
+from .system import Faces, System, seeded, train_stage
 
 if TYPE_CHECKING:
     from ..perception import ClipScorer
@@ -33,7 +32,6 @@ CHANNELS = {4: 128, 8: 128, 16: 96, 32: 64}  # by side of the feature map; 32 is
 LAYERS = 10  # modulated convolutions, each with its own slot of W+
 STAGES = ((4, False), (4, False), (8, True), (8, False), (16, True), (16, False), (16, False),
           (32, True), (32, False), (32, False))  # fmt: skip  # side, whether it was just doubled
-STYLE = "style.safetensors"  # the finished generator, in `shared`
 BATCH, RATE, R1, R1_EVERY, HALF_LIFE = 16, 2e-3, 1.0, 16, 2500  # half-life in samples
 
 
@@ -266,20 +264,14 @@ def perceptual(clip: ClipScorer, a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(layers).mean(0)
 
 
-def pretrain_style(
-    config: Config, average: StyleGenerator, shared_dir: Path, max_steps: int = 0
-) -> None:
-    """Fill `average` with the shared generator; train it first where there is none.
+class StyleSystem(System):
+    """A system on the style-based generator, which it shares."""
 
-    Args:
-        average: becomes the moving average of the trained weights, frozen.
-        shared_dir: holds the finished weights, or the checkpoints of a training that was stopped.
-    """
+    shares = ("style", "generator")
 
-    def train() -> None:
-        _train_style(config, average, shared_dir, max_steps)
-
-    shared_weights(shared_dir / STYLE, average, train)
+    def pretrain(self, shared_dir: Path, max_steps: int) -> None:
+        """The generator becomes the moving average of the trained weights."""
+        _train_style(self.config, self.networks["generator"], shared_dir, max_steps)
 
 
 def _train_style(config: Config, average: StyleGenerator, shared_dir: Path, max_steps: int) -> None:

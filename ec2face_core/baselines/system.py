@@ -35,7 +35,7 @@ from ..foundation import SEED
 from ..journal import add_metrics, cut_metrics
 from ..worlds import FolderWorld, ProceduralWorld, sentence
 from . import WEIGHTS
-from .storage import read_weights, shared_file, write_weights
+from .storage import read_weights, shared_file, shared_weights, write_weights
 
 if TYPE_CHECKING:
     from ..perception import ClipScorer
@@ -65,19 +65,30 @@ class System(ABC):
         self.config, self.clip = config, guiding_clip(config)
         self.networks = nn.ModuleDict()
 
-    def prepare(  # noqa: B027
-        self, shared_dir: Path, max_steps: int = 0
-    ) -> None:
-        """Fill in what the system shares with another one from `shared_dir`.
+    def prepare(self, shared_dir: Path, max_steps: int = 0) -> None:
+        """Fill in what the system shares with another one from `shared_dir`, and freeze it.
 
         Where it is not there it is trained; the same call again resumes. Nothing to do for a system
         that shares nothing.
         """
+        if self.shares:
+            stage, key = self.shares
+            path, net = shared_dir / f"{stage}.safetensors", self.networks[key]
+            shared_weights(path, net, lambda: self.pretrain(shared_dir, max_steps))
 
-    def budget(self) -> float:
+    def pretrain(self, shared_dir: Path, max_steps: int) -> None:
+        """Train the shared network in place, of a system that shares one.
+
+        Args:
+            shared_dir: holds the checkpoints of a training that was stopped.
+        """
+        raise NotImplementedError(f"{self.name} shares nothing")
+
+    @classmethod
+    def budget(cls, config: Config) -> float:
         """Seconds that `fit` may spend, so that every system spends the same in all."""
-        own = self.config.baselines
-        return own.seconds if self.shares else own.foundation_seconds + own.seconds
+        own = config.baselines
+        return own.seconds if cls.shares else own.foundation_seconds + own.seconds
 
     @abstractmethod
     def fit(

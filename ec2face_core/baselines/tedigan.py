@@ -28,14 +28,14 @@ from .style import (
     Encoder,
     Linear,
     StyleGenerator,
+    StyleSystem,
     adam,
     leaky,
     perceptual,
-    pretrain_style,
     schedule,
     update,
 )
-from .system import Faces, System, one_hot, seeded, train_stage
+from .system import Faces, one_hot, seeded, train_stage
 
 MASK_LAYERS = 6  # layers 0-5 take the mask's code, 6-9 the sentence's
 FREE_LAYERS, DIVERSITY = 2, 0.3  # the last layers lean towards a random code by this much
@@ -59,14 +59,14 @@ class SentenceEncoder(nn.Module):
         return self.head(x).float()
 
 
-class TediGAN(System):
+class TediGAN(StyleSystem):
     """Mask, sentence and picture as codes in one frozen W+.
 
     Attributes:
         clip_steps: of optimisation at sampling; 0 leaves the encoders' codes as they are.
     """
 
-    name, shares = "TediGAN", ("style", "generator")
+    name = "TediGAN"
 
     def __init__(self, config: Config, clip_steps: int = 20) -> None:
         super().__init__(config)
@@ -80,11 +80,6 @@ class TediGAN(System):
             self.networks["mask"] = Encoder(19, LAYERS * WIDTH)
             width = self.clip.text_features([""]).shape[1]
             self.networks["text"] = SentenceEncoder(width)
-
-    def prepare(self, shared_dir: Path, max_steps: int = 0) -> None:
-        """The frozen generator, shared with MM2Latent."""
-        net = self.networks["generator"]
-        pretrain_style(self.config, net, shared_dir, max_steps)
 
     def fit(
         self,

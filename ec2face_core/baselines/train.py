@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             system.prepare(shared)
             print(f"shared by {system.name} and others: {shared}")
             return 0
-        budget = options.seconds or system.budget()
+        budget = options.seconds or system.budget(config)
         claim(options.out, config, options.seed)
         if system.shares:
             claim(shared, config, config.seed)

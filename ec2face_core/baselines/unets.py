@@ -1,6 +1,6 @@
 """Latent diffusion in miniature: what CoDiffusion, ControlNeXt and UaC stand on.
 
-U-Nets and schedulers are diffusers' own classes. `pretrain_text_unet` makes the text-to-image U-Net
+U-Nets and schedulers are diffusers' own classes. `TextUnetSystem` makes the text-to-image U-Net
 that CoDiffusion takes as its text diffuser and ControlNeXt as its frozen base, once for both.
 
 Chosen here:
@@ -30,7 +30,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backbone import decode_latents, encode_images, load_backbone
 from ..config import Config
-from .storage import shared_weights
 from .system import Faces, System, train_stage, word_features
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ CHANNELS = (40, 72)  # of a uni-modal U-Net: 1.3 M parameters
 BATCH, RATE, WARM_UP = 32, 1.5e-3, 100
 HEAVIEST = 5.0  # weight of an error of x_0
 TEXT_DROP = 0.1  # captions replaced by "", for classifier-free guidance
-TEXT_UNET = "text_unet.safetensors"
 
 
 class LatentSystem(System):
@@ -214,30 +212,21 @@ def drop_texts(texts: Sequence[str], share: float, generator: torch.Generator) -
     return ["" if g else text for g, text in zip(gone.tolist(), texts, strict=True)]
 
 
-def pretrain_text_unet(
-    system: LatentSystem,
-    unet: UNet2DConditionModel,
-    shared_dir: Path,
-    max_steps: int = 0,
-) -> None:
-    """Fill `unet` with the shared text-to-image weights; train them first where there are none.
+class TextUnetSystem(LatentSystem):
+    """A latent system on the text-to-image U-Net, which it shares."""
 
-    Args:
-        shared_dir: holds the finished weights, or the checkpoints of a training that was stopped.
-    """
-
-    def train() -> None:
-        faces = LatentFaces(Faces.of_world(system.config), system.vae)
+    def pretrain(self, shared_dir: Path, max_steps: int) -> None:
+        """The U-Net learns faces from captions."""
+        unet, config = self.networks[self.shares[1]], self.config
+        faces = LatentFaces(Faces.of_world(config), self.vae)
 
         def loss(generator: torch.Generator) -> Tensor:
             z, _, texts = faces.batch(BATCH, generator)
-            words = word_features(system.clip, drop_texts(texts, TEXT_DROP, generator))
-            return denoising_loss(prediction_of(unet), system.scheduler, z, generator, words)
+            words = word_features(self.clip, drop_texts(texts, TEXT_DROP, generator))
+            return denoising_loss(prediction_of(unet), self.scheduler, z, generator, words)
 
-        seed, seconds = system.config.seed, system.config.baselines.foundation_seconds
-        optimise("text_unet", loss, {"unet": unet}, shared_dir, seconds, seed, None, max_steps)
-
-    shared_weights(shared_dir / TEXT_UNET, unet, train)
+        how = (config.baselines.foundation_seconds, config.seed, None, max_steps)
+        optimise("text_unet", loss, {"unet": unet}, shared_dir, *how)
 
 
 # ----------------------------------------------------------------------------------- sampling
