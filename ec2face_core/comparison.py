@@ -1,10 +1,11 @@
-"""The comparison systems as experiments: training all, who leads by how much, time and budget.
+"""The comparison systems as experiments: training all, who leads by how much, is it fair.
 
-    python -m ec2face_core.comparison --profile mini [--only UaC] [--budget] [--keep DIR]
+    python -m ec2face_core.comparison --profile mini [--only UaC] [--fairness] [--keep DIR]
 
 trains the six in miniature, as many at a time as there are cores; the same call again resumes.
-`--budget` then trains each with half and with twice its time, too, and scores all three on
-validation faces; what two systems share stays as it is. Test faces are never looked at here.
+`--fairness` then trains each with half and with twice its time, too, and with masks as its authors
+feed them where those differ, and scores all on validation faces; what two systems share stays as it
+is. Test faces are never looked at here.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 OURS, MINUS = "both", "EC²Face - {}"
 FACTORS = {"half": 0.5, "once": 1.0, "double": 2.0}  # of a system's own training time
+PUBLISHED = "published masks"
 SPLIT = "validation"
 
 
@@ -214,49 +216,55 @@ def _own_facts(config: Config) -> tuple[float, float, float]:
     return count / 1e6, *minutes
 
 
-# ------------------------------------------------------------------------- half, once, double
+# ----------------------------------------------------------- other times, masks as published
 
 
-def budget_config(config: Config, factor: str) -> Config:
-    """The configuration whose systems have half or twice the time; `config` itself for once."""
-    if factor == "once":
+def varied(config: Config, how: str) -> Config:
+    """The configuration of systems trained otherwise; `config` itself for `once`.
+
+    Args:
+        how: one of `FACTORS`, or `PUBLISHED`.
+    """
+    if how == "once":
         return config
-    own, folder = config.baselines, f"{config.profile}/budget/{factor}"
-    return config.replace(
-        profile=folder,
-        adapters=f"runs/{folder}/adapters",
-        baselines={
-            "seconds": FACTORS[factor] * own.seconds,
-            "foundation_seconds": FACTORS[factor] * own.foundation_seconds,
-        },
-    )
+    own, folder = config.baselines, f"{config.profile}/fairness/{how.replace(' ', '_')}"
+    changed = {"published_masks": True}
+    if how in FACTORS:
+        seconds = {"seconds": own.seconds, "foundation_seconds": own.foundation_seconds}
+        changed = {what: FACTORS[how] * value for what, value in seconds.items()}
+    return config.replace(profile=folder, adapters=f"runs/{folder}/adapters", baselines=changed)
 
 
-def run_budget(config: Config, names: Sequence[str] = tuple(SYSTEMS)) -> Path:
-    """Train with half and twice the time, score on validation faces, write `budget.csv`.
+def run_fairness(
+    config: Config,
+    names: Sequence[str] = tuple(SYSTEMS),
+    ways: Sequence[str] = (*FACTORS, PUBLISHED),
+) -> Path:
+    """Train systems otherwise, score on validation faces, write `fairness.csv`.
 
-    Long rows of table `budget`; methods are `<system>, <half | once | double>`. Rows of other
-    systems that the file has stay in it.
+    Long rows of table `fairness`; methods are `<system>, <half | once | ...>`. Rows that the file
+    has of other systems and ways stay in it.
     """
     import pandas as pd
 
-    dataset, parts = open_dataset(config, SPLIT), []
-    path = config.run_dir / "budget" / "budget.csv"
-    for factor in FACTORS:
-        other = budget_config(config, factor)
+    dataset, parts, classes = open_dataset(config, SPLIT), [], systems()
+    path = config.run_dir / "fairness" / "fairness.csv"
+    for how in ways:
+        of = [name for name in names if how != PUBLISHED or classes[name].own_masks]
+        other = varied(config, how)
         if other is not config:
-            for name in names:
-                for stage in systems()[name].shares[:1]:
+            for name in of:
+                for stage in classes[name].shares[:1]:
                     kept = shared_file(weights_dir(config, name), stage)
                     copy = shared_file(other.run_dir / "baselines" / name, stage)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(kept, copy)
-            retrain_systems(other, names)
-        for name in names:
-            about = ("budget", f"{name}, {factor}", dataset.root.name, config)
+            retrain_systems(other, of)
+        for name in of:
+            about = ("fairness", f"{name}, {how}", dataset.root.name, config)
             parts.append(summarise(scored(other, name, SPLIT), *about))
     ours = scored(config, OURS, SPLIT)
-    parts.append(summarise(ours, "budget", "EC2Face", dataset.root.name, config))
+    parts.append(summarise(ours, "fairness", "EC2Face", dataset.root.name, config))
     rows = pd.concat(parts, ignore_index=True)
     if path.is_file():
         others = read_rows(path)
@@ -265,29 +273,36 @@ def run_budget(config: Config, names: Sequence[str] = tuple(SYSTEMS)) -> Path:
     return path
 
 
-def kept_budget(config: Config) -> tuple[DataFrame, Path] | None:
-    """The rows of `run_budget` and their file: this profile's own, else the kept, else None."""
-    own = config.run_dir / "budget" / "budget.csv"
-    path = own if own.is_file() else resolve(config.adapters).with_name("budget.csv")
+def kept_fairness(config: Config) -> tuple[DataFrame, Path] | None:
+    """The rows of `run_fairness` and their file: this profile's own, else the kept, else None."""
+    own = config.run_dir / "fairness" / "fairness.csv"
+    path = own if own.is_file() else resolve(config.adapters).with_name("fairness.csv")
     return (read_rows(path), path) if path.is_file() else None
 
 
-def describe_budget(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA")) -> str:
-    """A line a metric: does EC²Face lead those that had twice the time?"""
+def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA")) -> str:
+    """A line a metric: does EC²Face lead those that had twice the time, or their own masks?"""
     own = rows[rows["critic"] == "independent"]
     lines = []
     for metric in metrics:
         of = own[own["metric"] == metric].set_index("method")["value"]
-        twice = {n: of[f"{n}, double"] for n in SYSTEMS if f"{n}, double" in of}
-        best = max(twice, key=twice.get)
-        lines.append(
-            f"{metric}, twice the time for all but EC²Face: best {best} {twice[best]:.1f} "
-            f"(once {of[f'{best}, once']:.1f}), EC²Face {of['EC2Face']:.1f}."
-        )
+        if twice := {n: of[f"{n}, double"] for n in SYSTEMS if f"{n}, double" in of}:
+            best = max(twice, key=twice.get)
+            lines.append(
+                f"{metric}, twice the time for all but EC²Face: best {best} {twice[best]:.1f} "
+                f"(once {of[f'{best}, once']:.1f}), EC²Face {of['EC2Face']:.1f}."
+            )
+        for name in SYSTEMS:
+            if f"{name}, {PUBLISHED}" in of:
+                lines.append(
+                    f"{metric}, {name} with masks as its authors feed them: "
+                    f"{of[f'{name}, {PUBLISHED}']:.1f} (one-hot {of[f'{name}, once']:.1f}), "
+                    f"EC²Face {of['EC2Face']:.1f}."
+                )
     return "\n".join(lines)
 
 
-def budget_series(rows: DataFrame) -> Mapping[str, list[tuple[float, str]]]:
+def time_series(rows: DataFrame) -> Mapping[str, list[tuple[float, str]]]:
     """What `effects.length_figure` draws: (times its training time, method) of each system."""
     have = set(rows["method"])
     series = {
@@ -305,7 +320,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--profile", default="mini", help="smoke, mini or photos64 (default: mini)")
     parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), help="some of the systems")
-    parser.add_argument("--budget", action="store_true", help="also half and twice the time")
+    parser.add_argument(
+        "--fairness", nargs="*", choices=(*FACTORS, PUBLISHED), metavar="WAY",
+        help=f"also trained otherwise: {', '.join([*FACTORS, repr(PUBLISHED)])} (default: all)",
+    )  # fmt: skip
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the weights there")
     options = parser.parse_args(arguments)
     names = options.only or list(SYSTEMS)
@@ -313,8 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_profile(options.profile)
         retrain_systems(config, names, options.keep and resolve(options.keep))
         print(config.run_dir / "baselines")
-        if options.budget:
-            print(run_budget(config, names))
+        if options.fairness is not None:
+            print(run_fairness(config, names, options.fairness or (*FACTORS, PUBLISHED)))
     except (ConfigError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

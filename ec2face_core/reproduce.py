@@ -199,7 +199,7 @@ def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
         inputs += [resolve(root) / "manifest.csv" for root in roots]
     if "train" not in papermill.inspect_notebook(str(notebook)):
         # one that trains writes these instead
-        kept = ("sweeps/sweeps.csv", "budget/budget.csv", "baselines")
+        kept = ("sweeps/sweeps.csv", "fairness/fairness.csv", "baselines")
         inputs += [config.run_dir / "adapters", *(config.run_dir / name for name in kept)]
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     shaping = [code, parameters, config.digest(), [path_digest(path) for path in inputs]]

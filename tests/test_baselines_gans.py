@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ec2face_core.attributes import PALETTE
 from ec2face_core.baselines import build, mm2latent, pixelface, style, tedigan
 from ec2face_core.baselines.system import word_features
 from ec2face_core.config import Config
@@ -155,6 +156,15 @@ def test_pixelface_a_closed_gate_silences_the_words(tiny_config, masks):
     closed = system.generate(PROMPTS, masks, generators())
     assert torch.equal(closed, system.generate(PROMPTS[::-1], masks, generators()))
     assert not torch.equal(closed, system.generate(PROMPTS, masks.flip(0), generators()))
+
+
+def test_pixelface_sees_a_published_mask_in_palette_colours(tiny_config):
+    config = tiny_config.replace(baselines={"published_masks": True})
+    masks = torch.tensor([[[0, 1], [3, 15]]])
+    colours = build("PixelFace+", config).see(masks) * 127.5 + 127.5
+    assert [tuple(c) for c in colours[0].flatten(1).T.round().int().tolist()] == [
+        PALETTE[i] for i in (0, 1, 3, 15)
+    ]
 
 
 def test_pixelface_matching_is_a_binary_decision():

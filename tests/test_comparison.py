@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from ec2face_core import comparison, evaluate, experiments
-from ec2face_core.baselines import SYSTEMS, WEIGHTS, build, systems, train, weights_dir
+from ec2face_core.baselines import SYSTEMS, WEIGHTS, build, load, systems, train, weights_dir
 from ec2face_core.baselines.draw import available, draw_split, missing_system_pictures
-from ec2face_core.comparison import FACTORS, budget_config, describe_lead
+from ec2face_core.comparison import FACTORS, PUBLISHED, describe_lead, varied
 from ec2face_core.config import Config
 from ec2face_core.datasets import open_dataset
 from ec2face_core.generate import load_pictures
@@ -91,10 +91,10 @@ def test_a_training_on_another_clip_is_not_gone_on_with(config, kept, tmp_path, 
 
 def test_half_and_double_are_other_runs_of_other_lengths(config):
     own = config.baselines
-    folders = {factor: budget_config(config, factor).run_dir for factor in FACTORS}
+    folders = {factor: varied(config, factor).run_dir for factor in FACTORS}
     assert len(set(folders.values())) == 3 and folders["once"] == config.run_dir
     for factor, times in {"half": 0.5, "double": 2.0}.items():
-        other = budget_config(config, factor)
+        other = varied(config, factor)
         assert other.baselines.seconds == times * own.seconds
         assert systems()["UaC"].budget(other) == times * systems()["UaC"].budget(config)
         assert other.data == config.data and other.seed == config.seed
@@ -105,21 +105,40 @@ def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch):
     monkeypatch.setattr(  # EC²Face has no adapter here
         comparison, "scored", lambda c, v, s: real(c, "real" if v == "both" else v, s)
     )
-    path = comparison.run_budget(config, [NAME])
+    path = comparison.run_fairness(config, [NAME])
     rows = read_rows(path)
     assert set(rows["method"]) == {"EC2Face", *(f"{NAME}, {factor}" for factor in FACTORS)}
     assert set(rows["dataset"]) == {open_dataset(config, "validation").root.name}
-    shared = [budget_config(config, f).run_dir / "baselines" / "shared" for f in FACTORS]
+    shared = [varied(config, f).run_dir / "baselines" / "shared" for f in FACTORS]
     assert len({(folder / "style.safetensors").read_bytes() for folder in shared}) == 1
     for factor, times in FACTORS.items():
-        about = budget_config(config, factor).run_dir / "baselines/mm2latent/provenance.json"
+        about = varied(config, factor).run_dir / "baselines/mm2latent/provenance.json"
         made = json.loads(about.read_text())["parameters"]
         assert made["budget"] == pytest.approx(times * config.baselines.seconds)
-    assert comparison.kept_budget(config)[1] == path
-    assert comparison.budget_series(rows) == {
+    assert comparison.kept_fairness(config)[1] == path
+    assert comparison.time_series(rows) == {
         NAME: [(times, f"{NAME}, {factor}") for factor, times in FACTORS.items()]
     }
-    assert "twice the time" in comparison.describe_budget(rows)
+    assert "twice the time" in comparison.describe_fairness(rows)
+    assert comparison.run_fairness(config, [NAME, "PixelFace+"], [PUBLISHED]) == path
+    more = set(read_rows(path)["method"]) - set(rows["method"])
+    assert more == {f"PixelFace+, {PUBLISHED}"}, "the others' originals see what they see here"
+    other = varied(config, PUBLISHED)
+    assert other.baselines.published_masks and not config.baselines.published_masks
+    weights = load(other, "PixelFace+").networks["generator"].state_dict()
+    assert weights["words.8.mask.0.weight"].shape[1] == 3 * 64, "colours of 8 x 8 pixels"
+
+
+def test_what_other_masks_and_times_would_change_is_told():
+    values = {"UaC, once": 20, "UaC, double": 25, f"UaC, {PUBLISHED}": 15, "EC2Face": 60}
+    rows = pd.DataFrame(
+        [{"method": m, "metric": "RFA", "critic": "independent", "value": v}
+         for m, v in values.items()]
+    )  # fmt: skip
+    assert comparison.describe_fairness(rows, ["RFA"]) == (
+        "RFA, twice the time for all but EC²Face: best UaC 25.0 (once 20.0), EC²Face 60.0.\n"
+        "RFA, UaC with masks as its authors feed them: 15.0 (one-hot 20.0), EC²Face 60.0."
+    )
 
 
 def test_tables_hold_the_systems_that_have_weights(config, kept):

@@ -122,7 +122,7 @@ ALL = {
         "steps",
         ("RFA", "OAA", "Text"),
     ),
-    "budget": lambda: effects.length_figure(
+    "fairness": lambda: effects.length_figure(
         differences()[0],
         {name: [(0.5, "mask - none"), (2, "mask - none")] for name in "ABCDEF"},
         "times its training time",

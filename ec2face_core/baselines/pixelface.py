@@ -5,9 +5,11 @@ a gate made of mask features and answer decides how much of the answer passes, a
 convolution reads it beside mask features and Fourier features of the coordinates. A discriminator
 of picture and mask, a matched or mismatched sentence, R1 and a CLIP loss on the picture.
 
-Simplified: three resolutions in steps of 2 instead of 4 (8, 16, 32, unfolded to 64); masks one-hot
-instead of palette colours; words and sentences from the guiding CLIP; no path-length
+Simplified: three resolutions in steps of 2 instead of 4 (8, 16, 32, unfolded to 64), at each of
+which the mask is folded, not reduced; words and sentences from the guiding CLIP; no path-length
 regularisation; R1 of weight 1 (10 there, at 256 px); the discriminator is smaller.
+The original sees a mask in palette colours, as `baselines.published_masks` does here; one-hot maps
+are what the other systems see.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attributes import palette_tensor
 from ..config import Config
 from ..datasets import FaceDataset
 from .style import (
@@ -50,17 +53,19 @@ BATCH, RATE, R1, R1_EVERY = 8, 2e-3, 1.0, 16
 class GatedWords(nn.Module):
     """GCMF: pixels ask the words with their mask's features, and a gate lets the answer pass."""
 
-    def __init__(self, side: int, words: int) -> None:
+    def __init__(self, side: int, words: int, maps: int) -> None:
         super().__init__()
         self.fold = 64 // side
-        self.mask = nn.ModuleList([Conv(19 * self.fold**2, FEATURES, 1), Conv(FEATURES, FEATURES)])
+        self.mask = nn.ModuleList(
+            [Conv(maps * self.fold**2, FEATURES, 1), Conv(FEATURES, FEATURES)]
+        )
         self.query = nn.Conv2d(FEATURES, FEATURES, 1)
         self.key, self.value = nn.Linear(words, FEATURES), nn.Linear(words, FEATURES)
         self.gate = nn.Conv2d(2 * FEATURES, FEATURES, 1)
 
-    def forward(self, label_map: Tensor, words: Tensor, real: Tensor) -> Tensor:
-        """One-hot map `b 19 64 64`, words `b n d`, which words are real `b n` -> `b 2f s s`."""
-        m = F.pixel_unshuffle(label_map, self.fold)
+    def forward(self, maps: Tensor, words: Tensor, real: Tensor) -> Tensor:
+        """Maps `b k 64 64`, words `b n d`, which words are real `b n` -> `b 2f s s`."""
+        m = F.pixel_unshuffle(maps, self.fold)
         for conv in self.mask:
             m = conv(m)
         answer = cross_attention(self.query(m), self.key(words), self.value(words), real)
@@ -69,9 +74,9 @@ class GatedWords(nn.Module):
 
 
 class PixelGenerator(nn.Module):
-    """Noise, one-hot label map and words -> 64 px faces."""
+    """Noise, maps of a mask and words -> 64 px faces."""
 
-    def __init__(self, words: int) -> None:
+    def __init__(self, words: int, maps: int) -> None:
         super().__init__()
         self.mapping = nn.ModuleList(Linear(WIDTH, WIDTH, gain=0.01) for _ in range(3))
         self.const = nn.Parameter(torch.randn(1, CHANNELS[8], 8, 8))
@@ -79,7 +84,7 @@ class PixelGenerator(nn.Module):
         self.rgb = rgb_layers(CHANNELS)
         before = CHANNELS[8]
         for side, c in CHANNELS.items():
-            self.words[str(side)] = GatedWords(side, words)
+            self.words[str(side)] = GatedWords(side, words, maps)
             inputs = min(before, c) + 2 * FEATURES + 4 * FREQUENCIES
             layers = [ModulatedConv(inputs, c), ModulatedConv(c, c)]
             if before != c:  # fewer channels before the side doubles
@@ -88,8 +93,8 @@ class PixelGenerator(nn.Module):
             before = c
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, z: Tensor, label_map: Tensor, words: Tensor, real: Tensor) -> Tensor:
-        """z `(b, WIDTH)`, map `b 19 64 64`, words `b n d`, `b n` -> images `b 3 64 64`."""
+    def forward(self, z: Tensor, maps: Tensor, words: Tensor, real: Tensor) -> Tensor:
+        """z `(b, WIDTH)`, maps `b k 64 64`, words `b n d`, `b n` -> images `b 3 64 64`."""
         w = F.normalize(z, dim=-1) * math.sqrt(WIDTH)
         for linear in self.mapping:
             w = leaky(linear(w))
@@ -98,7 +103,7 @@ class PixelGenerator(nn.Module):
             layers, here = self.convs[str(side)], fourier(side).to(x.dtype)
             if image is not None:
                 x = upsample(layers[2](x, w))
-            asked = self.words[str(side)](label_map, words, real).to(x.dtype)
+            asked = self.words[str(side)](maps, words, real).to(x.dtype)
             x = torch.cat([x, asked, here.expand(len(z), -1, -1, -1)], 1)
             x = layers[1](layers[0](x.contiguous(memory_format=torch.channels_last), w), w)
             image = add_rgb(image, self.rgb[str(side)](x, w))
@@ -110,12 +115,22 @@ class PixelFace(System):
 
     name = "PixelFace+"
     takes = frozenset()  # neither alone
+    own_masks = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self.palette = palette_tensor() if config.baselines.published_masks else None
         with seeded(config.seed):
-            width = self.clip.model.token_embedding.weight.shape[1]
-            self.networks["generator"] = PixelGenerator(width)
+            self.networks["generator"] = self.build()
+
+    def build(self) -> PixelGenerator:
+        """A generator with random weights."""
+        width = self.clip.model.token_embedding.weight.shape[1]
+        return PixelGenerator(width, 19 if self.palette is None else 3)
+
+    def see(self, masks: Tensor) -> Tensor:
+        """Label maps `b h w` -> one-hot `b 19 h w`, or palette colours `b 3 h w` in [-1, 1]."""
+        return one_hot(masks) if self.palette is None else self.palette[masks].movedim(-1, 1)
 
     def fit(
         self,
@@ -128,38 +143,39 @@ class PixelFace(System):
         """One adversarial stage; `networks` holds the moving average of the generator."""
         average, sentences = self.networks["generator"], self.clip.text_features([""]).shape[1]
         with seeded(seed):
-            net = PixelGenerator(self.clip.model.token_embedding.weight.shape[1])
-            critic, head = Discriminator(3 + 19), Linear(sentences, WIDTH)
+            net = self.build()
+            critic = Discriminator(3 + self.see(torch.zeros(1, 1, 1).long()).shape[1])
+            head = Linear(sentences, WIDTH)
         average.load_state_dict(net.state_dict())
         judges = nn.ModuleDict({"critic": critic, "head": head})
         optimizers = [adam(m, RATE, momentum=0.0) for m in (net, judges)]
         faces, scale = Faces.read(dataset), self.clip.model.logit_scale.exp().detach()
 
-        def judge(x: Tensor, label_map: Tensor) -> tuple[Tensor, Tensor]:
-            return critic(torch.cat([x, label_map], 1))
+        def judge(x: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+            return critic(torch.cat([x, maps], 1))
 
-        def draw(label_map: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+        def draw(maps: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
             z = torch.randn(BATCH, WIDTH, generator=generator)
-            return net(z, label_map, word_features(self.clip, captions), self.real(captions))
+            return net(z, maps, word_features(self.clip, captions), self.real(captions))
 
         def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
             for optimizer in optimizers:
                 schedule(optimizer, RATE, done, hold=0.5)
             x, label_maps, captions = faces.batch(BATCH, generator)
-            label_map, sentence = one_hot(label_maps), self.clip.text_features(captions)
+            maps, sentence = self.see(label_maps), self.clip.text_features(captions)
             values = {}
             with torch.autocast("cpu", torch.bfloat16):
                 judges.requires_grad_(True)
-                fake = draw(label_map, captions, generator)
-                real_logit, real = judge(x, label_map)
-                fake_logit, made = judge(fake.detach(), label_map)
+                fake = draw(maps, captions, generator)
+                real_logit, real = judge(x, maps)
+                fake_logit, made = judge(fake.detach(), maps)
                 told = head(sentence)
                 loss_d = adversarial_loss(real_logit, fake_logit) + matching_loss(real, made, told)
                 if number % R1_EVERY == 0:
-                    values["r1"] = r1_penalty(lambda x: judge(x, label_map), x)
+                    values["r1"] = r1_penalty(lambda x: judge(x, maps), x)
                 update(optimizers[1], loss_d + 0.5 * R1 * R1_EVERY * values.get("r1", 0.0))
                 judges.requires_grad_(False)
-                fake_logit, made = judge(fake, label_map)
+                fake_logit, made = judge(fake, maps)
                 loss_g = F.softplus(-fake_logit) + F.softplus(-match(made, head(sentence)))
                 logits = scale * self.clip.image_features(fake) @ sentence.T
                 loss_clip = F.cross_entropy(logits, torch.arange(BATCH))
@@ -186,7 +202,7 @@ class PixelFace(System):
         """Images `b 3 64 64` in [0, 1]."""
         z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators])
         words, real = word_features(self.clip, prompts), self.real(prompts)
-        return (self.networks["generator"](z, one_hot(masks), words, real) / 2 + 0.5).clamp(0, 1)
+        return (self.networks["generator"](z, self.see(masks), words, real) / 2 + 0.5).clamp(0, 1)
 
 
 def cross_attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class System(ABC):
         name: row of Tables 1 and 2.
         shares: (stage of `prepare`, its network in `networks`), where a system shares one.
         takes: which of `text` and `mask` may be given alone; every system takes both together.
+        own_masks: whether `baselines.published_masks` changes what the system sees of a mask.
         clip: reads captions (and pictures); frozen.
         networks: everything that training made and sampling needs, by name.
     """
@@ -60,6 +61,7 @@ class System(ABC):
     name: str
     shares: tuple[str, str] | tuple[()] = ()
     takes: frozenset[str] = frozenset({"text", "mask"})
+    own_masks: bool = False
 
     def __init__(self, config: Config) -> None:
         self.config, self.clip = config, guiding_clip(config)

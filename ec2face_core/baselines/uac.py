@@ -15,7 +15,8 @@ composition is the same for x_0, being affine with weights of sum 1. Features co
 miniature's CLIP (FaRL there). The variational bound term, the exponential average (the rate falls
 to 0 instead) and the low learning rate are left out; 28 steps of DDIM (100 there). Added: `Centre`,
 for which training sees the captions' mean feature.
-`maps` = 2 is faithful: the original sees face skin and hair alone; 19 is fair to the other systems.
+The original sees two maps of a mask, face skin and hair, as `baselines.published_masks` does here;
+maps of all 19 classes are fair to the other systems.
 """
 
 from __future__ import annotations
@@ -46,19 +47,14 @@ RELIABILITY = {"mask": 0.6, "text": 0.4}  # b of each model where both take part
 
 
 class UaC(System):
-    """Composition of separately trained diffusers at sampling.
-
-    Args:
-        maps: 19: one-hot maps of all classes; 2: face skin and hair.
-    """
+    """Composition of separately trained diffusers at sampling."""
 
     name = "UaC"
+    own_masks = True
 
-    def __init__(self, config: Config, maps: int = 19) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if maps not in (2, 19):
-            raise ValueError(f"maps={maps}: 2 (face skin, hair) or 19 (every class)")
-        self.maps = maps
+        self.maps = 2 if config.baselines.published_masks else 19
         self.shape = (3 * FOLD**2, config.data.size // FOLD, config.data.size // FOLD)
         self.scheduler = pixel_scheduler()
         self.build(config.seed)
