@@ -1,11 +1,8 @@
-"""The comparison systems as experiments: training all, who leads by how much, is it fair.
+"""The comparison systems as experiments: training all, who leads by how much, what each costs.
 
-    python -m ec2face_core.comparison --profile mini [--only UaC] [--fairness] [--keep DIR]
+    python -m ec2face_core.comparison --profile mini [--only UaC] [--keep DIR]
 
 trains the six in miniature, as many at a time as there are cores; the same call again resumes.
-`--fairness` then trains each with half and with twice its time, too, and with masks as its authors
-feed them where those differ, and scores all on validation faces; what two systems share stays as it
-is. Test faces are never looked at here.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,21 +25,16 @@ from .baselines.draw import available
 from .baselines.storage import shared_file
 from .config import Config, ConfigError, adapter_dir, load_profile, resolve
 from .datasets import DataError, open_dataset
-from .evaluate import summarise
-from .experiments import difference_rows, scored
+from .experiments import difference_rows
 from .launch import run
 from .lora import LORA_FILE
 from .pipeline import EC2FacePipeline
-from .results import read_rows, save_rows
 from .tables import METHODS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 OURS, MINUS = "both", "EC²Face - {}"
-FACTORS = {"half": 0.5, "once": 1.0, "double": 2.0}  # of a system's own training time
-PUBLISHED = "published masks"
-SPLIT = "validation"
 
 
 # ------------------------------------------------------------------------------------ training
@@ -216,102 +208,6 @@ def _own_facts(config: Config) -> tuple[float, float, float]:
     return count / 1e6, *minutes
 
 
-# ----------------------------------------------------------- other times, masks as published
-
-
-def varied(config: Config, how: str) -> Config:
-    """The configuration of systems trained otherwise; `config` itself for `once`.
-
-    Args:
-        how: one of `FACTORS`, or `PUBLISHED`.
-    """
-    if how == "once":
-        return config
-    own, folder = config.baselines, f"{config.profile}/fairness/{how.replace(' ', '_')}"
-    changed = {"published_masks": True}
-    if how in FACTORS:
-        seconds = {"seconds": own.seconds, "foundation_seconds": own.foundation_seconds}
-        changed = {what: FACTORS[how] * value for what, value in seconds.items()}
-    return config.replace(profile=folder, adapters=f"runs/{folder}/adapters", baselines=changed)
-
-
-def run_fairness(
-    config: Config,
-    names: Sequence[str] = tuple(SYSTEMS),
-    ways: Sequence[str] = (*FACTORS, PUBLISHED),
-) -> Path:
-    """Train systems otherwise, score on validation faces, write `fairness.csv`.
-
-    Long rows of table `fairness`; methods are `<system>, <half | once | ...>`. Rows that the file
-    has of other systems and ways stay in it.
-    """
-    import pandas as pd
-
-    dataset, parts, classes = open_dataset(config, SPLIT), [], systems()
-    path = config.run_dir / "fairness" / "fairness.csv"
-    for how in ways:
-        of = [name for name in names if how != PUBLISHED or classes[name].own_masks]
-        other = varied(config, how)
-        if other is not config:
-            for name in of:
-                for stage in classes[name].shares[:1]:
-                    kept = shared_file(weights_dir(config, name), stage)
-                    copy = shared_file(other.run_dir / "baselines" / name, stage)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(kept, copy)
-            retrain_systems(other, of)
-        for name in of:
-            about = ("fairness", f"{name}, {how}", dataset.root.name, config)
-            parts.append(summarise(scored(other, name, SPLIT), *about))
-    ours = scored(config, OURS, SPLIT)
-    parts.append(summarise(ours, "fairness", "EC2Face", dataset.root.name, config))
-    rows = pd.concat(parts, ignore_index=True)
-    if path.is_file():
-        others = read_rows(path)
-        rows = pd.concat([others[~others["method"].isin(rows["method"])], rows], ignore_index=True)
-    save_rows(rows, path, config, inputs=[weights_dir(config, name) for name in names])
-    return path
-
-
-def kept_fairness(config: Config) -> tuple[DataFrame, Path] | None:
-    """The rows of `run_fairness` and their file: this profile's own, else the kept, else None."""
-    own = config.run_dir / "fairness" / "fairness.csv"
-    path = own if own.is_file() else resolve(config.adapters).with_name("fairness.csv")
-    return (read_rows(path), path) if path.is_file() else None
-
-
-def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA")) -> str:
-    """A line a metric: does EC²Face lead those that had twice the time, or their own masks?"""
-    own = rows[rows["critic"] == "independent"]
-    lines = []
-    for metric in metrics:
-        of = own[own["metric"] == metric].set_index("method")["value"]
-        if twice := {n: of[f"{n}, double"] for n in SYSTEMS if f"{n}, double" in of}:
-            best = max(twice, key=twice.get)
-            lines.append(
-                f"{metric}, twice the time for all but EC²Face: best {best} {twice[best]:.1f} "
-                f"(once {of[f'{best}, once']:.1f}), EC²Face {of['EC2Face']:.1f}."
-            )
-        for name in SYSTEMS:
-            if f"{name}, {PUBLISHED}" in of:
-                lines.append(
-                    f"{metric}, {name} with masks as its authors feed them: "
-                    f"{of[f'{name}, {PUBLISHED}']:.1f} (one-hot {of[f'{name}, once']:.1f}), "
-                    f"EC²Face {of['EC2Face']:.1f}."
-                )
-    return "\n".join(lines)
-
-
-def time_series(rows: DataFrame) -> Mapping[str, list[tuple[float, str]]]:
-    """What `effects.length_figure` draws: (times its training time, method) of each system."""
-    have = set(rows["method"])
-    series = {
-        name: [(f, f"{name}, {k}") for k, f in FACTORS.items() if f"{name}, {k}" in have]
-        for name in SYSTEMS
-    }
-    return {name: points for name, points in series.items() if points}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns 0, or 2 for settings or data that cannot work."""
     parser = argparse.ArgumentParser(
@@ -320,10 +216,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--profile", default="mini", help="smoke, mini or photos64 (default: mini)")
     parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), help="some of the systems")
-    parser.add_argument(
-        "--fairness", nargs="*", choices=(*FACTORS, PUBLISHED), metavar="WAY",
-        help=f"also trained otherwise: {', '.join([*FACTORS, repr(PUBLISHED)])} (default: all)",
-    )  # fmt: skip
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the weights there")
     options = parser.parse_args(arguments)
     names = options.only or list(SYSTEMS)
@@ -331,8 +223,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_profile(options.profile)
         retrain_systems(config, names, options.keep and resolve(options.keep))
         print(config.run_dir / "baselines")
-        if options.fairness is not None:
-            print(run_fairness(config, names, options.fairness or (*FACTORS, PUBLISHED)))
     except (ConfigError, DataError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,13 +7,16 @@ import shutil
 
 import pandas as pd
 import pytest
+import torch
 
-from ec2face_core import comparison, evaluate, experiments
+from ec2face_core import comparison, evaluate, experiments, fairness
+from ec2face_core.backbone import load_backbone
 from ec2face_core.baselines import SYSTEMS, WEIGHTS, build, load, systems, train, weights_dir
 from ec2face_core.baselines.draw import available, draw_split, missing_system_pictures
-from ec2face_core.comparison import FACTORS, PUBLISHED, describe_lead, varied
+from ec2face_core.comparison import describe_lead
 from ec2face_core.config import Config
 from ec2face_core.datasets import open_dataset
+from ec2face_core.fairness import AUTOENCODED, FACTORS, PUBLISHED, describe_fairness, varied
 from ec2face_core.generate import load_pictures
 from ec2face_core.results import read_rows
 from ec2face_core.tables import METHODS
@@ -103,11 +106,12 @@ def test_half_and_double_are_other_runs_of_other_lengths(config):
 def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch):
     real = experiments.scored
     monkeypatch.setattr(  # EC²Face has no adapter here
-        comparison, "scored", lambda c, v, s: real(c, "real" if v == "both" else v, s)
+        fairness, "scored", lambda c, v, s: real(c, "real" if v == "both" else v, s)
     )
-    path = comparison.run_fairness(config, [NAME])
+    path = fairness.run_fairness(config, [NAME])
     rows = read_rows(path)
-    assert set(rows["method"]) == {"EC2Face", *(f"{NAME}, {factor}" for factor in FACTORS)}
+    ways = (*FACTORS, AUTOENCODED)  # its original sees the masks that it sees here
+    assert set(rows["method"]) == {"EC2Face", *(f"{NAME}, {how}" for how in ways)}
     assert set(rows["dataset"]) == {open_dataset(config, "validation").root.name}
     shared = [varied(config, f).run_dir / "baselines" / "shared" for f in FACTORS]
     assert len({(folder / "style.safetensors").read_bytes() for folder in shared}) == 1
@@ -115,29 +119,41 @@ def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch):
         about = varied(config, factor).run_dir / "baselines/mm2latent/provenance.json"
         made = json.loads(about.read_text())["parameters"]
         assert made["budget"] == pytest.approx(times * config.baselines.seconds)
-    assert comparison.kept_fairness(config)[1] == path
-    assert comparison.time_series(rows) == {
+    assert fairness.kept_fairness(config)[1] == path
+    assert fairness.time_series(rows) == {
         NAME: [(times, f"{NAME}, {factor}") for factor, times in FACTORS.items()]
     }
-    assert "twice the time" in comparison.describe_fairness(rows)
-    assert comparison.run_fairness(config, [NAME, "PixelFace+"], [PUBLISHED]) == path
+    assert "twice the time" in describe_fairness(rows)
+    assert fairness.run_fairness(config, [NAME, "PixelFace+"], [PUBLISHED]) == path
     more = set(read_rows(path)["method"]) - set(rows["method"])
-    assert more == {f"PixelFace+, {PUBLISHED}"}, "the others' originals see what they see here"
+    assert more == {f"PixelFace+, {PUBLISHED}"}
     other = varied(config, PUBLISHED)
     assert other.baselines.published_masks and not config.baselines.published_masks
     weights = load(other, "PixelFace+").networks["generator"].state_dict()
     assert weights["words.8.mask.0.weight"].shape[1] == 3 * 64, "colours of 8 x 8 pixels"
 
 
+def test_autoencoded_pictures_are_the_systems_own_after_the_autoencoder(config, kept):
+    ids = open_dataset(config, "validation").ids
+    drawn = load_pictures(draw_split(config, NAME, "validation", progress=False), ids)
+    seen = load_pictures(fairness.through_autoencoder(config, NAME, "validation"), ids)
+    vae = load_backbone(config.backbone, ("vae",)).vae
+    with torch.no_grad():
+        expected = vae.decode(vae.encode(drawn).latent_dist.mode()).sample.clamp(-1, 1)
+    assert (seen - expected).abs().max() < 1.1 / 127.5
+
+
 def test_what_other_masks_and_times_would_change_is_told():
-    values = {"UaC, once": 20, "UaC, double": 25, f"UaC, {PUBLISHED}": 15, "EC2Face": 60}
+    values = {"UaC, once": 20, "UaC, double": 25, "EC2Face": 60, "TediGAN, once": 5}
+    values |= {f"UaC, {PUBLISHED}": 15, f"UaC, {AUTOENCODED}": 18, f"TediGAN, {AUTOENCODED}": 4}
     rows = pd.DataFrame(
         [{"method": m, "metric": "RFA", "critic": "independent", "value": v}
          for m, v in values.items()]
     )  # fmt: skip
-    assert comparison.describe_fairness(rows, ["RFA"]) == (
+    assert describe_fairness(rows, ["RFA"]) == (
         "RFA, twice the time for all but EC²Face: best UaC 25.0 (once 20.0), EC²Face 60.0.\n"
-        "RFA, UaC with masks as its authors feed them: 15.0 (one-hot 20.0), EC²Face 60.0."
+        "RFA, masks as published: UaC 15.0 (was 20.0).\n"
+        "RFA, through the autoencoder: TediGAN 4.0 (was 5.0), UaC 18.0 (was 20.0)."
     )
 
 

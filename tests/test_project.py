@@ -40,7 +40,7 @@ FLOORS = {
         "gradients",
         "experiments sentences",
         "comparison robustness sweeps",
-        "report",
+        "fairness report",
     ],
     6: ["prepare train"],
 }
