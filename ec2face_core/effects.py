@@ -96,14 +96,12 @@ def length_figure(
     series: Mapping[str, Sequence[tuple[float, str]]],
     xlabel: str,
     metrics: Sequence[str] = ("RFA", "OAA", "HFA"),
-    level: tuple[str, str] | None = None,
 ) -> Figure:
     """Metrics against a number, a line with its 95 % band for each series.
 
     Args:
         rows: long rows of one critic, method = point.
         series: legend text -> (x, point) of its points; at most seven.
-        level: (legend text, point) of something without number, a dashed line.
     """
     fig = new_figure(9, 2.9 if len(series) < 4 else 3.4)
     for ax, metric in zip(fig.subplots(1, len(metrics)), metrics, strict=True):
@@ -114,10 +112,6 @@ def length_figure(
             ax.fill_between(x, line["ci_low"].to_numpy(float), line["ci_high"].to_numpy(float),
                             color=colour, alpha=0.18, lw=0)  # fmt: skip
             ax.plot(x, line["value"].to_numpy(float), "o-", color=colour, label=label, ms=4)
-        if level:
-            value, low, high = of.loc[level[1], ["value", "ci_low", "ci_high"]]
-            ax.axhspan(low, high, color=BLACK, alpha=0.1, lw=0)
-            ax.axhline(value, color=BLACK, ls="--", lw=1.2, label=level[0])
         ax.set_xscale("log")
         ax.set_xticks(sorted({x for points in series.values() for x, _ in points}))
         ax.get_xaxis().set_major_formatter("{x:g}")
@@ -128,6 +122,41 @@ def length_figure(
     handles, texts = fig.axes[0].get_legend_handles_labels()
     fig.legend(handles, texts, loc="outside upper center", ncols=min(len(texts), 7))
     return fig
+
+
+@styled
+def fairness_figure(
+    rows: DataFrame,
+    names: Sequence[str],
+    ways: Mapping[str, tuple[str, str, str]],
+    level: tuple[str, str],
+    metrics: Sequence[str] = ("RFA", "OAA", "Text"),
+) -> Figure:
+    """Systems down, a mark for each way in which they were trained or seen.
+
+    Args:
+        rows: long rows of one critic; a method is `<system>, <way>`.
+        names: systems in drawing order.
+        ways: way -> (legend text, marker, colour); the first one has 95 % intervals.
+        level: (legend text, method) of what all are compared with, a dashed line with its interval.
+    """
+    fig = new_figure(9, 1.3 + 0.4 * len(names))
+    y = np.arange(len(names))
+    for ax, metric in zip(fig.subplots(1, len(metrics), sharey=True), metrics, strict=True):
+        of = rows[rows["metric"] == metric].set_index("method")
+        value, low, high = of.loc[level[1], ["value", "ci_low", "ci_high"]]
+        ax.axvspan(low, high, color=BLACK, alpha=0.1, lw=0)
+        ax.axvline(value, color=BLACK, ls="--", lw=1.2, label=level[0])
+        for k, (way, (label, marker, colour)) in enumerate(ways.items()):
+            methods = [f"{name}, {way}" for name in names]
+            if k == 0:
+                _dots(ax, rows, metric, methods, y, colour, label, ms=6)
+            elif set(methods) & set(of.index):
+                ax.plot(of["value"].reindex(methods), y, marker, color=colour, mfc="none", ms=6.5,
+                        mew=1.5, label=label)  # fmt: skip
+        ax.set(title=metric, xlabel="%")
+        ax.grid(axis="x")
+    return _labelled(fig, list(names), 3)
 
 
 @styled

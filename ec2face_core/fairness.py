@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +26,16 @@ from .baselines.storage import shared_file
 from .comparison import OURS, retrain_systems
 from .config import Config, ConfigError, load_profile, resolve
 from .datasets import DataError, open_dataset
+from .effects import fairness_figure
 from .evaluate import summarise
 from .experiments import scored
 from .generate import evaluated_ids, load_pictures, save_picture
+from .plotting import BLUE, GREEN, ORANGE, PINK
 from .results import read_rows, save_rows
 from .scoring import score_folder
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 FACTORS = {"half": 0.5, "once": 1.0, "double": 2.0}  # of a system's own training time
@@ -145,14 +148,18 @@ def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA")) 
     return "\n".join(lines)
 
 
-def time_series(rows: DataFrame) -> Mapping[str, list[tuple[float, str]]]:
-    """What `effects.length_figure` draws: (times its training time, method) of each system."""
-    have = set(rows["method"])
-    series = {
-        name: [(f, f"{name}, {k}") for k, f in FACTORS.items() if f"{name}, {k}" in have]
-        for name in SYSTEMS
+def draw_fairness(rows: DataFrame) -> Figure:
+    """Every system that was scored, in every way, beside EC²Face; the independent critics."""
+    own = rows[rows["critic"] == "independent"]
+    names = [name for name in SYSTEMS if f"{name}, once" in set(own["method"])]
+    ways = {
+        "once": ("as in Table 1, 95 % interval", "o", BLUE),
+        AUTOENCODED: ("after EC²Face's autoencoder", "D", ORANGE),
+        PUBLISHED: ("masks as published", "s", GREEN),
+        "half": ("half the training time", "<", PINK),
+        "double": ("twice the training time", ">", PINK),
     }
-    return {name: points for name, points in series.items() if points}
+    return fairness_figure(own, names, ways, ("EC²Face", "EC2Face"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -122,12 +122,11 @@ ALL = {
         "steps",
         ("RFA", "OAA", "Text"),
     ),
-    "fairness": lambda: effects.length_figure(
-        differences()[0],
-        {name: [(0.5, "mask - none"), (2, "mask - none")] for name in "ABCDEF"},
-        "times its training time",
-        ("RFA", "OAA", "Text"),
-        level=("EC²Face", "text - none"),
+    "fairness": lambda: effects.fairness_figure(
+        pd.concat([differences()[0][:3].assign(method=m) for m in ("A, once", "B, once", "us")]),
+        ["A", "B"],
+        {"once": ("once", "o", plotting.BLUE), "half": ("half", "<", plotting.PINK)},
+        ("us", "us"),
     ),
     "critics": lambda: effects.critic_figure(
         pd.concat([differences()[0].assign(critic=c) for c in ("independent", "guiding")]),
