@@ -23,12 +23,12 @@ from .backbone import decode_latents, encode_images, load_backbone
 from .baselines import SYSTEMS, systems, weights_dir
 from .baselines.draw import draw_split
 from .baselines.storage import shared_file
-from .comparison import OURS, retrain_systems
+from .comparison import MINUS, OURS, retrain_systems
 from .config import Config, ConfigError, load_profile, resolve
 from .datasets import DataError, open_dataset
 from .effects import fairness_figure
-from .evaluate import summarise
-from .experiments import scored
+from .evaluate import summarise, summarise_difference
+from .experiments import MAIN, scored
 from .generate import evaluated_ids, load_pictures, save_picture
 from .plotting import BLUE, GREEN, ORANGE, PINK
 from .results import read_rows, save_rows
@@ -42,6 +42,14 @@ FACTORS = {"half": 0.5, "once": 1.0, "double": 2.0}  # of a system's own trainin
 PUBLISHED, AUTOENCODED = "published", "autoencoded"
 WAYS = (*FACTORS, PUBLISHED, AUTOENCODED)
 SPLIT = "validation"
+# way -> (what to print, marker, colour)
+MARKS = {
+    "once": ("as in Table 1", "o", BLUE),
+    AUTOENCODED: ("after EC²Face's autoencoder", "D", ORANGE),
+    PUBLISHED: ("masks as published", "s", GREEN),
+    "half": ("half the training time", "<", PINK),
+    "double": ("twice the training time", ">", PINK),
+}
 
 
 def varied(config: Config, how: str) -> Config:
@@ -67,13 +75,16 @@ def run_fairness(
 ) -> Path:
     """Train systems otherwise, score on validation faces, write `fairness.csv`.
 
-    Long rows of table `fairness`; methods are `<system>, <half | once | ...>`. Rows that the file
-    has of other systems and ways stay in it.
+    Long rows of table `fairness`; methods are `<system>, <half | once | ...>`, and each again as
+    `EC²Face - <system>, ...`: paired differences. Rows that the file has of other systems and ways
+    stay in it.
     """
     import pandas as pd
 
-    dataset, parts, classes = open_dataset(config, SPLIT), [], systems()
-    path = config.run_dir / "fairness" / "fairness.csv"
+    dataset, classes = open_dataset(config, SPLIT), systems()
+    path, about = config.run_dir / "fairness" / "fairness.csv", (dataset.root.name, config)
+    ours = scored(config, OURS, SPLIT)
+    parts, inputs = [summarise(ours, "fairness", "EC2Face", *about)], []
     for how in ways:
         of = [name for name in names if how != PUBLISHED or classes[name].own_masks]
         other = varied(config, how)
@@ -86,19 +97,20 @@ def run_fairness(
                     shutil.copyfile(kept, copy)
             retrain_systems(other, of)
         for name in of:
-            about = ("fairness", f"{name}, {how}", dataset.root.name, config)
             if how == AUTOENCODED:
                 scores = score_folder(through_autoencoder(config, name, SPLIT), dataset, config)
             else:
                 scores = scored(other, name, SPLIT)
-            parts.append(summarise(scores, *about))
-    ours = scored(config, OURS, SPLIT)
-    parts.append(summarise(ours, "fairness", "EC2Face", dataset.root.name, config))
+            inputs.append(weights_dir(other, name))
+            lead = f"{MINUS.format(name)}, {how}"
+            parts.append(summarise(scores, "fairness", f"{name}, {how}", *about))
+            parts.append(summarise_difference(ours, scores, "fairness", lead, *about))
     rows = pd.concat(parts, ignore_index=True)
+    rows = rows[rows["metric"].isin(MAIN)]
     if path.is_file():
         others = read_rows(path)
         rows = pd.concat([others[~others["method"].isin(rows["method"])], rows], ignore_index=True)
-    save_rows(rows, path, config, inputs=[weights_dir(config, name) for name in names])
+    save_rows(rows, path, config, inputs=inputs)
     return path
 
 
@@ -125,26 +137,24 @@ def kept_fairness(config: Config) -> tuple[DataFrame, Path] | None:
 
 
 def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA")) -> str:
-    """Lines for each metric: the best with twice the time, what else changes and for whom."""
-    own = rows[rows["critic"] == "independent"]
-    lines = []
+    """A line for each metric and way: whom EC²Face leads by more than faces explain, and whom not.
+
+    Args:
+        rows: those of `run_fairness`.
+    """
+    own, lines = rows[rows["critic"] == "independent"], []
     for metric in metrics:
-        of = own[own["metric"] == metric].set_index("method")["value"]
-        if twice := {n: of[f"{n}, double"] for n in SYSTEMS if f"{n}, double" in of}:
-            best = max(twice, key=twice.get)
-            lines.append(
-                f"{metric}, twice the time for all but EC²Face: best {best} {twice[best]:.1f} "
-                f"(once {of[f'{best}, once']:.1f}), EC²Face {of['EC2Face']:.1f}."
-            )
-        ways = {"masks as published": PUBLISHED, "through the autoencoder": AUTOENCODED}
-        for words, how in ways.items():
-            changes = [
-                f"{n} {of[f'{n}, {how}']:.1f} (was {of[f'{n}, once']:.1f})"
-                for n in SYSTEMS
-                if f"{n}, {how}" in of
-            ]
-            if changes:
-                lines.append(f"{metric}, {words}: {', '.join(changes)}.")
+        of = own[own["metric"] == metric].set_index("method")
+        for how, (words, *_) in MARKS.items():
+            told: dict[str, list[str]] = {"leads": [], "level with": [], "behind": []}
+            for name in SYSTEMS:
+                if f"{name}, {how}" in of.index:
+                    low, high = of.loc[f"{MINUS.format(name)}, {how}", ["ci_low", "ci_high"]]
+                    which = "leads" if low > 0 else "behind" if high < 0 else "level with"
+                    told[which].append(f"{name} ({of.loc[f'{name}, {how}', 'value']:.1f})")
+            if found := [f"{which} {', '.join(who)}" for which, who in told.items() if who]:
+                ours = of.loc["EC2Face", "value"]
+                lines.append(f"{metric}, {words}: EC²Face ({ours:.1f}) {'; '.join(found)}.")
     return "\n".join(lines)
 
 
@@ -152,14 +162,7 @@ def draw_fairness(rows: DataFrame) -> Figure:
     """Every system that was scored, in every way, beside EC²Face; the independent critics."""
     own = rows[rows["critic"] == "independent"]
     names = [name for name in SYSTEMS if f"{name}, once" in set(own["method"])]
-    ways = {
-        "once": ("as in Table 1, 95 % interval", "o", BLUE),
-        AUTOENCODED: ("after EC²Face's autoencoder", "D", ORANGE),
-        PUBLISHED: ("masks as published", "s", GREEN),
-        "half": ("half the training time", "<", PINK),
-        "double": ("twice the training time", ">", PINK),
-    }
-    return fairness_figure(own, names, ways, ("EC²Face", "EC2Face"))
+    return fairness_figure(own, names, MARKS, ("EC²Face", "EC2Face"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
