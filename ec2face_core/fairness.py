@@ -29,7 +29,7 @@ from .datasets import DataError, open_dataset
 from .effects import fairness_figure
 from .evaluate import summarise, summarise_difference
 from .experiments import MAIN, scored
-from .generate import evaluated_ids, load_pictures, save_picture
+from .generate import batches, evaluated_ids, load_pictures, save_picture
 from .plotting import BLUE, GREEN, ORANGE, PINK
 from .results import read_rows, save_rows
 from .scoring import score_folder
@@ -119,10 +119,10 @@ def through_autoencoder(config: Config, name: str, split: str) -> Path:
     """A folder of a system's pictures after encoding and decoding: as if it drew latents."""
     ids = evaluated_ids(config, open_dataset(config, split))
     source = draw_split(config, name, split)
-    folder, size = config.run_dir / "fairness" / source.name, config.sampling.batch_size
+    folder = config.run_dir / "fairness" / source.name
     folder.mkdir(parents=True, exist_ok=True)
     vae = load_backbone(config.backbone, ("vae",)).vae
-    for some in (ids[k : k + size] for k in range(0, len(ids), size)):
+    for some in batches(ids, config.sampling.batch_size, f"{name}, autoencoder", True):
         images = decode_latents(vae, encode_images(vae, load_pictures(source, some)))
         for i, image in zip(some, images, strict=True):
             save_picture(folder / f"{i}.png", image / 2 + 0.5, {"Source": f"{source.name}, {i}"})

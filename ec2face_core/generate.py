@@ -76,14 +76,14 @@ def generate_split(
         raise ConfigError(f"variant {variant!r} does not exist; known: {', '.join(SOURCES)}")
     dataset = open_dataset(config, split)
     key = picture_key(config, variant, dataset)
-    folder = resolve(out_dir) if out_dir else _split_folder(config, variant, split, key)
-    _claim(folder, {"key": key, "variant": variant, "split": split, "profile": config.profile})
+    folder = resolve(out_dir) if out_dir else split_folder(config, variant, split, key)
+    claim(folder, {"key": key, "variant": variant, "split": split, "profile": config.profile})
     rank, world = shard
     own = evaluated_ids(config, dataset, limit)[rank::world]
-    if missing := _absent(folder, own):
+    if missing := absent(folder, own):
         draw, describe = _painter(config, variant, dataset)
         what = f"{variant}, {split}"
-        for names in _batches(missing, config.sampling.batch_size, what, progress and rank == 0):
+        for names in batches(missing, config.sampling.batch_size, what, progress and rank == 0):
             for name, image in zip(names, draw(names), strict=True):
                 save_picture(folder / f"{name}.png", image, describe(name))
     return folder
@@ -92,15 +92,17 @@ def generate_split(
 def missing_pictures(config: Config, variant: str, split: str) -> list[str]:
     """Ids of a split whose pictures `generate_split` would have to make."""
     dataset = open_dataset(config, split)
-    folder = _split_folder(config, variant, split, picture_key(config, variant, dataset))
-    return _absent(folder, evaluated_ids(config, dataset))
+    folder = split_folder(config, variant, split, picture_key(config, variant, dataset))
+    return absent(folder, evaluated_ids(config, dataset))
 
 
-def _absent(folder: Path, names: Sequence[str]) -> list[str]:
+def absent(folder: Path, names: Sequence[str]) -> list[str]:
+    """The names of which the folder has no picture `{name}.png`."""
     return [name for name in names if not (folder / f"{name}.png").is_file()]
 
 
-def _split_folder(config: Config, variant: str, split: str, key: str) -> Path:
+def split_folder(config: Config, variant: str, split: str, key: str) -> Path:
+    """Where the pictures of a split by a variant or a system lie."""
     return config.run_dir / "images" / f"{split}-{variant}-{key}"
 
 
@@ -138,11 +140,11 @@ def sample_grid(
     conditions.update(b"" if masks is None else np.stack([np.asarray(m) for m in masks]).tobytes())
     key = picture_key(config, variant, None, conditions.hexdigest())
     folder = config.run_dir / "images" / f"{name}-{key}"
-    _claim(folder, {"key": key, "variant": variant, "grid": name, "profile": config.profile})
+    claim(folder, {"key": key, "variant": variant, "grid": name, "profile": config.profile})
     cells = [(row, k) for row in range(len(prompts)) for k in range(seeds)]
     files = {cell: folder / f"{cell[0]:02d}_{cell[1]:02d}.png" for cell in cells}
     missing = [cell for cell in cells if not files[cell].is_file()]
-    for some in _batches(missing, config.sampling.batch_size, name, progress):
+    for some in batches(missing, config.sampling.batch_size, name, progress):
         numbers = [picture_seed(config, f"{name}/{row}/{k}") for row, k in some]
         texts = [prompts[row] for row, _ in some]
         maps = None if masks is None else [masks[row] for row, _ in some]
@@ -324,7 +326,7 @@ def _notice(config: Config, variant: str, prompt: str, seed: int) -> dict[str, s
     }
 
 
-def _claim(folder: Path, about: dict[str, str]) -> None:
+def claim(folder: Path, about: dict[str, str]) -> None:
     """Make the folder ours, or see that it is; refuse one that holds other pictures."""
     kept = folder / ABOUT
     if kept.is_file():
@@ -341,10 +343,10 @@ def _claim(folder: Path, about: dict[str, str]) -> None:
     part.replace(kept)
 
 
-def _batches(items: Sequence[Any], size: int, what: str, show: bool) -> Any:
+def batches(items: Sequence[Any], size: int, what: str, show: bool) -> Any:
     """Batches with a bar, and none where there is nothing to do."""
     from tqdm.auto import tqdm
 
-    batches = [items[i : i + size] for i in range(0, len(items), size)]
-    hidden = not (show and batches)
-    return tqdm(batches, desc=what, unit="batch", mininterval=1, disable=hidden)
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
+    hidden = not (show and parts)
+    return tqdm(parts, desc=what, unit="batch", mininterval=1, disable=hidden)

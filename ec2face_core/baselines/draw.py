@@ -15,17 +15,17 @@ import torch
 
 from ..config import Config, resolve
 from ..datasets import FaceDataset, open_dataset
-from ..generate import (  # private there: another name would make EC²Face's pictures anew
+from ..generate import (
     NOTICE,
-    _absent,
-    _batches,
-    _claim,
-    _split_folder,
+    absent,
+    batches,
+    claim,
     code_digest,
     data_digest,
     evaluated_ids,
     picture_seed,
     save_picture,
+    split_folder,
 )
 from ..perception import LOCAL_DIR
 from ..results import path_digest
@@ -56,15 +56,15 @@ def draw_split(
     dataset = open_dataset(config, split)
     key = system_key(config, name, dataset)
     about = {"key": key, "variant": name, "split": split, "profile": config.profile}
-    folder = resolve(out_dir) if out_dir else _split_folder(config, name, split, key)
+    folder = resolve(out_dir) if out_dir else split_folder(config, name, split, key)
     rank, world = shard
     own = evaluated_ids(config, dataset, limit)[rank::world]
-    missing = _absent(folder, own)
+    missing = absent(folder, own)
     system = load(config, name) if missing else None  # no folder where there are no weights
-    _claim(folder, about)
+    claim(folder, about)
     model = f"{name} in miniature, weights {path_digest(weights_dir(config, name) / WEIGHTS)}"
     show = progress and rank == 0
-    for ids in _batches(missing, config.sampling.batch_size, f"{name}, {split}", show):
+    for ids in batches(missing, config.sampling.batch_size, f"{name}, {split}", show):
         texts = [dataset.manifest_caption(i) for i in ids]
         masks = torch.stack([dataset.label_map(i) for i in ids])
         seeds = [picture_seed(config, i) for i in ids]
@@ -90,8 +90,8 @@ def official_pictures(config: Config, name: str, split: str) -> Path:
 def missing_system_pictures(config: Config, name: str, split: str) -> list[str]:
     """Ids of a split whose pictures `draw_split` would have to make."""
     dataset = open_dataset(config, split)
-    folder = _split_folder(config, name, split, system_key(config, name, dataset))
-    return _absent(folder, evaluated_ids(config, dataset))
+    folder = split_folder(config, name, split, system_key(config, name, dataset))
+    return absent(folder, evaluated_ids(config, dataset))
 
 
 def system_key(config: Config, name: str, dataset: FaceDataset) -> str:
