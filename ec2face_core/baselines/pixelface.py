@@ -120,13 +120,14 @@ class PixelFace(System):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.palette = palette_tensor() if config.baselines.published_masks else None
+        self.maps = 19 if self.palette is None else 3
         with seeded(config.seed):
             self.networks["generator"] = self.build()
 
     def build(self) -> PixelGenerator:
         """A generator with random weights."""
         width = self.clip.model.token_embedding.weight.shape[1]
-        return PixelGenerator(width, 19 if self.palette is None else 3)
+        return PixelGenerator(width, self.maps)
 
     def see(self, masks: Tensor) -> Tensor:
         """Label maps `b h w` -> one-hot `b 19 h w`, or palette colours `b 3 h w` in [-1, 1]."""
@@ -144,8 +145,7 @@ class PixelFace(System):
         average, sentences = self.networks["generator"], self.clip.text_features([""]).shape[1]
         with seeded(seed):
             net = self.build()
-            critic = Discriminator(3 + self.see(torch.zeros(1, 1, 1).long()).shape[1])
-            head = Linear(sentences, WIDTH)
+            critic, head = Discriminator(3 + self.maps), Linear(sentences, WIDTH)
         average.load_state_dict(net.state_dict())
         judges = nn.ModuleDict({"critic": critic, "head": head})
         optimizers = [adam(m, RATE, momentum=0.0) for m in (net, judges)]
