@@ -23,8 +23,9 @@ import torch
 from .baselines import SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
 from .baselines.draw import available
 from .baselines.storage import shared_file
-from .config import Config, ConfigError, adapter_dir, load_profile, resolve
-from .datasets import DataError, open_dataset
+from .commands import told
+from .config import Config, adapter_dir, load_profile, resolve
+from .datasets import open_dataset
 from .experiments import difference_rows
 from .launch import run
 from .lora import LORA_FILE
@@ -208,7 +209,8 @@ def _own_facts(config: Config) -> tuple[float, float, float]:
     return count / 1e6, *minutes
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@told
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; returns 0, or 2 for settings or data that cannot work."""
     parser = argparse.ArgumentParser(
         prog="python -m ec2face_core.comparison",
@@ -219,14 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the weights there")
     options = parser.parse_args(arguments)
     names = options.only or list(SYSTEMS)
-    try:
-        config = load_profile(options.profile)
-        retrain_systems(config, names, options.keep and resolve(options.keep))
-        print(config.run_dir / "baselines")
-    except (ConfigError, DataError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = load_profile(options.profile)
+    retrain_systems(config, names, options.keep and resolve(options.keep))
+    print(config.run_dir / "baselines")
 
 
 if __name__ == "__main__":

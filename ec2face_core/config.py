@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PROFILES = Path(__file__).resolve().parent / "profiles"
 
 
-class ConfigError(ValueError):
+class Refusal(Exception):
+    """What was asked for cannot be done; the message names the remedy. Commands exit with 2."""
+
+
+class ConfigError(Refusal, ValueError):
     """An unknown profile or option, or a value of the wrong type; the message names the remedy."""
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .attributes import NUM_CLASSES
+from .commands import told
 from .config import Config, resolve
 from .conversion import from_celebamask_hq, from_merged, labels_from_palette
 from .validation import (
@@ -218,7 +219,8 @@ def open_dataset(config: Config, split: str) -> FaceDataset:
     return dataset
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@told
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; returns the exit code: 0, or 2 after printing the report of bad data."""
     parser = argparse.ArgumentParser(
         prog="python -m ec2face_core.datasets",
@@ -250,21 +252,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default = 27000 if name == "convert-celebamask" else None
         command.add_argument("--train", type=int, default=default, help=train)
     options = parser.parse_args(arguments)
-    try:
-        if options.command == "validate":
-            report = validate(options.root, progress=True)
-            report.raise_if_bad()
-            print(report)
-        else:
-            raw = options.command == "convert-celebamask"
-            convert = from_celebamask_hq if raw else from_merged
-            convert(options.source, options.out, options.captions, options.size, options.train)
-            rows = read_manifest(options.out)
-            print(f"{options.out}: {dict(Counter(row.split for row in rows.values()))}")
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    if options.command == "validate":
+        report = validate(options.root, progress=True)
+        report.raise_if_bad()
+        print(report)
+    else:
+        raw = options.command == "convert-celebamask"
+        convert = from_celebamask_hq if raw else from_merged
+        convert(options.source, options.out, options.captions, options.size, options.train)
+        rows = read_manifest(options.out)
+        print(f"{options.out}: {dict(Counter(row.split for row in rows.values()))}")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,9 @@ import torch
 
 from .baselines import SYSTEMS
 from .baselines.draw import draw_split, official_pictures
-from .config import (
-    VARIANTS,
-    Config,
-    ConfigError,
-    load_config,
-    load_profile,
-    parse_override,
-    resolve,
-)
-from .datasets import DataError, FaceDataset, open_dataset
+from .commands import add_config_options, chosen, told
+from .config import VARIANTS, Config, ConfigError, resolve
+from .datasets import FaceDataset, open_dataset
 from .folders import ADAPTERS, SYSTEM_OF, adopt
 from .generate import SOURCES, evaluated_ids, generate_split
 from .launch import end_with_parent
@@ -105,26 +98,12 @@ def _long_rows(
 # --------------------------------------------------------------------------------- command line
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@told
+def main(arguments: Sequence[str] | None = None) -> None:
     """Sample, score and print; returns 0, or 2 for settings, pictures or weights that are wrong."""
     end_with_parent()
     options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except (ConfigError, DataError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _run(options: argparse.Namespace) -> int:
-    overrides = {k: v for text in options.set for k, v in parse_override(text).items()}
-    if options.config and not options.config.is_file():
-        raise ConfigError(f"--config {options.config}: no such file")
-    config = (
-        load_config(options.config, **overrides)
-        if options.config
-        else load_profile(options.profile, **overrides)
-    )
+    config = chosen(options)
     folder, method = options.images, options.variant
     if folder is None and (options.adapter or options.manifest):
         raise ConfigError("--adapter and --manifest are about pictures: name them by --images DIR")
@@ -141,7 +120,7 @@ def _run(options: argparse.Namespace) -> int:
             leave_group()
         print(f"pictures: {folder}", flush=True)
         if options.sample_only or rank:
-            return 0
+            return
     dataset = open_dataset(config, options.split)
     if options.images:
         folder = _adopt(config, dataset, options)
@@ -153,7 +132,6 @@ def _run(options: argparse.Namespace) -> int:
     write_frame(target, rows)
     print(render_markdown(rows, f"{METHODS.get(method, method)}, {len(per_image)} faces."))
     print(f"rows: {target}")
-    return 0
 
 
 def _adopt(config: Config, dataset: FaceDataset, options: argparse.Namespace) -> Path:
@@ -189,9 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "What is there already is neither sampled nor scored again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--profile", default="mini", help="profile: smoke, mini or paper")
-    source.add_argument("--config", type=Path, metavar="FILE", help="a saved config.yaml instead")
+    add_config_options(parser)
     add = parser.add_argument
     add("--variant", default="both", choices=(*SOURCES, *SYSTEMS), help="whose pictures")
     add(
@@ -206,7 +182,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--out-dir", type=Path, help="where sampled pictures go (default: in runs/<profile>)")
     add("--limit", type=int, default=0, help="the first faces only (0: all)")
     add("--sample-only", action="store_true", help="stop after the pictures; works on N processes")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     return parser
 
 

@@ -23,15 +23,16 @@ from .backbone import decode_latents, encode_images, load_backbone
 from .baselines import SYSTEMS, systems, weights_dir
 from .baselines.draw import draw_split
 from .baselines.storage import shared_file
+from .commands import told
 from .comparison import MINUS, OURS, retrain_systems
-from .config import Config, ConfigError, load_profile, resolve
-from .datasets import DataError, open_dataset
+from .config import Config, load_profile
+from .datasets import open_dataset
 from .effects import fairness_figure
 from .evaluate import summarise, summarise_difference
 from .experiments import MAIN, scored
 from .generate import batches, evaluated_ids, load_pictures, save_picture
 from .plotting import BLUE, GREEN, ORANGE, PINK
-from .results import read_rows, save_rows
+from .results import kept_file, read_rows, save_rows
 from .scoring import score_folder
 
 if TYPE_CHECKING:
@@ -131,8 +132,7 @@ def through_autoencoder(config: Config, name: str, split: str) -> Path:
 
 def kept_fairness(config: Config) -> tuple[DataFrame, Path] | None:
     """The rows of `run_fairness` and their file: this profile's own, else the kept, else None."""
-    own = config.run_dir / "fairness" / "fairness.csv"
-    path = own if own.is_file() else resolve(config.adapters).with_name("fairness.csv")
+    path = kept_file(config, "fairness")
     return (read_rows(path), path) if path.is_file() else None
 
 
@@ -165,7 +165,8 @@ def draw_fairness(rows: DataFrame) -> Figure:
     return fairness_figure(own, names, MARKS, ("EC²Face", "EC2Face"))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@told
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; returns 0, or 2 for settings or data that cannot work."""
     parser = argparse.ArgumentParser(
         prog="python -m ec2face_core.fairness",
@@ -175,13 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), help="some of the systems")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="some of the ways")
     options = parser.parse_args(arguments)
-    try:
-        config = load_profile(options.profile)
-        print(run_fairness(config, options.only or list(SYSTEMS), options.ways))
-    except (ConfigError, DataError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    names = options.only or list(SYSTEMS)
+    print(run_fairness(load_profile(options.profile), names, options.ways))
 
 
 if __name__ == "__main__":

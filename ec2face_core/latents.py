@@ -28,7 +28,7 @@ from torch import Tensor
 from .attributes import pixel_counts
 from .backbone import Backbone, TextEmbedding, encode_images, encode_text, load_backbone
 from .conditioning import mask_latents_of
-from .config import BackboneConfig, Config, resolve
+from .config import BackboneConfig, Config, Refusal, resolve
 from .results import path_digest
 from .validation import parallel
 
@@ -139,7 +139,7 @@ class LatentCache:
         return torch.stack([where[key][0][name][where[key][1]] for key in keys])
 
 
-class CacheError(RuntimeError):
+class CacheError(Refusal, RuntimeError):
     """A cache that cannot be read or written; the message names the remedy."""
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, ConfigError, load_config, load_profile, parse_override, resolve
+from .commands import add_config_options, chosen, told
+from .config import Config, resolve
 from .conversion import from_celebamask_hq
 from .inventory import (
     CELEBAMASK,
@@ -37,7 +38,7 @@ from .inventory import (
 )
 from .perception import FaceParser
 from .photos import face_detector, from_photos
-from .validation import DataError, validate
+from .validation import validate
 
 
 def prepare(config: Config, downloads: Path, dry_run: bool = False) -> list[Finding]:
@@ -75,23 +76,15 @@ def prepare(config: Config, downloads: Path, dry_run: bool = False) -> list[Find
 # --------------------------------------------------------------------------------- command line
 
 
+@told
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns 0 if everything is there, or 2 after saying what is not."""
     options = _parser().parse_args(arguments)
-    try:
-        overrides = {k: v for text in options.set for k, v in parse_override(text).items()}
-        config = (
-            load_config(options.config, **overrides)
-            if options.config
-            else load_profile(options.profile, **overrides)
-        )
-        if config.data.procedural:
-            print("nothing to prepare: the faces are drawn, and the weights are part of the clone")
-            return 0
-        findings = prepare(config, options.downloads, options.dry_run)
-    except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = chosen(options)
+    if config.data.procedural:
+        print("nothing to prepare: the faces are drawn, and the weights are part of the clone")
+        return 0
+    findings = prepare(config, options.downloads, options.dry_run)
     print(render(findings))
     complete = all(found.state == "there" for found in findings)
     if complete and options.dry_run and any(f.need in (IMAGES, PHOTOS) for f in findings):
@@ -107,18 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit code 0: everything is there. 2: something is missing, incomplete or refused.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--profile", default="paper", help="name of a profile")
-    source.add_argument("--config", type=Path, metavar="FILE", help="a saved config.yaml instead")
+    add_config_options(parser, "paper")
     parser.add_argument(
         "--downloads", type=Path, metavar="DIR", default=resolve("data/raw"),
         help=f"folder that holds {CELEBAMASK}/, multi-modal-celeba/, {FFHQ_TEXT}/ and weights/",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only report; write nothing")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="override a setting, e.g. backbone.path=/models/FLUX.1-dev; repeatable",
-    )  # fmt: skip
     return parser
 
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import Config, ConfigError, load_profile
+from .commands import told
+from .config import Config, load_profile
 from .results import paper_table, read_rows
 from .robustness import common_accuracy
 from .sweeps import conclusion, kept_sweeps
@@ -242,7 +243,8 @@ def _table(config: Config, name: str) -> DataFrame:
     return read_rows(path)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@told
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write `figures/<profile>/REPORT.md`; 0, or 2 if a table is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m ec2face_core.report",
@@ -250,13 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--profile", default="mini", help="profile (default: mini)")
     options = parser.parse_args(arguments)
-    try:
-        path = save_report(load_profile(options.profile))
-    except (ConfigError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(path)
-    return 0
+    print(save_report(load_profile(options.profile)))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ class ResultsError(ValueError):
     """Rows that make no table; the message names them."""
 
 
+def kept_file(config: Config, name: str) -> Path:
+    """Where rows of hours of training are: this profile's own, else those beside its adapters."""
+    own = config.run_dir / name / f"{name}.csv"
+    return own if own.is_file() else resolve(config.adapters).with_name(own.name)
+
+
 # ------------------------------------------------------------------------------ provenance
 
 

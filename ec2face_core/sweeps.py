@@ -18,22 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import retrain
-from .config import (
-    Config,
-    ConfigError,
-    adapter_dir,
-    adapter_name,
-    load_profile,
-    resolve,
-    trained_seeds,
-)
-from .datasets import DataError, open_dataset
+from .commands import told
+from .config import Config, adapter_dir, adapter_name, load_profile, trained_seeds
+from .datasets import open_dataset
 from .effects import length_figure, noise_band, sweep_figure
 from .evaluate import summarise, summarise_difference
 from .experiments import one_condition, scored, with_seed
 from .journal import read_metrics
 from .lora import LORA_FILE
-from .results import read_rows, save_rows
+from .results import kept_file, read_rows, save_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -234,8 +227,7 @@ def kept_sweeps(config: Config) -> tuple[DataFrame, Path]:
     Raises:
         FileNotFoundError: there are none; the message names the remedy.
     """
-    own = config.run_dir / "sweeps" / "sweeps.csv"
-    path = own if own.is_file() else resolve(config.adapters).parent / "sweeps.csv"
+    path = kept_file(config, "sweeps")
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: `make reproduce PROFILE={config.profile} TRAIN=1 SWEEPS=1` makes "
@@ -334,7 +326,8 @@ def run_sweeps(config: Config, sweeps: Sequence[str] = tuple(SWEEPS)) -> Path:
     return path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@told
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; returns 0, or 2 for settings or data that cannot work."""
     parser = argparse.ArgumentParser(
         prog="python -m ec2face_core.sweeps",
@@ -344,18 +337,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(SWEEPS), help="some of the sweeps")
     parser.add_argument("--list", action="store_true", help="name the points and end")
     options = parser.parse_args(arguments)
-    chosen = options.only or list(SWEEPS)
+    sweeps = options.only or list(SWEEPS)
     if options.list:
-        for sweep in chosen:
+        for sweep in sweeps:
             for name, point in SWEEPS[sweep].items():
                 print(f"{sweep}-{name:20} {point.variant:13} {point.settings}")
-        return 0
-    try:
-        print(run_sweeps(load_profile(options.profile), chosen))
-    except (ConfigError, DataError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return
+    print(run_sweeps(load_profile(options.profile), sweeps))
 
 
 if __name__ == "__main__":

@@ -12,27 +12,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import VARIANTS, Config, ConfigError, load_config, load_profile, parse_override
+from .commands import add_config_options, chosen, told
+from .config import VARIANTS, Config
 from .launch import end_with_parent
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@told
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; returns the exit code: 0, or 2 for settings or data that cannot work."""
     end_with_parent()
     options = build_parser().parse_args(arguments)
-    from .datasets import DataError
     from .distribution import leave_group
-    from .latents import CacheError
     from .trainer import Trainer
 
-    code = 0
     try:
         Trainer(read_config(options), options.variant, options.run_dir).fit()
-    except (ConfigError, DataError, CacheError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    leave_group()
-    return code
+    finally:
+        leave_group()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,11 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train the mask branch's LoRA on cached latents. Run again to resume.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--profile", default="mini", help="profile: smoke, mini or paper")
-    source.add_argument(
-        "--config", type=Path, metavar="FILE", help="a config.yaml of an earlier run instead"
-    )
+    add_config_options(parser)
     parser.add_argument(
         "--variant", default="both", choices=list(VARIANTS), help="row of Tables 3 and 4"
     )
@@ -54,13 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--run-dir", type=Path, help="output folder (default: runs/<profile>/training/<variant>)"
     )
     parser.add_argument("--steps", type=int, help="short for --set trainer.steps=STEPS")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a setting, e.g. loss.alpha_mask=1; repeatable",
-    )
     return parser
 
 
@@ -70,16 +55,7 @@ def read_config(options: argparse.Namespace) -> Config:
     Raises:
         ConfigError: an unknown profile, file or setting.
     """
-    overrides = {}
-    for text in options.set:
-        overrides |= parse_override(text)
-    if options.steps is not None:
-        overrides["trainer.steps"] = options.steps
-    if options.config is None:
-        return load_profile(options.profile, **overrides)
-    if not options.config.is_file():
-        raise ConfigError(f"--config {options.config}: no such file")
-    return load_config(options.config, **overrides)
+    return chosen(options, **({} if options.steps is None else {"trainer.steps": options.steps}))
 
 
 if __name__ == "__main__":

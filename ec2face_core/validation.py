@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from .attributes import CLASS_ID, FLIP_PAIRS, NUM_CLASSES
+from .config import Refusal
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 MANIFEST_COLUMNS = ["id", "split", "caption_index", "caption"]
@@ -58,8 +59,8 @@ class Report:
         return "\n".join([f"{self.root}: {len(lines)} problem(s), {self.faces} faces", *lines])
 
 
-class DataError(ValueError):
-    """Data that cannot be used. `report` lists every bad file; command lines exit with 2."""
+class DataError(Refusal, ValueError):
+    """Data that cannot be used. `report` lists every bad file."""
 
     def __init__(self, message: str, report: Report | None = None):
         super().__init__(message)

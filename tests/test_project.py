@@ -24,8 +24,8 @@ FLOORS = {
     2: [
         "tables tuning weights",
         "decoupled",
-        "canvas captions checkpoints distribution journal launch lora losses perception results "
-        "statistics validation",
+        "canvas captions checkpoints commands distribution journal launch lora losses perception "
+        "results statistics validation",
         "backbone conversion plotting",
     ],
     3: [

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, ConfigError, load_config, load_profile, resolve
+from ..commands import add_config_options, chosen, told
+from ..config import Config, ConfigError, resolve
 from ..journal import read_metrics
 from ..launch import end_with_parent
 from ..perception import LOCAL_DIR
@@ -57,7 +58,8 @@ def claim(folder: Path, config: Config, seed: int) -> None:
     path.write_text(json.dumps(about, indent=2) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@told
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; returns the exit code: 0, or 2 for settings or data that cannot work."""
     end_with_parent()
     parser = argparse.ArgumentParser(
@@ -71,35 +73,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=0.0,
         help="of one core (0: what the profile gives every system)",
     )  # fmt: skip
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--profile", default="mini", help="profile: smoke, mini or photos64")
-    source.add_argument("--config", type=Path, metavar="FILE", help="a saved config.yaml instead")
+    add_config_options(parser)
     parser.add_argument("--seed", type=int, default=42, help="of weights and noise")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, required=True, help="folder of weights and state")
     options = parser.parse_args(arguments)
-    from ..datasets import DataError, open_dataset
+    from ..datasets import open_dataset
 
     torch.set_num_threads(options.threads)
-    try:
-        config = load_config(options.config) if options.config else load_profile(options.profile)
-        system = build(options.system, config)
-        dataset, shared = open_dataset(config, "train"), options.out.parent / "shared"
-        if options.shared:
-            if not system.shares:
-                raise ConfigError(f"{system.name} shares nothing: leave out --shared")
-            claim(shared, config, config.seed)
-            system.prepare(shared)
-            print(f"shared by {system.name} and others: {shared}")
-            return 0
-        budget = options.seconds or system.budget(config)
-        claim(options.out, config, options.seed)
-        if system.shares:
-            claim(shared, config, config.seed)
-        system.fit(dataset, options.out, budget, options.seed)
-    except (ConfigError, DataError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = chosen(options)
+    system = build(options.system, config)
+    dataset, shared = open_dataset(config, "train"), options.out.parent / "shared"
+    if options.shared:
+        if not system.shares:
+            raise ConfigError(f"{system.name} shares nothing: leave out --shared")
+        claim(shared, config, config.seed)
+        system.prepare(shared)
+        print(f"shared by {system.name} and others: {shared}")
+        return
+    budget = options.seconds or system.budget(config)
+    claim(options.out, config, options.seed)
+    if system.shares:
+        claim(shared, config, config.seed)
+    system.fit(dataset, options.out, budget, options.seed)
     system.save(options.out)
     before = {stage: how for stage, how in spent(shared).items() if stage in system.shares}
     record = provenance(
@@ -109,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     (options.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"{system.name}: {system.parameters():,} parameters, {options.out}")
-    return 0
 
 
 if __name__ == "__main__":
