@@ -24,13 +24,15 @@ from .config import (
     load_profile,
     parse_override,
 )
+from .launch import LaunchError
 
 
 def told(main: Callable[..., int | None]) -> Callable[..., int]:
     """`main` with an exit code: its own or 0, or 2 after one line on stderr for a `Refusal`.
 
-    A file that is missing or cannot be read or written (`OSError`) is told in the same way; any
-    other exception is a mistake of ours and keeps its traceback.
+    A file that is missing or cannot be read or written (`OSError`) is told in the same way, and so
+    is a child process that was refused; any other exception is a mistake of ours and keeps its
+    traceback.
     """
 
     @functools.wraps(main)
@@ -39,7 +41,11 @@ def told(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*arguments) or 0
         except (Refusal, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
+        except LaunchError as error:
+            if error.returncode != 2:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # ends with the child's own refusal
+        return 2
 
     return told_main
 

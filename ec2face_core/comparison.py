@@ -21,15 +21,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from .baselines import SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
-from .baselines.draw import available
+from .baselines.draw import available, official_pictures, weight_files
+from .baselines.origin import origin, shared_origin, stands_on
 from .baselines.storage import shared_file
 from .commands import told
-from .config import Config, adapter_dir, load_profile, resolve
+from .config import Config, ConfigError, adapter_dir, load_profile, resolve
 from .datasets import open_dataset
 from .experiments import difference_rows
 from .launch import run
 from .lora import LORA_FILE
 from .pipeline import EC2FacePipeline
+from .results import path_digest
 from .tables import METHODS
 
 if TYPE_CHECKING:
@@ -56,11 +58,7 @@ def retrain_systems(
     def train(job: tuple[str, bool]) -> None:
         name, shared = job
         out = folder / SYSTEMS[name].partition(".")[0]
-        if shared:
-            there = shared_file(out, classes[name].shares[0]).is_file()
-        else:
-            there = _finished(config, name, out)
-        if not there:
+        if not (_shared_there(config, name, out) if shared else _finished(config, name, out)):
             run(
                 "ec2face_core.baselines.train", "--config", str(settings), "--system", name,
                 "--out", str(out), *(["--shared"] if shared else []),
@@ -77,22 +75,44 @@ def retrain_systems(
             list(pool.map(train, wave))
     if keep is not None:
         for name in names:
-            _copy(config, name, keep)
+            _copy(config, name, names, keep)
+
+
+def _shared_there(config: Config, name: str, out: Path) -> bool:
+    """Is what a system shares trained here as this profile asks for, or was it brought here?"""
+    path = shared_file(out, systems()[name].shares[0])
+    return path.is_file() and stands_on(path.parent) in ({}, shared_origin(config))
 
 
 def _finished(config: Config, name: str, out: Path) -> bool:
-    about = out / "provenance.json"
-    if not (out / WEIGHTS).is_file() or not about.is_file():
+    if not (out / WEIGHTS).is_file() or not (out / "provenance.json").is_file():
         return False
-    return json.loads(about.read_text())["parameters"]["budget"] == systems()[name].budget(config)
+    system = systems()[name]
+    return stands_on(out) == origin(config, system, out, system.budget(config), config.seed)
 
 
-def _copy(config: Config, name: str, target: Path) -> None:
-    """Weights and provenance of a system, and what it shares, to `target`."""
-    folder = weights_dir(config, name)
-    files = [folder / WEIGHTS, folder / "provenance.json"]
-    files += [shared_file(folder, stage) for stage in systems()[name].shares[:1]]
-    for source in files:
+def _copy(config: Config, name: str, names: Sequence[str], target: Path) -> None:
+    """Weights and provenance of a system, and what it shares, to `target`.
+
+    Raises:
+        ConfigError: others than `names` are kept there, on another network that they share with it.
+    """
+    folder, stages = weights_dir(config, name), systems()[name].shares[:1]
+    for stage in stages:
+        own, there = shared_file(folder, stage), shared_file(target / folder.name, stage)
+        others = [
+            other
+            for other, system in systems().items()
+            if stage in system.shares
+            and other not in names
+            and (target / SYSTEMS[other].partition(".")[0] / WEIGHTS).is_file()
+        ]
+        if others and there.is_file() and path_digest(there) != path_digest(own):
+            raise ConfigError(
+                f"{', '.join(others)} in {target} would stand on another network than {there}: "
+                f"name them in --only as well"
+            )
+    for source in (*weight_files(config, name), folder / "provenance.json"):
         copy = target / source.relative_to(folder.parent)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if copy != source:
@@ -106,6 +126,15 @@ def compared(config: Config, split: str) -> dict[str, str]:
     """Methods of Tables 1 and 2: name in the table -> whose pictures; ceilings last."""
     own = {name: name for name in available(config, split)}
     return own | {"EC2Face": OURS, "real": "real", "vae_round_trip": "vae_round_trip"}
+
+
+def sources(config: Config, split: str) -> list[Path]:
+    """Files that the compared pictures stand on: weights, or pictures that official code wrote."""
+    files = [adapter_dir(config, OURS), resolve(config.backbone.path)]
+    for name in available(config, split):
+        pictures = official_pictures(config, name, split)
+        files += [pictures] if pictures.is_dir() else weight_files(config, name)
+    return list(dict.fromkeys(files))
 
 
 def lead_rows(config: Config, table: str, split: str, seeds: int = 1) -> DataFrame:
@@ -145,18 +174,22 @@ def system_facts(config: Config, split: str = "test") -> DataFrame:
     """Parameters, minutes of training, seconds a picture here, one row a system.
 
     Blank for an official repository's pictures; seconds are taken where miniatures are compared.
+    A foundation's minutes are without the autoencoder, which all that draw latents have in common.
     """
     import pandas as pd
 
     rows, here = [], trained(config)
     for name in available(config, split):
         path = weights_dir(config, name) / "provenance.json"
-        made = json.loads(path.read_text())["parameters"] if path.is_file() else {}
+        official = official_pictures(config, name, split).is_dir()
+        made = {}
+        if path.is_file() and not official:
+            made = json.loads(path.read_text())["parameters"]
         own, shared = (
             sum(stage["seconds"] for stage in made.get(k, {}).values())
             for k in ("stages", "shared")
         )
-        took = sampling_seconds(config, name) if name in here else 0
+        took = sampling_seconds(config, name) if name in here and not official else 0
         rows.append((name, made.get("parameters", 0) / 1e6, shared / 60, own / 60, took))
     took = sampling_seconds(config, "EC2Face") if here else 0
     rows.append((METHODS["EC2Face"], *_own_facts(config), took))
@@ -183,7 +216,9 @@ def sampling_seconds(config: Config, name: str, count: int = 8) -> float:
 
         def draw() -> None:
             guidance = {"text_guidance": s.text_guidance, "mask_guidance": s.mask_guidance}
-            pipe(texts, masks, num_inference_steps=s.steps, output_type="pt", **guidance)
+            bf16 = s.mixed_precision == "bf16"
+            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+                pipe(texts, masks, num_inference_steps=s.steps, output_type="pt", **guidance)
 
     for _ in range(2):
         began = time.perf_counter()

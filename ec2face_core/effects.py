@@ -127,34 +127,32 @@ def length_figure(
 @styled
 def fairness_figure(
     rows: DataFrame,
-    names: Sequence[str],
+    names: Mapping[str, str],
     ways: Mapping[str, tuple[str, str, str]],
-    level: tuple[str, str],
     metrics: Sequence[str] = ("RFA", "OAA", "Text"),
 ) -> Figure:
-    """Systems down, a mark for each way in which they were trained or seen.
+    """Systems down, a mark with its interval for each way in which they were trained or seen.
 
     Args:
-        rows: long rows of one critic; a method is `<system>, <way>`.
-        names: systems in drawing order.
-        ways: way -> (legend text, marker, colour); the first one has 95 % intervals.
-        level: (legend text, method) of what all are compared with, a dashed line with its interval.
+        rows: long rows of paired differences, one critic; a method is `<difference>, <way>`.
+        names: system -> its difference, in drawing order.
+        ways: way -> (legend text, marker, colour); those without rows are left out.
     """
-    fig = new_figure(9, 1.3 + 0.4 * len(names))
-    y = np.arange(len(names))
+    have = set(rows["method"])
+    ways = {way: how for way, how in ways.items()
+            if any(f"{name}, {way}" in have for name in names.values())}  # fmt: skip
+    fig = new_figure(9, 1.1 + 0.14 * (len(ways) + 1) * len(names))
+    rise = np.linspace(-0.34, 0.34, len(ways)) if len(ways) > 1 else [0.0]
     for ax, metric in zip(fig.subplots(1, len(metrics), sharey=True), metrics, strict=True):
-        of = rows[rows["metric"] == metric].set_index("method")
-        value, low, high = of.loc[level[1], ["value", "ci_low", "ci_high"]]
-        ax.axvspan(low, high, color=BLACK, alpha=0.1, lw=0)
-        ax.axvline(value, color=BLACK, ls="--", lw=1.2, label=level[0])
-        for k, (way, (label, marker, colour)) in enumerate(ways.items()):
-            methods = [f"{name}, {way}" for name in names]
-            if k == 0:
-                _dots(ax, rows, metric, methods, y, colour, label, ms=6)
-            elif set(methods) & set(of.index):
-                ax.plot(of["value"].reindex(methods), y, marker, color=colour, mfc="none", ms=6.5,
-                        mew=1.5, label=label)  # fmt: skip
-        ax.set(title=metric, xlabel="%")
+        ax.axvline(0, color=BLACK, lw=1)
+        for dy, (way, (label, marker, colour)) in zip(rise, ways.items(), strict=True):
+            methods = [f"{name}, {way}" for name in names.values()]
+            y = np.arange(len(names)) + dy
+            _dots(ax, rows, metric, methods, y, colour, label, fmt=marker, lw=1.2)
+        for edge in range(1, len(names)):
+            ax.axhline(edge - 0.5, color="0.9", lw=0.7)
+        faces = rows[rows["metric"] == metric]["n"].max()
+        ax.set(title=f"{metric} (n = {faces:,.0f} faces)", xlabel="EC²Face minus system (points)")
         ax.grid(axis="x")
     return _labelled(fig, list(names), 3)
 
@@ -210,11 +208,12 @@ def _dots(
     y: np.ndarray,
     colour: str,
     label: str,
+    fmt: str = "o",
     ms: float = 5,
     lw: float = 1.8,
 ) -> None:
     """Values with their intervals, one a method."""
     of = rows[rows["metric"] == metric].set_index("method").reindex(names)
     errors = np.stack([of["value"] - of["ci_low"], of["ci_high"] - of["value"]])
-    ax.errorbar(of["value"], y, xerr=np.clip(errors, 0, None), fmt="o", color=colour, ms=ms,
+    ax.errorbar(of["value"], y, xerr=np.clip(errors, 0, None), fmt=fmt, color=colour, ms=ms,
                 lw=lw, label=label)  # fmt: skip

@@ -74,9 +74,12 @@ class TediGAN(Naming):
 
 
 class UaC(Naming):
-    """By caption, cut at a colon as its text.txt is read; equal captions are counted."""
+    """By caption, cut at a colon as its text.txt is read; equal captions are counted.
 
-    beside = r""
+    In `results/face` they lie in `non_grid/<modality>/`, which may be left out.
+    """
+
+    beside = r"grid/.+"
 
     def __init__(self, rows: Mapping[str, Row], split: str) -> None:
         super().__init__(rows, split)
@@ -90,7 +93,10 @@ class UaC(Naming):
     def identify(self, path: PurePosixPath) -> str | None:
         if path.suffix != ".png" or not path.stem.isdigit() or len(path.parts) < 2:
             return None
-        same = self.same.get(path.parent.as_posix().strip())
+        folder = re.sub(r"^non_grid/[^/]+/", "", path.parent.as_posix())
+        if folder.startswith("grid/"):  # the same faces beside their conditions
+            return None
+        same = self.same.get(folder.strip())
         if same is None:
             raise Wrong("no face of this split has this caption")
         if int(path.stem) >= len(same):
@@ -219,7 +225,7 @@ def find_pictures(
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder of pictures")
     naming = ADAPTERS[adapter](rows, rows[ids[0]].split)
-    report, found = Report(folder, len(ids)), {}
+    report, found, others = Report(folder, len(ids)), {}, 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         inside = PurePosixPath(path.relative_to(folder).as_posix())
         try:
@@ -229,7 +235,8 @@ def find_pictures(
             continue
         if name is None and not re.fullmatch(naming.beside, str(inside)):
             report.add(path, f"no file that {adapter} writes: take it out of the folder")
-        elif name and found.setdefault(name, path) != path:
+        others += name == ""
+        if name and found.setdefault(name, path) != path:
             report.add(path, f"duplicate of face {name}: {found[name].relative_to(folder)}")
     missing = [name for name in ids if name not in found]
     for name in missing:
@@ -239,6 +246,13 @@ def find_pictures(
             naming.expected(missing[-1]),
             "inference.py drops the last partial batch: make the number of its inputs a multiple "
             "of --test_batch_size",
+        )
+    if adapter == "pixelface" and missing and others:
+        report.add(
+            naming.expected(missing[0]),
+            f"{others} pictures are of other captions or faces: datasets.py draws one caption of "
+            "ten at random, calculate_fid.py saves half of each batch. Fix the caption to the "
+            "manifest's caption_index and save the whole batch",
         )
     return {name: found[name] for name in ids if name in found}, report
 

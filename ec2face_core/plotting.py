@@ -102,6 +102,7 @@ def show(
 ) -> None:
     """Put a picture into bare axes; None gives a hatched cell that says "not run here"."""
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     bare(axes)
     if image is None:
@@ -115,6 +116,9 @@ def show(
     axes.imshow(image, interpolation="nearest")
     for x, y, width, height in boxes:
         box = Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor="red", lw=1.2)
+        box.set_path_effects(
+            [withStroke(linewidth=2.6, foreground="white")]
+        )  # skin is red in masks
         axes.add_patch(box)
 
 
@@ -317,15 +321,19 @@ def class_table(rows: DataFrame, labels: Mapping[str, str]) -> Figure:
 
     rows: long rows with method, metric (class name), value, n; labels: method -> heading.
     """
+    from matplotlib.colors import PowerNorm
+
     names = [name for name in CLASSES if (rows["metric"] == name).any()]
     table = rows.pivot(index="metric", columns="method", values="value")
     values = table.reindex(index=names, columns=list(labels)).to_numpy(dtype=float)
     support = rows.groupby("metric")["n"].max()
     fig = new_figure(2.3 + 1.15 * len(labels), 0.55 + 0.235 * len(names))
     ax = fig.subplots()
-    ax.imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")
+    shade = PowerNorm(3, 0, 110)  # spreads the top, where most classes of good systems lie
+    ax.imshow(values, cmap="Blues", norm=shade, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         text, colour = ("–", "0.3") if np.isnan(value) else (f"{value:.1f}", "black")
+        colour = "white" if shade(value) > 0.6 else colour
         ax.text(j, i, text, ha="center", va="center", fontsize=8.5, color=colour)
     ticks = [f"{display_name(CLASS_ID[n])}  (n = {support[n]:,.0f})" for n in names]
     ax.set_yticks(range(len(names)), ticks)

@@ -195,8 +195,8 @@ def _questions(config: Config) -> list[str]:
         ),
         (
             "Masks drawn by hand?",
-            f"Accuracy {edits['as parsed']:.1f} with parsed masks, "
-            f"at worst {edits[worst]:.1f} ({worst})",
+            "Accuracy over the classes that every edit keeps: "
+            f"{edits['as parsed']:.1f} with parsed masks, at worst {edits[worst]:.1f} ({worst})",
             "10, `hand_drawn`",
         ),
         (

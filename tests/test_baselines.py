@@ -19,6 +19,7 @@ from ec2face_core.baselines.storage import read_weights, write_weights
 from ec2face_core.config import Config, ConfigError
 from ec2face_core.datasets import open_dataset
 from ec2face_core.generate import NOTICE, load_pictures
+from ec2face_core.results import path_digest
 
 MODULES = "style tedigan mm2latent pixelface unets uac codiffusion controlnext"
 STAGES = {
@@ -137,6 +138,9 @@ def test_pictures_follow_their_noise_and_both_conditions(trained, masks):
     assert torch.equal(pictures, own.generate(PROMPTS, masks, noise()))
     assert not torch.equal(pictures, own.generate(PROMPTS, masks.flip(0), noise()))
     assert not torch.equal(pictures, own.generate(PROMPTS[::-1], masks, noise()))
+    others = [torch.Generator().manual_seed(7 + i) for i in range(2)]
+    drawn = own.generate(PROMPTS, masks, others)
+    assert torch.equal(pictures, drawn) == (own.name == "MM2Latent"), "which maps to one code"
     second = own.generate(PROMPTS[1:], masks[1:], noise()[1:])
     assert (second[0] - pictures[1]).abs().mean() < 1e-3, "neither batch nor order counts"
 
@@ -153,6 +157,35 @@ def test_one_condition_alone_where_the_original_has_it(trained, masks):
         own.generate(None, None, noise())
     with pytest.raises(ValueError, match="3 generators"):
         own.generate(PROMPTS, masks, noise(3))
+
+
+def test_a_stage_ends_when_its_time_is_spent_over_all_its_runs(tmp_path, monkeypatch):
+    clock, seen = iter(range(100)), []
+    monkeypatch.setattr(system.time, "process_time", lambda: float(next(clock)))  # 1 s a step
+    monkeypatch.setattr(system, "CHECKPOINT_SECONDS", -1.0)
+
+    def step(number, fraction, generator):
+        seen.append((number, fraction, int(generator.initial_seed())))
+        if number == 2 and len(seen) == 3:
+            raise Killed
+        return {"loss": 0.0}
+
+    state = {"net": torch.nn.Linear(2, 2)}
+    with pytest.raises(Killed):
+        system.train_stage("stage", step, state, tmp_path, 5.0, 3)
+    system.train_stage("stage", step, state, tmp_path, 5.0, 3)
+    numbers, fractions, seeds = zip(*seen, strict=True)
+    assert numbers == (0, 1, 2, 2, 3, 4), "two steps before, and three of the five seconds left"
+    assert fractions == pytest.approx((0, 0.2, 0.4, 0.4, 0.6, 0.8))
+    assert seeds[2] == seeds[3] and len(set(seeds)) == 5
+    system.train_stage("stage", step, state, tmp_path, 5.0, 3)
+    assert len(seen) == 6, "nothing is left to spend"
+
+
+def test_other_sizes_are_refused_before_anything_is_trained(config):
+    for name in SYSTEMS:
+        with pytest.raises(ConfigError, match="official repository"):
+            build(name, config.replace(data={"size": 128}))
 
 
 def test_words_that_the_vocabulary_lacks_are_named(config, faces, masks):
@@ -179,7 +212,14 @@ def test_weights_come_back(trained, config, masks, tmp_path):
     bytes_kept = sum(f.stat().st_size for f in (tmp_path / "first").rglob("*.safetensors"))
     assert bytes_kept < 1.1 * own.parameters(), "a byte a weight"
     if own.shares:
-        (tmp_path / "first" / "shared" / f"{own.shares[0]}.safetensors").unlink()
+        shared = tmp_path / "first" / "shared" / f"{own.shares[0]}.safetensors"
+        about = {"parameters": {"stands_on": {"shared": path_digest(shared)}}}
+        (tmp_path / "first" / "one" / "provenance.json").write_text(json.dumps(about))
+        first.load(tmp_path / "first" / "one")
+        shared.write_bytes((tmp_path / "second" / "one" / "weights.safetensors").read_bytes())
+        with pytest.raises(ConfigError, match="train it again"):
+            first.load(tmp_path / "first" / "one")
+        shared.unlink()
         with pytest.raises(FileNotFoundError, match="shared"):
             first.load(tmp_path / "first" / "one")
     with pytest.raises(FileNotFoundError, match="TRAIN=1"):

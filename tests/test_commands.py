@@ -7,6 +7,7 @@ import pytest
 from ec2face_core.commands import add_config_options, chosen, told
 from ec2face_core.config import ConfigError, load_profile
 from ec2face_core.latents import CacheError
+from ec2face_core.launch import LaunchError
 from ec2face_core.validation import DataError
 from ec2face_core.weights import WeightsError
 
@@ -36,6 +37,17 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 
     with pytest.raises(ValueError, match="shape"):
         main()
+
+
+def test_a_refused_child_is_told_and_a_crashed_one_is_not(capsys):
+    @told
+    def main(code):
+        raise LaunchError(code, ["python"], output="error: no faces")
+
+    assert main(2) == 2
+    assert "error: no faces" in capsys.readouterr().err
+    with pytest.raises(LaunchError):
+        main(1)
 
 
 @pytest.mark.parametrize(("own", "code"), [(None, 0), (0, 0), (2, 2)])

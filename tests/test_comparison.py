@@ -14,11 +14,11 @@ from ec2face_core.backbone import load_backbone
 from ec2face_core.baselines import SYSTEMS, WEIGHTS, build, load, systems, train, weights_dir
 from ec2face_core.baselines.draw import available, draw_split, missing_system_pictures
 from ec2face_core.comparison import describe_lead
-from ec2face_core.config import Config
+from ec2face_core.config import Config, ConfigError, resolve
 from ec2face_core.datasets import open_dataset
 from ec2face_core.fairness import AUTOENCODED, FACTORS, PUBLISHED, describe_fairness, varied
 from ec2face_core.generate import load_pictures
-from ec2face_core.results import read_rows
+from ec2face_core.results import path_digest, read_rows
 from ec2face_core.tables import METHODS
 
 NAME = "MM2Latent"
@@ -63,6 +63,33 @@ def test_what_is_trained_is_not_trained_again(config, kept, monkeypatch):
     longer = config.replace(baselines={"seconds": 5.0})
     comparison.retrain_systems(longer, [NAME])
     assert len(started) == 1, "another budget counts"
+    comparison.retrain_systems(config.replace(seed=7), [NAME])
+    assert ["--shared" in words for words in started[1:]] == [True, False], "so does another seed"
+
+
+def test_a_training_does_not_go_on_with_another_time(config, kept, tmp_path, capsys):
+    longer = config.replace(baselines={"seconds": 5.0}, profile=str(tmp_path))
+    longer.save(tmp_path / "config.yaml")
+    out = config.run_dir / "baselines" / "mm2latent"
+    before = (out / WEIGHTS).read_bytes()
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--system", NAME, "--out", str(out)]
+    assert train.main(arguments) == 2
+    assert "seconds 0.1 instead of 5.0" in capsys.readouterr().err
+    assert (out / WEIGHTS).read_bytes() == before
+
+
+def test_systems_that_are_kept_do_not_lose_what_they_stand_on(config, kept, tmp_path):
+    keep = tmp_path / "baselines"
+    shutil.copytree(kept, keep)
+    (keep / "tedigan").mkdir()
+    (keep / "tedigan" / WEIGHTS).touch()
+    comparison.retrain_systems(config, [NAME], keep)
+    (keep / "shared" / "style.safetensors").write_bytes(b"another one")
+    with pytest.raises(ConfigError, match="TediGAN"):
+        comparison.retrain_systems(config, [NAME], keep)
+    (keep / "tedigan" / WEIGHTS).unlink()
+    comparison.retrain_systems(config, [NAME], keep)
+    assert path_digest(keep / "shared") == path_digest(kept / "shared")
 
 
 def test_what_two_share_is_trained_by_one_of_them_and_first(config, tmp_path, monkeypatch):
@@ -122,16 +149,22 @@ def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch):
         assert made["budget"] == pytest.approx(times * config.baselines.seconds)
     assert fairness.kept_fairness(config)[1] == path
     panel = fairness.draw_fairness(rows).axes[2]
-    drawn = {line.get_label(): float(line.get_xdata()[0]) for line in panel.lines}
+    drawn = {bars.get_label(): float(bars[0].get_xdata()[0]) for bars in panel.containers}
     own = rows[(rows["metric"] == "Text") & (rows["critic"] == "independent")]
     own = own.set_index("method")["value"]
-    assert drawn["EC²Face"] == own["EC2Face"]
-    assert drawn["half the training time"] == own[f"{NAME}, half"]
-    assert drawn["twice the training time"] == own[f"{NAME}, double"]
-    assert "half the training time: EC²Face" in describe_fairness(rows, ["Text"])
+    for words, how in {"half its own": "half", "twice its own": "double"}.items():
+        gap = own["EC2Face"] - own[f"{NAME}, {how}"]
+        assert drawn[f"{words} training time"] == pytest.approx(gap, abs=1e-5)
+    assert PUBLISHED not in " ".join(drawn), "no row, no mark"
+    assert "- masks as published: not trained here." in describe_fairness(rows)
     assert fairness.run_fairness(config, [NAME, "PixelFace+"], [PUBLISHED]) == path
     more = set(read_rows(path)["method"]) - set(rows["method"])
     assert more == {f"{minus}PixelFace+, {PUBLISHED}" for minus in ("", "EC²Face - ")}
+    about = json.loads(path.with_suffix(".json").read_text())
+    about["inputs"] = dict.fromkeys(about["inputs"], "changed since")
+    path.with_suffix(".json").write_text(json.dumps(about))
+    fairness.run_fairness(config, ["PixelFace+"], [PUBLISHED])
+    assert set(read_rows(path)["method"]) == {"EC2Face", *more}, "nothing of weights that are gone"
     other = varied(config, PUBLISHED)
     assert other.baselines.published_masks and not config.baselines.published_masks
     weights = load(other, "PixelFace+").networks["generator"].state_dict()
@@ -150,15 +183,20 @@ def test_autoencoded_pictures_are_the_systems_own_after_the_autoencoder(config, 
 
 def test_whom_ec2face_leads_is_told_for_each_way():
     def row(method: str, value: float, low: float = 0, high: float = 0) -> dict:
-        cell = {"value": value, "ci_low": low, "ci_high": high}
+        cell = {"value": value, "ci_low": low, "ci_high": high, "n": 7}
         return {"method": method, "metric": "RFA", "critic": "independent"} | cell
 
     rows = [row("EC2Face", 60), row("UaC, once", 70), row("TediGAN, once", 5)]
     rows += [row("EC²Face - UaC, once", -10, -12, -8), row("EC²Face - TediGAN, once", 55, 50, 60)]
     rows += [row(f"UaC, {AUTOENCODED}", 58), row(f"EC²Face - UaC, {AUTOENCODED}", 2, -3, 7)]
     assert describe_fairness(pd.DataFrame(rows), ["RFA"]) == (
-        "RFA, as in Table 1: EC²Face (60.0) leads TediGAN (5.0); behind UaC (70.0).\n"
-        "RFA, after EC²Face's autoencoder: EC²Face (60.0) level with UaC (58.0)."
+        "RFA, EC²Face 60.0, 7 faces (EC²Face minus system):\n"
+        "- as in Table 1: leads TediGAN 5.0 (+55.0 [+50.0, +60.0]); "
+        "behind UaC 70.0 (-10.0 [-12.0, -8.0]).\n"
+        "- after EC²Face's autoencoder: level with UaC 58.0 (+2.0 [-3.0, +7.0]).\n"
+        "- masks as published: not trained here.\n"
+        "- half its own training time: not trained here.\n"
+        "- twice its own training time: not trained here."
     )
 
 
@@ -167,6 +205,9 @@ def test_tables_hold_the_systems_that_have_weights(config, kept):
         NAME, "EC2Face", "real", "vae_round_trip",
     ]  # fmt: skip
     assert set(comparison.compared(config, "test")) <= set(METHODS)
+    made_of = comparison.sources(config, "test")
+    assert {weights_dir(config, NAME) / WEIGHTS, resolve(config.backbone.path)} <= set(made_of)
+    assert any(path.name == "style.safetensors" for path in made_of), "what it shares, too"
     assert weights_dir(config, NAME) == config.run_dir / "baselines" / "mm2latent"
 
 

@@ -71,6 +71,27 @@ def official(root: Path, adapter: str) -> Path:
     return root
 
 
+def test_uac_s_whole_results_folder_is_taken(tmp_path):
+    """`results/face` holds every picture twice: alone, and in a grid with its conditions."""
+    root = tmp_path / "face"
+    official(root / "non_grid" / "Face_Hair_Text", "uac")
+    official(root / "grid" / "Face_Hair_Text", "uac")
+    files, report = find_pictures(root, "uac", ROWS, TEST)
+    assert not report.problems
+    alone = root / "non_grid" / "Face_Hair_Text"
+    assert files == {name: alone / PICTURES["uac"][name] for name in TEST}
+    official(root / "non_grid" / "Text", "uac")
+    assert "duplicate" in str(find_pictures(root, "uac", ROWS, TEST)[1]), "two modalities"
+
+
+def test_pixelface_s_random_captions_are_named_as_the_cause(tmp_path):
+    root = official(tmp_path / "theirs", "pixelface")
+    (root / PICTURES["pixelface"]["9"]).unlink()
+    report = str(find_pictures(root, "pixelface", ROWS, TEST)[1])
+    assert "missing: the picture of face 9" in report
+    assert "2 pictures are of other captions" in report and "at random" in report
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_each_naming_finds_its_faces(adapter, tmp_path):
     root = official(tmp_path / "theirs", adapter)

@@ -123,10 +123,9 @@ ALL = {
         ("RFA", "OAA", "Text"),
     ),
     "fairness": lambda: effects.fairness_figure(
-        pd.concat([differences()[0][:3].assign(method=m) for m in ("A, once", "B, once", "us")]),
-        ["A", "B"],
-        {"once": ("once", "o", plotting.BLUE), "half": ("half", "<", plotting.PINK)},
-        ("us", "us"),
+        pd.concat([differences()[0][:3].assign(method=m, n=7) for m in ("A, once", "B, once")]),
+        {"first": "A", "second": "B"},
+        {"once": ("once", "o", plotting.BLUE), "half": ("half", "<", plotting.SKY)},
     ),
     "critics": lambda: effects.critic_figure(
         pd.concat([differences()[0].assign(critic=c) for c in ("independent", "guiding")]),

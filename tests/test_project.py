@@ -24,9 +24,9 @@ FLOORS = {
     2: [
         "tables tuning weights",
         "decoupled",
-        "canvas captions checkpoints commands distribution journal launch lora losses perception "
+        "canvas captions checkpoints distribution journal launch lora losses perception "
         "results statistics validation",
-        "backbone conversion plotting",
+        "backbone commands conversion plotting",
     ],
     3: [
         "conditioning diagram effects grids guidance metrics rendering reproduce",

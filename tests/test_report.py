@@ -81,7 +81,7 @@ def test_the_report_says_what_the_tables_say(config):
         "+9.08", "+2.00 [+1.00, +3.00]", "+1.50, +1.50", "+2.00 [+1.00, +3.00]", "holds",
     ]  # fmt: skip
     assert "| test | RFA | 40.00 [38.00, 42.00] | 80.00 | 50 % |" in text
-    assert "Accuracy 35.0 with parsed masks, at worst 30.0 (dilated)" in text
+    assert "every edit keeps: 35.0 with parsed masks, at worst 30.0 (dilated)" in text
     assert "what beta says" in text and "OAA 40.0 on the zero-shot faces" in text
     assert "300 test faces, training seeds 42-43" in text
     save_tables(config, value=-2.0)

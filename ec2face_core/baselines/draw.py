@@ -76,6 +76,13 @@ def draw_split(
     return folder
 
 
+def weight_files(config: Config, name: str) -> list[Path]:
+    """What `load` reads: a system's own weights, and those that it shares, if it does."""
+    folder = weights_dir(config, name)
+    stages = systems()[name].shares[:1]
+    return [folder / WEIGHTS, *(shared_file(folder, stage) for stage in stages)]
+
+
 def available(config: Config, split: str) -> list[str]:
     """The rows of which there are weights, or scored pictures of this split, in their order."""
     have = trained(config)
@@ -96,13 +103,9 @@ def missing_system_pictures(config: Config, name: str, split: str) -> list[str]:
 
 def system_key(config: Config, name: str, dataset: FaceDataset) -> str:
     """Twelve hex digits of all that shapes the pictures of a system."""
-    s, folder = config.sampling, weights_dir(config, name)
+    s = config.sampling
     about = [name, data_digest(dataset), config.data.size, s.steps, s.seed]
-    files = [
-        folder / WEIGHTS,
-        *(shared_file(folder, stage) for stage in systems()[name].shares[:1]),
-    ]
-    about += [path_digest(path) for path in files if path.is_file()]
+    about += [path_digest(path) for path in weight_files(config, name) if path.is_file()]
     about += [path_digest(resolve(config.backbone.path) / "vae")]
     about += [path_digest(resolve(config.perception.clip.removeprefix(LOCAL_DIR)))]
     here, module = Path(__file__).parent, SYSTEMS[name].partition(".")[0]

@@ -1,4 +1,4 @@
-"""What the comparison systems have in common: data, training by wall time, weights, sampling.
+"""What the comparison systems have in common: data, training by time, weights, sampling.
 
 Chosen here:
 - Equal training time is what makes systems comparable that differ in everything else, so a stage
@@ -15,6 +15,7 @@ Chosen here:
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -29,10 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import newest_checkpoint, save_checkpoint
-from ..config import Config, resolve
+from ..config import Config, ConfigError, resolve
 from ..datasets import FaceDataset
 from ..foundation import SEED
 from ..journal import add_metrics, cut_metrics
+from ..results import path_digest
 from ..worlds import FolderWorld, ProceduralWorld, sentence
 from . import WEIGHTS
 from .storage import read_weights, shared_file, shared_weights, write_weights
@@ -40,6 +42,7 @@ from .storage import read_weights, shared_file, shared_weights, write_weights
 if TYPE_CHECKING:
     from ..perception import ClipScorer
 
+SIDE = 64  # pixels, of every system's networks
 CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints
 
 
@@ -64,6 +67,11 @@ class System(ABC):
     own_masks: bool = False
 
     def __init__(self, config: Config) -> None:
+        if config.data.size != SIDE:
+            raise ConfigError(
+                f"{self.name} in miniature draws {SIDE} px, not {config.data.size}: run the "
+                "official repository and score its pictures with evaluate --images --adapter"
+            )
         self.config, self.clip = config, guiding_clip(config)
         self.networks = nn.ModuleDict()
 
@@ -167,12 +175,22 @@ class System(ABC):
 
         Raises:
             FileNotFoundError: there are no weights; the message names the remedy.
+            ConfigError: they were trained on another shared network than the one beside them.
         """
+        made = Path(folder) / "provenance.json"
+        about = json.loads(made.read_text())["parameters"] if made.is_file() else {}
+        trained_on = about.get("stands_on", {}).get("shared")
+        for path, _ in self._shared(Path(folder)):
+            if path.is_file() and trained_on not in (None, path_digest(path)):
+                raise ConfigError(
+                    f"{folder} was trained on another network than {path}: train it again"
+                )
         for path, net in ((Path(folder) / WEIGHTS, self._own()), *self._shared(Path(folder))):
             if not path.is_file():
+                how = f"--profile {self.config.profile} --only {self.name}"
                 raise FileNotFoundError(
-                    f"no weights of {self.name} at {path}: `python -m ec2face_core.baselines.train "
-                    f"--system {self.name} --out {folder}` trains it, as does TRAIN=1"
+                    f"no weights of {self.name} at {path}: "
+                    f"`python -m ec2face_core.comparison {how}` trains it, as does TRAIN=1"
                 )
             read_weights(path, net)
         self.networks.requires_grad_(False).eval()
@@ -250,7 +268,7 @@ def train_stage(
     seconds: float,
     seed: int,
     max_steps: int = 0,
-) -> int:
+) -> None:
     """Call `step` until `seconds` of a core are spent; checkpoint, journal, bar, resume.
 
     Args:
@@ -260,9 +278,6 @@ def train_stage(
             so a resumed run goes on as the stopped one would have.
         state: modules and optimisers to keep in checkpoints, by name.
         max_steps: end earlier, after so many steps; 0: no limit.
-
-    Returns:
-        The number of steps that the stage took in all.
     """
     from tqdm.auto import tqdm
 
@@ -295,7 +310,6 @@ def train_stage(
     if rows:
         keep()
     bar.close()
-    return number
 
 
 @contextmanager

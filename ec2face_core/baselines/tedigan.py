@@ -8,7 +8,8 @@ code, fine layers the sentence's. At sampling a few steps of CLIP optimisation r
 Simplified: the encoders have no adversarial term (as in pSp, which the released code trains for
 masks); p_i = 1 in the visual-linguistic similarity; LPIPS is taken in the guiding CLIP's layers;
 the sentence feature of that CLIP replaces the recurrent text encoder. Twenty steps of optimisation
-instead of 200, in the layers that the text owns; a mask alone is not optimised.
+instead of 200, in the layers that the text owns; a mask alone is not optimised. For other faces of
+one condition the last layers lean towards a random code by 0.3 instead of being replaced by one.
 """
 
 from __future__ import annotations

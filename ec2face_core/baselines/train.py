@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 
 from ..commands import add_config_options, chosen, told
-from ..config import Config, ConfigError, resolve
+from ..config import ConfigError, resolve
 from ..journal import read_metrics
 from ..launch import end_with_parent
-from ..perception import LOCAL_DIR
-from ..results import path_digest, provenance
+from ..results import provenance
 from . import SYSTEMS, build
+from .origin import claim, origin, shared_origin
+from .storage import shared_file
 
 
 def spent(run_dir: Path) -> dict[str, dict[str, float]]:
@@ -35,27 +36,6 @@ def spent(run_dir: Path) -> dict[str, dict[str, float]]:
         for name, rows in last.items()
         if rows
     }
-
-
-def claim(folder: Path, config: Config, seed: int) -> None:
-    """Note what a training stands on, or see that it is what the folder's training stood on.
-
-    Raises:
-        ConfigError: the folder holds a training on another autoencoder, CLIP or seed.
-    """
-    clip = config.perception.clip.removeprefix(LOCAL_DIR)
-    about = {
-        "seed": seed,
-        "autoencoder": path_digest(resolve(config.backbone.path) / "vae"),
-        "clip": path_digest(resolve(clip)),
-    }
-    path = folder / "about.json"
-    if path.is_file() and (found := json.loads(path.read_text())) != about:
-        raise ConfigError(
-            f"{folder} holds a training on {found}, not {about}: delete it, or name another --out"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about, indent=2) + "\n")
 
 
 @told
@@ -81,30 +61,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ..datasets import open_dataset
 
     torch.set_num_threads(options.threads)
-    config = chosen(options)
-    system = build(options.system, config)
-    dataset, shared = open_dataset(config, "train"), options.out.parent / "shared"
+    config, out = chosen(options), resolve(options.out)
+    system, shared = build(options.system, config), out.parent / "shared"
+    if system.shares:
+        if not shared_file(out, system.shares[0]).is_file():
+            claim(shared, shared_origin(config))
+        system.prepare(shared)
     if options.shared:
         if not system.shares:
             raise ConfigError(f"{system.name} shares nothing: leave out --shared")
-        claim(shared, config, config.seed)
-        system.prepare(shared)
         print(f"shared by {system.name} and others: {shared}")
         return
-    budget = options.seconds or system.budget(config)
-    claim(options.out, config, options.seed)
-    if system.shares:
-        claim(shared, config, config.seed)
-    system.fit(dataset, options.out, budget, options.seed)
-    system.save(options.out)
+    seconds = options.seconds or system.budget(config)
+    about = origin(config, type(system), out, seconds, options.seed)
+    claim(out, about)
+    system.fit(open_dataset(config, "train"), out, seconds, options.seed)
+    system.save(out)
     before = {stage: how for stage, how in spent(shared).items() if stage in system.shares}
     record = provenance(
-        config, system=system.name, seed=options.seed, budget=budget,
-        stages=spent(options.out), shared=before,
+        config, system=system.name, seed=options.seed, budget=seconds, stands_on=about,
+        stages=spent(out), shared=before,
         parameters=system.parameters(), threads=options.threads,
     )  # fmt: skip
-    (options.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{system.name}: {system.parameters():,} parameters, {options.out}")
+    (out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{system.name}: {system.parameters():,} parameters, {out}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ features of the pictures and sampled with those of the caption.
 Simplified: pixels are folded (4 x 4) into the channels of a small U-Net, which predicts x_0: a few
 channels cannot carry the noise of 48 (with v, or with the noise, pictures stay noisy), and the
 composition is the same for x_0, being affine with weights of sum 1. Features come from the
-miniature's CLIP (FaRL there). The variational bound term, the exponential average (the rate falls
-to 0 instead) and the low learning rate are left out; 28 steps of DDIM (100 there). Added: `Centre`,
-for which training sees the captions' mean feature.
+miniature's CLIP (FaRL there). Two networks, as in the paper's plug-and-play setting, both on all
+faces; the released face model is one network that is trained on maps, features or nothing. The
+variational bound term, the exponential average (the rate falls to 0 instead) and the low learning
+rate are left out; 28 steps of DDIM (100 there). Added: `Centre`, for which training sees the
+captions' mean feature.
 The original sees two maps of a mask, face skin and hair, as `baselines.published_masks` does here;
 maps of all 19 classes are fair to the other systems.
 """
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 FOLD = 4  # pixels folded into channels, each way
 CHANNELS = (48, 72)  # 1.2 M parameters a diffuser
 MAP_WIDTH = 32  # channels that the maps of a 4 x 4 patch become
-NONE = 0.2  # samples without condition: 12.5 % of 62.5 % there for a map
+NONE = 0.2  # samples without condition: 12.5 of 62.5 % there for a map, 12.5 of 50 % for a feature
 # w of each condition, the original's own: larger ones gain mask accuracy and saturate (validation)
 WEIGHTS = {"mask": 1.0, "text": 1.25}
 RELIABILITY = {"mask": 0.6, "text": 0.4}  # b of each model where both take part
@@ -113,7 +115,7 @@ class UaC(System):
         masks: Tensor | None,
         generators: Sequence[torch.Generator],
     ) -> Tensor:
-        """Images [0, 1]: DDIM of the composed prediction; one condition alone is guided, too."""
+        """Images [0, 1]: DDIM of the composed prediction. Text alone is guided, too (w > 1)."""
         conditions = {} if masks is None else {"mask": self.select(masks)}
         if prompts is not None:
             features = self.clip.text_features(prompts)

@@ -139,7 +139,7 @@ def optimise(
     seed: int,
     rates: Mapping[str, float] | None = None,
     max_steps: int = 0,
-) -> int:
+) -> None:
     """One stage of training: AdamW, warm-up, cosine to 0 by the time spent, bfloat16 autocast.
 
     Args:
@@ -172,10 +172,9 @@ def optimise(
     for module in trained.values():
         module.requires_grad_(True).train()
     state = {**trained, "optimizer": optimizer}
-    steps = train_stage(name, step, state, run_dir, seconds, seed, max_steps)
+    train_stage(name, step, state, run_dir, seconds, seed, max_steps)
     for module in trained.values():
         module.requires_grad_(False).eval()
-    return steps
 
 
 def denoising_loss(
