@@ -10,7 +10,7 @@ from PIL import Image
 from ec2face_core.baselines import unets
 from ec2face_core.baselines.codiffusion import CoDiffusion
 from ec2face_core.baselines.controlnext import ControlNeXt, cross_normalise
-from ec2face_core.baselines.system import word_features
+from ec2face_core.baselines.reading import word_features
 from ec2face_core.baselines.uac import UaC, compose, pixel_scheduler
 from ec2face_core.config import Config
 

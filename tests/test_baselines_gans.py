@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ec2face_core.attributes import PALETTE
 from ec2face_core.baselines import build, mm2latent, pixelface, style, tedigan
-from ec2face_core.baselines.system import word_features
+from ec2face_core.baselines.reading import word_features
 from ec2face_core.config import Config
 from ec2face_core.datasets import open_dataset
 
@@ -158,10 +158,13 @@ def test_pixelface_a_closed_gate_silences_the_words(tiny_config, masks):
     assert not torch.equal(closed, system.generate(PROMPTS, masks.flip(0), generators()))
 
 
-def test_pixelface_sees_a_published_mask_in_palette_colours(tiny_config):
-    config = tiny_config.replace(baselines={"published_masks": True})
+@pytest.mark.parametrize("name", ["PixelFace+", "ControlNeXt"])
+def test_a_published_mask_is_seen_in_palette_colours(name, tiny_config):
+    config = tiny_config.replace(baselines={"published_masks": True}, sampling={"steps": 1})
     masks = torch.tensor([[[0, 1], [3, 15]]])
-    colours = build("PixelFace+", config).see(masks) * 127.5 + 127.5
+    system = build(name, config)
+    assert system.generate(PROMPTS[:1], masks.repeat(1, 32, 32), generators()[:1]).shape[1] == 3
+    colours = system.see(masks) * 127.5 + 127.5
     assert [tuple(c) for c in colours[0].flatten(1).T.round().int().tolist()] == [
         PALETTE[i] for i in (0, 1, 3, 15)
     ]

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attributes import NUM_CLASSES
 from ..datasets import FaceDataset
-from .system import Faces, one_hot, seeded, word_features
+from .reading import one_hot, word_features
+from .system import Faces, seeded
 from .unets import (
     BATCH,
     LatentFaces,
@@ -104,7 +104,7 @@ class CoDiffusion(TextUnetSystem):
     def mask_tokens(self, masks: Tensor) -> Tensor:
         """Label maps `b h w` -> a token for each class, `b 19 d`: its flattened coarse map."""
         coarse = F.interpolate(masks[:, None].float(), self.shape[1:], mode="nearest-exact")
-        return self.networks["tokens"](one_hot(coarse[:, 0].long(), NUM_CLASSES).flatten(2))
+        return self.networks["tokens"](one_hot(coarse[:, 0].long()).flatten(2))
 
     def collaborate(
         self, x_t: Tensor, t: Tensor, contexts: dict[str, Tensor]

@@ -8,11 +8,13 @@ of the attention layers are trained.
 
 Simplified: U-Nets predict v; the base is the miniature's text U-Net, the same as CoDiffusion's text
 diffuser; the encoder has two residual blocks, no attention, and reads the U-Net's own time
-embedding; it sees the mask one-hot (an RGB picture there); the first skip carries the controls,
+embedding; the first skip carries the controls,
 too, as they are added where it is taken. There is no public recipe for faces: the
 mask's scale is 1, as there for dense maps, text is dropped in 20 % of the samples, as in the SDXL
 recipe, and guidance is `TEXT_GUIDANCE` (7.5 there, for a base of 0.9 G parameters) over 28 steps of
 DDIM (20 of UniPC).
+The original sees a mask in palette colours, as `baselines.published_masks` does here; one-hot maps
+of all 19 classes are fair to the other systems.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..attributes import NUM_CLASSES
 from ..datasets import FaceDataset
-from .system import Faces, one_hot, seeded, word_features
+from .reading import coloured, one_hot, word_features
+from .system import Faces, seeded
 from .unets import (
     BATCH,
     CHANNELS,
@@ -51,15 +53,21 @@ class ControlNeXt(TextUnetSystem):
     """A frozen text-to-image U-Net, a light mask encoder, and a few trained weights."""
 
     name, shares = "ControlNeXt", ("text_unet", "unet")
+    own_masks = True
 
     def build(self, seed: int) -> None:
+        self.maps = 3 if self.config.baselines.published_masks else 19
         with seeded(seed):
             unet = text_unet(self.shape, self.words)
-            encoder = MaskEncoder(self.shape[1:], unet.config.block_out_channels[0] * 4)
+            encoder = MaskEncoder(self.shape[1:], unet.config.block_out_channels[0] * 4, self.maps)
         self.trained = [k for k, _ in unet.named_parameters() if TRAINED in k]
         increments = [torch.zeros_like(unet.get_parameter(k)) for k in self.trained]
         self.networks["unet"], self.networks["encoder"] = unet, encoder
         self.networks["increments"] = nn.ParameterList(increments)
+
+    def see(self, masks: Tensor) -> Tensor:
+        """Label maps `b h w` -> one-hot `b 19 h w`, or palette colours `b 3 h w` in [-1, 1]."""
+        return one_hot(masks) if self.maps == 19 else coloured(masks)
 
     def fit(
         self,
@@ -108,7 +116,7 @@ class ControlNeXt(TextUnetSystem):
         if masks is None:
             return unet(x_t, t, words).sample
         time = unet.time_embedding(unet.time_proj(t))
-        controls = self.networks["encoder"](one_hot(masks, NUM_CLASSES), time)
+        controls = self.networks["encoder"](self.see(masks), time)
         pairs = zip(self.trained, increments, strict=True)
         weights = {name: unet.get_parameter(name) + increment for name, increment in pairs}
 
@@ -123,20 +131,21 @@ class ControlNeXt(TextUnetSystem):
 
 
 class MaskEncoder(nn.Module):
-    """One-hot masks `b 19 h w` and a time embedding -> controls for the U-Net's first features.
+    """Maps of a mask `b k h w` and a time embedding -> controls for the U-Net's first features.
 
     Args:
         size: of the controls, that is of the latent.
         time: width of the time embedding.
+        maps: k.
     """
 
-    def __init__(self, size: Sequence[int], time: int) -> None:
+    def __init__(self, size: Sequence[int], time: int, maps: int) -> None:
         from diffusers.models.resnet import ResnetBlock2D
 
         super().__init__()
         self.size, half = tuple(size), WIDTH // 2
         self.door = nn.Sequential(
-            nn.Conv2d(NUM_CLASSES, half, 4, stride=2, padding=1),
+            nn.Conv2d(maps, half, 4, stride=2, padding=1),
             nn.GroupNorm(4, half),
             nn.SiLU(),
             nn.Conv2d(half, WIDTH, 4, stride=2, padding=1),

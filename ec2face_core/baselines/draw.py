@@ -32,7 +32,7 @@ from ..results import path_digest
 from . import SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
 from .storage import shared_file
 
-BLOCKS = ("system", "storage", "style", "unets")  # modules that several systems stand on
+BLOCKS = ("reading", "storage", "style", "system", "unets")  # modules that several systems stand on
 
 
 def draw_split(

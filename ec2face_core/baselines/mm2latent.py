@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..datasets import FaceDataset
 from ..perception import FaceParser
+from .reading import Centre, one_hot
 from .style import (
     LAYERS,
     WIDTH,
@@ -37,7 +38,7 @@ from .style import (
     update,
     upsample,
 )
-from .system import Centre, Faces, one_hot, seeded, train_stage
+from .system import Faces, seeded, train_stage
 
 CODE = 128  # of a mask
 NOISE = 0.5  # length of the noise that makes an image embedding a pseudo text

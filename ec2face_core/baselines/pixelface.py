@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attributes import palette_tensor
 from ..config import Config
 from ..datasets import FaceDataset
+from .reading import coloured, one_hot, word_features
 from .style import (
     WIDTH,
     Conv,
@@ -42,7 +42,7 @@ from .style import (
     update_average,
     upsample,
 )
-from .system import Faces, System, one_hot, seeded, train_stage, word_features
+from .system import Faces, System, seeded, train_stage
 
 CHANNELS = {8: 224, 16: 128, 32: 64}  # by side of the feature map
 FEATURES = 32  # of the mask, and of the words' answer, at each pixel
@@ -119,8 +119,7 @@ class PixelFace(System):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.palette = palette_tensor() if config.baselines.published_masks else None
-        self.maps = 19 if self.palette is None else 3
+        self.maps = 3 if config.baselines.published_masks else 19
         with seeded(config.seed):
             self.networks["generator"] = self.build()
 
@@ -131,7 +130,7 @@ class PixelFace(System):
 
     def see(self, masks: Tensor) -> Tensor:
         """Label maps `b h w` -> one-hot `b 19 h w`, or palette colours `b 3 h w` in [-1, 1]."""
-        return one_hot(masks) if self.palette is None else self.palette[masks].movedim(-1, 1)
+        return one_hot(masks) if self.maps == 19 else coloured(masks)
 
     def fit(
         self,

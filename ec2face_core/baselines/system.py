@@ -10,7 +10,8 @@ Chosen here:
   on the faces that the base of EC²Face saw, and frozen. Who stands on nothing spends both on its
   task.
 - All training faces are held in memory once, as bytes.
-- Every system sees captions through the guiding CLIP only, as this world has no other reader.
+- Every system reads captions through the guiding CLIP only, as this world has no other reader
+  (`reading.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import newest_checkpoint, save_checkpoint
@@ -37,10 +37,8 @@ from ..journal import add_metrics, cut_metrics
 from ..results import path_digest
 from ..worlds import FolderWorld, ProceduralWorld, sentence
 from . import WEIGHTS
+from .reading import guiding_clip, unknown_words
 from .storage import read_weights, shared_file, shared_weights, write_weights
-
-if TYPE_CHECKING:
-    from ..perception import ClipScorer
 
 SIDE = 64  # pixels, of every system's networks
 CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints
@@ -255,11 +253,6 @@ class Faces:
         return self.images[rows].float() / 127.5 - 1, self.label_maps[rows].long(), texts
 
 
-def one_hot(label_maps: Tensor, classes: int = 19) -> Tensor:
-    """Label maps `b h w` -> `b 19 h w` float32 in {0, 1}."""
-    return F.one_hot(label_maps, classes).movedim(-1, 1).float()
-
-
 def train_stage(
     name: str,
     step: Callable[[int, float, torch.Generator], Mapping[str, Tensor | float]],
@@ -318,53 +311,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-# -------------------------------------------------------------------------------- reading captions
-
-
-def guiding_clip(config: Config) -> ClipScorer:
-    """The CLIP whose sentence features every system is conditioned on."""
-    from ..perception import ClipScorer
-
-    return ClipScorer.from_config(config.perception)
-
-
-@torch.no_grad()
-def word_features(clip: ClipScorer, texts: Sequence[str]) -> Tensor:
-    """Word features of captions, `b n d`: the last layer of CLIP's text transformer, unpooled."""
-    model = clip.model
-    x = model.token_embedding(clip.tokenizer(list(texts))) + model.positional_embedding
-    return model.ln_final(model.transformer(x, attn_mask=model.attn_mask)).float()
-
-
-def unknown_words(clip: ClipScorer, texts: Sequence[str]) -> list[str]:
-    """Words of captions that the CLIP's vocabulary has no token for: it spells them out."""
-    tokenizer = clip.tokenizer.tokenizer
-    vocabulary, backend = tokenizer.get_vocab(), tokenizer.backend_tokenizer
-    found = {}
-    for text in texts:
-        for piece, (a, b) in backend.pre_tokenizer.pre_tokenize_str(text.lower()):
-            if f"{piece}</w>" not in vocabulary:
-                found[text[a:b]] = None
-    return list(found)
-
-
-class Centre(nn.Module):
-    """Unit features of pictures and sentences, each kind centred on its own mean.
-
-    In so small a CLIP the two lie further apart than in FaRL, so a network that was trained on
-    pictures' features could not read sentences' without.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("picture", torch.zeros(width))
-        self.register_buffer("sentence", torch.zeros(width))
-
-    def forward(self, features: Tensor, kind: str) -> Tensor:
-        """Features `(b, d)` of the kind `picture` or `sentence` -> unit features `(b, d)`."""
-        return F.normalize(features - self.get_buffer(kind), dim=1)
 
 
 # ------------------------------------------------------------------------------------ checkpoints

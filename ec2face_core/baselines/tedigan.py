@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..datasets import FaceDataset
+from .reading import one_hot
 from .style import (
     LAYERS,
     WIDTH,
@@ -36,7 +37,7 @@ from .style import (
     schedule,
     update,
 )
-from .system import Faces, one_hot, seeded, train_stage
+from .system import Faces, seeded, train_stage
 
 MASK_LAYERS = 6  # layers 0-5 take the mask's code, 6-9 the sentence's
 FREE_LAYERS, DIVERSITY = 2, 0.3  # the last layers lean towards a random code by this much

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from ..attributes import CLASS_ID
 from ..config import Config
 from ..datasets import FaceDataset
-from .system import Centre, Faces, System, one_hot, seeded
+from .reading import Centre, one_hot
+from .system import Faces, System, seeded
 from .unets import BATCH, ddim_sample, denoising_loss, encode_all, optimise
 
 if TYPE_CHECKING:

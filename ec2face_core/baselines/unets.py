@@ -30,7 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backbone import decode_latents, encode_images, load_backbone
 from ..config import Config
-from .system import Faces, System, train_stage, word_features
+from .reading import word_features
+from .system import Faces, System, train_stage
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, UNet2DConditionModel
