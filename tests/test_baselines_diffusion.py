@@ -92,8 +92,8 @@ def test_an_error_of_the_clean_picture_weighs_as_its_error_of_v(monkeypatch):
 def test_two_maps_are_skin_and_hair(config):
     system = UaC(config.replace(baselines={"published_masks": True}))
     masks = torch.randint(0, 19, (2, 64, 64))
-    assert torch.equal(system.select(masks)[:, 0] == 1, masks == 1)
-    assert torch.equal(system.select(masks)[:, 1] == 1, masks == 13)
+    assert torch.equal(system.see(masks)[:, 0] == 1, masks == 1)
+    assert torch.equal(system.see(masks)[:, 1] == 1, masks == 13)
     assert system.generate(None, masks, noise()).shape == (2, 3, 64, 64)
 
 

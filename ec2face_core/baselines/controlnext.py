@@ -8,11 +8,10 @@ of the attention layers are trained.
 
 Simplified: U-Nets predict v; the base is the miniature's text U-Net, the same as CoDiffusion's text
 diffuser; the encoder has two residual blocks, no attention, and reads the U-Net's own time
-embedding; the first skip carries the controls,
-too, as they are added where it is taken. There is no public recipe for faces: the
-mask's scale is 1, as there for dense maps, text is dropped in 20 % of the samples, as in the SDXL
-recipe, and guidance is `TEXT_GUIDANCE` (7.5 there, for a base of 0.9 G parameters) over 28 steps of
-DDIM (20 of UniPC).
+embedding; the first skip carries the controls, too, as they are added where it is taken. There is
+no public recipe for faces: the mask's scale is 1, as there for dense maps, text is dropped in 20 %
+of the samples, as in the SDXL recipe, and guidance is `TEXT_GUIDANCE` (7.5 there, for a base of
+0.9 G parameters) over 28 steps of DDIM (20 of UniPC).
 The original sees a mask in palette colours, as `baselines.published_masks` does here; one-hot maps
 of all 19 classes are fair to the other systems.
 """
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..datasets import FaceDataset
-from .reading import coloured, one_hot, word_features
+from .reading import word_features
 from .system import Faces, seeded
 from .unets import (
     BATCH,
@@ -64,10 +63,6 @@ class ControlNeXt(TextUnetSystem):
         increments = [torch.zeros_like(unet.get_parameter(k)) for k in self.trained]
         self.networks["unet"], self.networks["encoder"] = unet, encoder
         self.networks["increments"] = nn.ParameterList(increments)
-
-    def see(self, masks: Tensor) -> Tensor:
-        """Label maps `b h w` -> one-hot `b 19 h w`, or palette colours `b 3 h w` in [-1, 1]."""
-        return one_hot(masks) if self.maps == 19 else coloured(masks)
 
     def fit(
         self,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..datasets import FaceDataset
-from .reading import coloured, one_hot, word_features
+from .reading import word_features
 from .style import (
     WIDTH,
     Conv,
@@ -127,10 +127,6 @@ class PixelFace(System):
         """A generator with random weights."""
         width = self.clip.model.token_embedding.weight.shape[1]
         return PixelGenerator(width, self.maps)
-
-    def see(self, masks: Tensor) -> Tensor:
-        """Label maps `b h w` -> one-hot `b 19 h w`, or palette colours `b 3 h w` in [-1, 1]."""
-        return one_hot(masks) if self.maps == 19 else coloured(masks)
 
     def fit(
         self,

@@ -37,7 +37,7 @@ from ..journal import add_metrics, cut_metrics
 from ..results import path_digest
 from ..worlds import FolderWorld, ProceduralWorld, sentence
 from . import WEIGHTS
-from .reading import guiding_clip, unknown_words
+from .reading import coloured, guiding_clip, one_hot, unknown_words
 from .storage import read_weights, shared_file, shared_weights, write_weights
 
 SIDE = 64  # pixels, of every system's networks
@@ -55,6 +55,7 @@ class System(ABC):
         shares: (stage of `prepare`, its network in `networks`), where a system shares one.
         takes: which of `text` and `mask` may be given alone; every system takes both together.
         own_masks: whether `baselines.published_masks` changes what the system sees of a mask.
+        maps: channels of a mask as the system sees it.
         clip: reads captions (and pictures); frozen.
         networks: everything that training made and sampling needs, by name.
     """
@@ -63,6 +64,7 @@ class System(ABC):
     shares: tuple[str, str] | tuple[()] = ()
     takes: frozenset[str] = frozenset({"text", "mask"})
     own_masks: bool = False
+    maps: int = 19
 
     def __init__(self, config: Config) -> None:
         if config.data.size != SIDE:
@@ -156,6 +158,10 @@ class System(ABC):
                 stacklevel=3,  # `no_grad` lies between
             )
         return self.sample(prompts, masks, generators)
+
+    def see(self, masks: Tensor) -> Tensor:
+        """Label maps `b h w` -> one-hot `b 19 h w`, or palette colours `b 3 h w` in [-1, 1]."""
+        return one_hot(masks) if self.maps == 19 else coloured(masks)
 
     def parameters(self) -> int:
         """Trained weights that sampling needs."""

@@ -94,7 +94,7 @@ class UaC(System):
                 rows, _ = faces.draw(BATCH, generator)
                 x0 = F.pixel_unshuffle(faces.images[rows].float() / 127.5 - 1, FOLD)
                 label_maps = faces.label_maps[rows].long()
-                condition = features[rows] if kind == "text" else self.select(label_maps)
+                condition = features[rows] if kind == "text" else self.see(label_maps)
                 keep = torch.rand(BATCH, generator=generator) >= NONE
                 condition = condition * keep.view(-1, *[1] * (condition.ndim - 1))
                 return denoising_loss(self.networks[kind], self.scheduler, x0, generator, condition)
@@ -105,7 +105,7 @@ class UaC(System):
             trained = {kind: self.networks[kind]}
             optimise(kind, loss_of(kind), trained, run_dir, seconds / 2, seed, None, max_steps)
 
-    def select(self, masks: Tensor) -> Tensor:
+    def see(self, masks: Tensor) -> Tensor:
         """Label maps `b h w` -> the maps that the mask diffuser sees, `b maps h w` in {0, 1}."""
         maps = one_hot(masks)
         return maps if self.maps == 19 else maps[:, [CLASS_ID["skin"], CLASS_ID["hair"]]]
@@ -117,7 +117,7 @@ class UaC(System):
         generators: Sequence[torch.Generator],
     ) -> Tensor:
         """Images [0, 1]: DDIM of the composed prediction. Text alone is guided, too (w > 1)."""
-        conditions = {} if masks is None else {"mask": self.select(masks)}
+        conditions = {} if masks is None else {"mask": self.see(masks)}
         if prompts is not None:
             features = self.clip.text_features(prompts)
             conditions["text"] = self.networks["centre"](features, "sentence")
