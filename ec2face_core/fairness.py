@@ -163,15 +163,17 @@ def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "
         ours, faces = of.loc["EC2Face", ["value", "n"]]
         lines.append(f"{metric}, EC²Face {ours:.1f}, {faces:.0f} faces (EC²Face minus system):")
         for how, (words, *_) in MARKS.items():
-            told: dict[str, list[str]] = {"leads": [], "level with": [], "behind": []}
+            standing: dict[str, list[str]] = {"leads": [], "level with": [], "behind": []}
             for name in SYSTEMS:
                 if f"{name}, {how}" in of.index:
                     minus = of.loc[f"{MINUS.format(name)}, {how}"]
                     gap, low, high = (minus[k] for k in ("value", "ci_low", "ci_high"))
                     which = "leads" if low > 0 else "behind" if high < 0 else "level with"
                     value = of.loc[f"{name}, {how}", "value"]
-                    told[which].append(f"{name} {value:.1f} ({gap:+.1f} [{low:+.1f}, {high:+.1f}])")
-            found = [f"{which} {', '.join(who)}" for which, who in told.items() if who]
+                    standing[which].append(
+                        f"{name} {value:.1f} ({gap:+.1f} [{low:+.1f}, {high:+.1f}])"
+                    )
+            found = [f"{which} {', '.join(who)}" for which, who in standing.items() if who]
             lines.append(f"- {words}: {'; '.join(found) or 'not trained here'}.")
     return "\n".join(lines)
 

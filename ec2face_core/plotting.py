@@ -116,9 +116,8 @@ def show(
     axes.imshow(image, interpolation="nearest")
     for x, y, width, height in boxes:
         box = Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor="red", lw=1.2)
-        box.set_path_effects(
-            [withStroke(linewidth=2.6, foreground="white")]
-        )  # skin is red in masks
+        # a white edge: skin is red in masks
+        box.set_path_effects([withStroke(linewidth=2.6, foreground="white")])
         axes.add_patch(box)
 
 
