@@ -39,13 +39,11 @@ def told(main: Callable[..., int | None]) -> Callable[..., int]:
     def told_main(*arguments: Any) -> int:
         try:
             return main(*arguments) or 0
-        except (Refusal, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-        except LaunchError as error:
-            if error.returncode != 2:
+        except (Refusal, OSError, LaunchError) as error:
+            if isinstance(error, LaunchError) and error.returncode != 2:
                 raise
-            print(f"error: {error}", file=sys.stderr)  # ends with the child's own refusal
-        return 2
+            print(f"error: {error}", file=sys.stderr)  # a child's ends with its own refusal
+            return 2
 
     return told_main
 

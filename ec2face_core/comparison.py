@@ -75,7 +75,9 @@ def retrain_systems(
             list(pool.map(train, wave))
     if keep is not None:
         for name in names:
-            _copy(config, name, names, keep)
+            _check_others(config, name, names, keep)
+        for name in names:
+            _copy(config, name, keep)
 
 
 def _shared_there(config: Config, name: str, out: Path) -> bool:
@@ -91,14 +93,14 @@ def _finished(config: Config, name: str, out: Path) -> bool:
     return stands_on(out) == origin(config, system, out, system.budget(config), config.seed)
 
 
-def _copy(config: Config, name: str, names: Sequence[str], target: Path) -> None:
-    """Weights and provenance of a system, and what it shares, to `target`.
+def _check_others(config: Config, name: str, names: Sequence[str], target: Path) -> None:
+    """Refuse to take from under the systems in `target` what they share with `name`.
 
     Raises:
         ConfigError: others than `names` are kept there, on another network that they share with it.
     """
-    folder, stages = weights_dir(config, name), systems()[name].shares[:1]
-    for stage in stages:
+    folder = weights_dir(config, name)
+    for stage in systems()[name].shares[:1]:
         own, there = shared_file(folder, stage), shared_file(target / folder.name, stage)
         others = [
             other
@@ -112,6 +114,11 @@ def _copy(config: Config, name: str, names: Sequence[str], target: Path) -> None
                 f"{', '.join(others)} in {target} would stand on another network than {there}: "
                 f"name them in --only as well"
             )
+
+
+def _copy(config: Config, name: str, target: Path) -> None:
+    """Weights and provenance of a system, and what it shares, to `target`."""
+    folder = weights_dir(config, name)
     for source in (*weight_files(config, name), folder / "provenance.json"):
         copy = target / source.relative_to(folder.parent)
         copy.parent.mkdir(parents=True, exist_ok=True)

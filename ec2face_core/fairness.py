@@ -80,13 +80,14 @@ def run_fairness(
     """Train systems otherwise, score on validation faces, write `fairness.csv`.
 
     Long rows of table `fairness`; methods are `<system>, <half | once | ...>`, and each again as
-    `EC²Face - <system>, ...`: paired differences. Rows that the file has of other systems and ways
-    stay in it, unless weights behind any of them changed.
+    `EC²Face - <system>, ...`: paired differences. Rows that are kept of other systems and ways
+    stay, unless weights behind any of them changed.
     """
     import pandas as pd
 
     dataset, classes = open_dataset(config, SPLIT), systems()
     path, about = config.run_dir / "fairness" / "fairness.csv", (dataset.root.name, config)
+    others, files = _kept(config)
     ours = scored(config, OURS, SPLIT)
     parts = [summarise(ours, "fairness", "EC2Face", *about)]
     inputs = [adapter_dir(config, OURS) / LORA_FILE, resolve(config.backbone.path) / "vae"]
@@ -113,21 +114,30 @@ def run_fairness(
             parts.append(summarise_difference(ours, scores, "fairness", lead, *about))
     rows = pd.concat(parts, ignore_index=True)
     rows = rows[rows["metric"].isin(MAIN)]
-    if path.is_file():
-        others, files = _kept(path)
+    if others is not None:
         rows = pd.concat([others[~others["method"].isin(rows["method"])], rows], ignore_index=True)
-        inputs += files
-    save_rows(rows, path, config, inputs=sorted(set(inputs)))
+    inputs += [resolve(file) for file in files if resolve(file).exists()]
+    gone = {file: digest for file, digest in files.items() if not resolve(file).exists()}
+    save_rows(rows, path, config, inputs=sorted(set(inputs)), gone=gone)
     return path
 
 
-def _kept(path: Path) -> tuple[DataFrame, list[Path]]:
-    """Rows that a file has, and the weights behind them; no rows if any of these have changed."""
-    rows, inputs = read_rows(path), json.loads(path.with_suffix(".json").read_text())["inputs"]
-    if changed := [file for file, digest in inputs.items() if path_digest(resolve(file)) != digest]:
+def _kept(config: Config) -> tuple[DataFrame | None, dict[str, str]]:
+    """Kept rows and the digests of the weights behind them; no rows if any of these changed.
+
+    Weights in `runs/` may be gone while the rows are kept in git: the rows still hold, and the
+    digests stay on record.
+    """
+    if (found := kept_fairness(config)) is None:
+        return None, {}
+    rows, path = found
+    record = json.loads(path.with_suffix(".json").read_text())
+    known = record["inputs"] | record["parameters"].get("gone", {})
+    now = {file: path_digest(resolve(file)) for file in known}
+    if changed := [file for file in known if now[file] not in (known[file], "absent")]:
         print(f"{path}: made anew, since {', '.join(changed)} changed")
-        return rows[:0], []
-    return rows, [resolve(file) for file in inputs]
+        return None, {}
+    return rows, known
 
 
 @torch.no_grad()

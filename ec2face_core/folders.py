@@ -40,7 +40,7 @@ class Wrong(ValueError):
 
 
 class Naming:
-    """Pictures named by id; the other namings differ in the three methods.
+    """Pictures named by id; the other namings differ in the methods.
 
     Args:
         rows: the manifest in full.
@@ -63,6 +63,15 @@ class Naming:
         """Where the picture of a face should lie."""
         return f"{name}.png"
 
+    def cause(self, missing: Sequence[str], ids: Sequence[str], others: int) -> str:
+        """Why the pictures of `missing` may not be there: a trap of the repository, or "".
+
+        Args:
+            ids: the faces to score.
+            others: how many pictures were left out.
+        """
+        return ""
+
     def known(self, name: str) -> str:
         if name not in self.fed:
             raise Wrong(f"no face {name} of this split")
@@ -71,6 +80,14 @@ class Naming:
 
 class TediGAN(Naming):
     beside = r"inverted_codes\.(pt|npy)"
+
+    def cause(self, missing: Sequence[str], ids: Sequence[str], others: int) -> str:
+        if list(missing) != sorted(ids)[-len(missing) :]:
+            return ""
+        return (
+            "inference.py drops the last partial batch: make the number of its inputs a multiple "
+            "of --test_batch_size"
+        )
 
 
 class UaC(Naming):
@@ -134,6 +151,15 @@ class PixelFace(Naming):
         if not self.order:
             return name
         return f"{self.order.index(name) * CAPTIONS + self.rows[name].caption_index}_*.png"
+
+    def cause(self, missing: Sequence[str], ids: Sequence[str], others: int) -> str:
+        if not others:
+            return ""
+        return (
+            f"{others} pictures are of other captions or faces: datasets.py draws one caption of "
+            "ten at random, calculate_fid.py saves half of each batch. Fix the caption to the "
+            "manifest's caption_index and save the whole batch"
+        )
 
 
 class CoDiffusion(Naming):
@@ -241,19 +267,8 @@ def find_pictures(
     missing = [name for name in ids if name not in found]
     for name in missing:
         report.add(naming.expected(name), f"missing: the picture of face {name}")
-    if adapter == "tedigan" and missing and missing == sorted(ids)[-len(missing) :]:
-        report.add(
-            naming.expected(missing[-1]),
-            "inference.py drops the last partial batch: make the number of its inputs a multiple "
-            "of --test_batch_size",
-        )
-    if adapter == "pixelface" and missing and others:
-        report.add(
-            naming.expected(missing[0]),
-            f"{others} pictures are of other captions or faces: datasets.py draws one caption of "
-            "ten at random, calculate_fid.py saves half of each batch. Fix the caption to the "
-            "manifest's caption_index and save the whole batch",
-        )
+    if missing and (cause := naming.cause(missing, ids, others)):
+        report.add(naming.expected(missing[-1]), cause)
     return {name: found[name] for name in ids if name in found}, report
 
 

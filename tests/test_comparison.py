@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ec2face_core import comparison, evaluate, experiments, fairness
+from ec2face_core import comparison, evaluate, experiments, fairness, results
+from ec2face_core import config as settings
 from ec2face_core.backbone import load_backbone
 from ec2face_core.baselines import SYSTEMS, WEIGHTS, build, load, systems, train, weights_dir
 from ec2face_core.baselines.draw import available, draw_split, missing_system_pictures
@@ -78,7 +79,7 @@ def test_a_training_does_not_go_on_with_another_time(config, kept, tmp_path, cap
     assert (out / WEIGHTS).read_bytes() == before
 
 
-def test_systems_that_are_kept_do_not_lose_what_they_stand_on(config, kept, tmp_path):
+def test_systems_that_are_kept_do_not_lose_what_they_stand_on(config, kept, tmp_path, monkeypatch):
     keep = tmp_path / "baselines"
     shutil.copytree(kept, keep)
     (keep / "tedigan").mkdir()
@@ -87,6 +88,9 @@ def test_systems_that_are_kept_do_not_lose_what_they_stand_on(config, kept, tmp_
     (keep / "shared" / "style.safetensors").write_bytes(b"another one")
     with pytest.raises(ConfigError, match="TediGAN"):
         comparison.retrain_systems(config, [NAME], keep)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="TediGAN"):
+        patch.setattr(comparison, "run", lambda *words, **options: None)
+        comparison.retrain_systems(config, ["PixelFace+", NAME], keep)  # refused before any copy
     (keep / "tedigan" / WEIGHTS).unlink()
     comparison.retrain_systems(config, [NAME], keep)
     assert path_digest(keep / "shared") == path_digest(kept / "shared")
@@ -130,7 +134,9 @@ def test_half_and_double_are_other_runs_of_other_lengths(config):
         assert other.data == config.data and other.seed == config.seed
 
 
-def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch):
+def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch, tmp_path_factory):
+    for module in (settings, results):  # files go on record by their paths below the root
+        monkeypatch.setattr(module, "ROOT", tmp_path_factory.getbasetemp())
     real = experiments.scored
     monkeypatch.setattr(  # EC²Face has no adapter here
         fairness, "scored", lambda c, v, s: real(c, "real" if v == "both" else v, s)
@@ -160,11 +166,22 @@ def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch):
     assert fairness.run_fairness(config, [NAME, "PixelFace+"], [PUBLISHED]) == path
     more = set(read_rows(path)["method"]) - set(rows["method"])
     assert more == {f"{minus}PixelFace+, {PUBLISHED}" for minus in ("", "EC²Face - ")}
-    about = json.loads(path.with_suffix(".json").read_text())
-    about["inputs"] = dict.fromkeys(about["inputs"], "changed since")
-    path.with_suffix(".json").write_text(json.dumps(about))
+
+    half = weights_dir(varied(config, "half"), NAME) / WEIGHTS
+    digest = path_digest(half)
+    half.unlink()
+    for _ in range(2):  # also what was gone before is known
+        fairness.run_fairness(config, ["PixelFace+"], [PUBLISHED])
+        assert set(read_rows(path)["method"]) == {*rows["method"], *more}, "rows outlive weights"
+        record = json.loads(path.with_suffix(".json").read_text())
+        assert (half.relative_to(settings.ROOT).as_posix(), digest) in record["parameters"][
+            "gone"
+        ].items()
+        assert half.relative_to(settings.ROOT).as_posix() not in record["inputs"]
+    half.write_bytes(b"another training")
     fairness.run_fairness(config, ["PixelFace+"], [PUBLISHED])
-    assert set(read_rows(path)["method"]) == {"EC2Face", *more}, "nothing of weights that are gone"
+    assert set(read_rows(path)["method"]) == {"EC2Face", *more}, "but not other weights"
+
     other = varied(config, PUBLISHED)
     assert other.baselines.published_masks and not config.baselines.published_masks
     weights = load(other, "PixelFace+").networks["generator"].state_dict()
