@@ -10,6 +10,7 @@ too. Intervals are bootstrapped over images; a difference of two methods over th
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -104,13 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end_with_parent()
     options = _parser().parse_args(arguments)
     config = chosen(options)
-    folder, method = options.images, options.variant
-    if folder is None and (options.adapter or options.manifest):
+    if options.images is None and (options.adapter or options.manifest):
         raise ConfigError("--adapter and --manifest are about pictures: name them by --images DIR")
-    if folder is None:
+    if options.images is None:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        draw = draw_split if method in SYSTEMS else generate_split
-        folder = draw(config, method, options.split, options.out_dir, options.limit, (rank, world))
+        of, folders = (options.split, options.out_dir, options.limit, (rank, world)), {}
+        for variant in options.variant:
+            draw = draw_split if variant in SYSTEMS else generate_split
+            folders[variant] = draw(config, variant, *of)
+            gc.collect()  # at paper scale two models do not fit
         if world > 1:
             from accelerate import PartialState
 
@@ -118,20 +121,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
             leave_group()
-        print(f"pictures: {folder}", flush=True)
+        print("pictures:", *folders.values(), sep="\n", flush=True)
         if options.sample_only or rank:
             return
     dataset = open_dataset(config, options.split)
     if options.images:
-        folder = _adopt(config, dataset, options)
         method = SYSTEM_OF.get(options.adapter) or resolve(options.images).name
-    per_image = score_folder(folder, dataset, config, options.limit)
-    seeds = str(config.sampling.seed) if method in VARIANTS else ""
-    rows = summarise(per_image, "evaluation", method, dataset.root.name, config, seeds)
-    target = config.run_dir / "evaluation" / f"{options.split}-{method}.csv"
-    write_frame(target, rows)
-    print(render_markdown(rows, f"{METHODS.get(method, method)}, {len(per_image)} faces."))
-    print(f"rows: {target}")
+        folders = {method: _adopt(config, dataset, options)}
+    for method, folder in folders.items():
+        per_image = score_folder(folder, dataset, config, options.limit)
+        seeds = str(config.sampling.seed) if method in VARIANTS else ""
+        rows = summarise(per_image, "evaluation", method, dataset.root.name, config, seeds)
+        target = config.run_dir / "evaluation" / f"{options.split}-{method}.csv"
+        write_frame(target, rows)
+        print(render_markdown(rows, f"{METHODS.get(method, method)}, {len(per_image)} faces."))
+        print(f"rows: {target}")
 
 
 def _adopt(config: Config, dataset: FaceDataset, options: argparse.Namespace) -> Path:
@@ -163,13 +167,19 @@ def _adopt(config: Config, dataset: FaceDataset, options: argparse.Namespace) ->
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ec2face_core.evaluate",
-        description="Sample a split with one adapter and score it, or score a folder of pictures. "
+        description="Sample a split with adapters and score it, or score a folder of pictures. "
         "What is there already is neither sampled nor scored again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_config_options(parser)
     add = parser.add_argument
-    add("--variant", default="both", choices=(*SOURCES, *SYSTEMS), help="whose pictures")
+    add(
+        "--variant",
+        default=["both"],
+        nargs="+",
+        choices=(*SOURCES, *SYSTEMS),
+        help="whose pictures",
+    )
     add(
         "--split",
         default="test",

@@ -24,7 +24,7 @@ from .baselines.draw import (
     missing_system_pictures,
     official_pictures,
 )
-from .config import VARIANTS, Config, ConfigError, adapter_dir, adapter_name
+from .config import VARIANTS, Config, ConfigError, adapter_dir
 from .datasets import FaceDataset, open_dataset
 from .evaluate import summarise, summarise_difference
 from .generate import (
@@ -77,30 +77,45 @@ def with_seed(config: Config, k: int) -> Config:
     return config.replace(seed=config.seed + k, sampling={"seed": config.sampling.seed + k})
 
 
+def draw_missing(config: Config, variants: Sequence[str], split: str) -> None:
+    """Draw what is missing of a split's pictures by as many processes as configured, if several.
+
+    Raises:
+        ConfigError: a variant has no adapter.
+    """
+    wanted = []
+    for variant in variants:
+        if variant in SYSTEMS:
+            official = official_pictures(config, variant, split).is_dir()
+            if not official and missing_system_pictures(config, variant, split):
+                wanted.append(variant)
+        elif variant in VARIANTS:
+            if not (folder := adapter_dir(config, variant)).is_dir():
+                count = config.seed - Config.seed + 1
+                raise ConfigError(
+                    f"no adapter in {folder}: `make reproduce PROFILE={config.profile} TRAIN=1 "
+                    f"SEEDS={max(1, count)}` trains it"
+                )
+            if missing_pictures(config, variant, split):
+                wanted.append(variant)
+    if wanted and config.sampling.num_processes > 1:  # all at once: a start takes long
+        settings = config.run_dir / "images" / f"{split}-{config.seed}.yaml"
+        config.save(settings)
+        run(
+            "ec2face_core.evaluate", "--config", str(settings), "--variant", *wanted,
+            "--split", split, "--sample-only", num_processes=config.sampling.num_processes,
+        )  # fmt: skip
+
+
 def _pictures(config: Config, variant: str, split: str) -> Path:
-    """Folder of a split's pictures; what is missing is drawn by as many processes as configured.
+    """Folder of a split's pictures, drawn where they are missing.
 
     Of a comparison system its official code's pictures, where they were scored.
     """
     if variant in SYSTEMS and (official := official_pictures(config, variant, split)).is_dir():
         return official.resolve()
-    if variant in VARIANTS and not (folder := adapter_dir(config, variant)).is_dir():
-        count = config.seed - Config.seed + 1
-        raise ConfigError(
-            f"no adapter in {folder}: `make reproduce PROFILE={config.profile} TRAIN=1 "
-            f"SEEDS={max(1, count)}` trains it"
-        )
-    processes, system = config.sampling.num_processes, variant in SYSTEMS
-    missing = missing_system_pictures if system else missing_pictures
-    if processes > 1 and (system or variant in VARIANTS) and missing(config, variant, split):
-        name = variant if system else adapter_name(config, variant)
-        settings = config.run_dir / "images" / f"{split}-{name}.yaml"
-        config.save(settings)
-        run(
-            "ec2face_core.evaluate", "--config", str(settings), "--variant", variant,
-            "--split", split, "--sample-only", num_processes=processes,
-        )  # fmt: skip
-    return (draw_split if system else generate_split)(config, variant, split)
+    draw_missing(config, [variant], split)
+    return (draw_split if variant in SYSTEMS else generate_split)(config, variant, split)
 
 
 def table_rows(
@@ -119,7 +134,10 @@ def table_rows(
     """
     import pandas as pd
 
-    name, parts = open_dataset(config, split).root.name, []
+    name, parts, variants = open_dataset(config, split).root.name, [], list(methods.values())
+    for k in range(seeds):
+        own = [v for v in variants if k == 0 or v in VARIANTS]  # others have one picture of a face
+        draw_missing(with_seed(config, k), own, split)
     for method, variant in methods.items():
         per_image = scored(config, variant, split, seeds)
         used = seed_label(config, seeds) if variant in VARIANTS else ""

@@ -81,7 +81,7 @@ def run_fairness(
 
     Long rows of table `fairness`; methods are `<system>, <half | once | ...>`, and each again as
     `EC²Face - <system>, ...`: paired differences. Rows that are kept of other systems and ways
-    stay, unless weights behind any of them changed.
+    stay, unless settings or weights behind any of them changed.
     """
     import pandas as pd
 
@@ -123,7 +123,7 @@ def run_fairness(
 
 
 def _kept(config: Config) -> tuple[DataFrame | None, dict[str, str]]:
-    """Kept rows and the digests of the weights behind them; no rows if any of these changed.
+    """Kept rows and the digests of the weights behind them; no rows if these or settings changed.
 
     Weights in `runs/` may be gone while the rows are kept in git: the rows still hold, and the
     digests stay on record.
@@ -134,7 +134,10 @@ def _kept(config: Config) -> tuple[DataFrame | None, dict[str, str]]:
     record = json.loads(path.with_suffix(".json").read_text())
     known = record["inputs"] | record["parameters"].get("gone", {})
     now = {file: path_digest(resolve(file)) for file in known}
-    if changed := [file for file in known if now[file] not in (known[file], "absent")]:
+    changed = [file for file in known if now[file] not in (known[file], "absent")]
+    if record["config_hash"] != config.digest():
+        changed.append("settings")
+    if changed:
         print(f"{path}: made anew, since {', '.join(changed)} changed")
         return None, {}
     return rows, known

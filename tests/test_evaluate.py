@@ -173,6 +173,9 @@ def test_one_report_names_every_bad_picture(config, faces, pictures, tmp_path, c
     assert main(arguments) == 0
     assert "RFA (%) ↑" in capsys.readouterr().out
     assert (config.run_dir / "evaluation" / "test-both.csv").is_file()
+    assert main([*arguments, "--variant", "real", "vae_round_trip"]) == 0, "several at once"
+    for name in ("real", "vae_round_trip"):
+        assert (config.run_dir / "evaluation" / f"test-{name}.csv").is_file()
 
 
 def test_summaries_pool_over_images(config, faces, pictures):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from ec2face_core import experiments
 from ec2face_core.attributes import CLASS_ID, CLASSES, pixel_counts
-from ec2face_core.config import Config, ConfigError
+from ec2face_core.config import Config, ConfigError, load_config
 from ec2face_core.datasets import FaceDataset
 from ec2face_core.estimation import fitted_beta, gradient_weights, scaled_curves
 from ec2face_core.inspection import (
@@ -47,7 +49,29 @@ def scores(monkeypatch, tiny_faces, tmp_path) -> Config:
         experiments, "_pictures", lambda c, variant, split: (variant, c.sampling.seed)
     )
     monkeypatch.setattr(experiments, "score_folder", score_folder)
+    monkeypatch.setattr(experiments, "draw_missing", lambda c, variants, split: None)
     return config
+
+
+def test_a_table_s_pictures_are_drawn_in_one_start_a_seed(scores, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    config = scores.replace(adapters=str(tmp_path / "adapters"), sampling={"num_processes": 2})
+    started, there = [], {"none", "ControlNeXt"}
+    monkeypatch.setattr(experiments, "run", lambda *words, **options: started.append(words))
+    for name in ("missing_pictures", "missing_system_pictures"):
+        lacks = lambda c, variant, split: [] if variant in there else ["0"]  # noqa: E731
+        monkeypatch.setattr(experiments, name, lacks)
+    monkeypatch.setattr(experiments, "scored", lambda *a: frame(["0"], 20.0, 8))
+    with pytest.raises(ConfigError, match="TRAIN=1"):
+        experiments.table_rows(config, "table1", {"EC2Face": "both"})
+    for name in ("both", "none", "both-seed43", "none-seed43"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+    methods = dict.fromkeys(("UaC", "ControlNeXt", "both", "none", "real"))
+    experiments.table_rows(config, "table1", {name: name for name in methods}, seeds=2)
+    drawn = [words[words.index("--variant") + 1 : words.index("--split")] for words in started]
+    assert drawn == [("UaC", "both"), ("both",)]
+    settings = [load_config(Path(words[words.index("--config") + 1])) for words in started]
+    assert [c.seed for c in settings] == [42, 43]
 
 
 def test_seeds_are_pooled(scores):

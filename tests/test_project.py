@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 
 import ec2face_core
 from ec2face_core.config import ROOT
+from ec2face_core.results import path_digest
 
 PACKAGE = ROOT / "ec2face_core"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -175,6 +177,17 @@ def test_ci_runs_the_tests():
 
 def code_cells(notebook: Path) -> list[nbformat.NotebookNode]:
     return [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
+
+
+def test_kept_figures_show_the_kept_data():
+    """Figures and tables name what they were made of: none is older than a kept result."""
+    stale = [
+        f"{about.name}: {file}"
+        for about in sorted((ROOT / "figures" / "mini").glob("*.json"))
+        for file, digest in json.loads(about.read_text())["inputs"].items()
+        if file.startswith("data/mini/") and path_digest(ROOT / file) not in (digest, "absent")
+    ]
+    assert not stale, f"made of other data; `make reproduce ONLY=...` makes them anew: {stale}"
 
 
 def test_notebooks_are_numbered_without_a_gap():

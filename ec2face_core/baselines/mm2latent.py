@@ -4,7 +4,8 @@ A mapping network is trained on pictures of the frozen generator only: w is know
 a parser finds, and the text is replaced by the picture's own embedding plus Gaussian noise. At test
 the sentence's embedding takes its place. So no caption is ever trained on.
 
-Simplified: written after the abstract, no official code exists; CLIP for FaRL. Added: `Centre`.
+Simplified: written after the abstract, no official code exists; CLIP for FaRL. Added: `Centre`, for
+which the mean feature of 512 captions is taken.
 A mask left out is a code of zeros (as in a seventh of training), a text left out is the embedding
 of a random face.
 """

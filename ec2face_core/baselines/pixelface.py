@@ -7,7 +7,9 @@ of picture and mask, a matched or mismatched sentence, R1 and a CLIP loss on the
 
 Simplified: three resolutions in steps of 2 instead of 4 (8, 16, 32, unfolded to 64), at each of
 which the mask is folded, not reduced; words and sentences from the guiding CLIP; no path-length
-regularisation; R1 of weight 1 (10 there, at 256 px); the discriminator is smaller.
+regularisation; R1 of weight 1 (10 there, at 256 px); the discriminator is smaller, and its head for
+sentences is a projection. Features are interpolated between resolutions, where the original folds
+pixels. The gate is the paper's: the released layer has its gates off unless asked.
 The original sees a mask in palette colours, as `baselines.published_masks` does here; one-hot maps
 are what the other systems see.
 """

@@ -18,7 +18,8 @@ variational bound term, the exponential average (the rate falls to 0 instead) an
 rate are left out; 28 steps of DDIM (100 there). Added: `Centre`, for which training sees the
 captions' mean feature.
 The original sees two maps of a mask, face skin and hair, as `baselines.published_masks` does here;
-maps of all 19 classes are fair to the other systems.
+maps of all 19 classes are fair to the other systems. Here one expert sees all maps at once; there
+each map is an expert of its own, and their scores are added, each with weight 1.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ FOLD = 4  # pixels folded into channels, each way
 CHANNELS = (48, 72)  # 1.2 M parameters a diffuser
 MAP_WIDTH = 32  # channels that the maps of a 4 x 4 patch become
 NONE = 0.2  # samples without condition: 12.5 of 62.5 % there for a map, 12.5 of 50 % for a feature
-# w of each condition, the original's own: larger ones gain mask accuracy and saturate (validation)
+# w of each condition, the original's of a map and a text: larger ones gain mask accuracy and
+# saturate (looked at on validation faces)
 WEIGHTS = {"mask": 1.0, "text": 1.25}
 RELIABILITY = {"mask": 0.6, "text": 0.4}  # b of each model where both take part
 
