@@ -214,7 +214,8 @@ class EC2FacePipeline(DiffusionPipeline):
         z = self._noise(shape, generator, device) if latents is None else latents.to(device).float()
         if z.shape != shape:
             raise ValueError(f"latents have shape {tuple(z.shape)}, expected {shape}")
-        timesteps = self._timesteps(num_inference_steps, shape[-2] * shape[-1] // 4, device)
+        tokens = shape[-2] * shape[-1] // 4
+        timesteps = flux_timesteps(self.scheduler, num_inference_steps, tokens, device)
         guidance = self.config.guidance if guidance_scale is None else guidance_scale
         s_t = self.config.text_guidance if text_guidance is None else text_guidance
         s_m = self.config.mask_guidance if mask_guidance is None else mask_guidance
@@ -251,20 +252,24 @@ class EC2FacePipeline(DiffusionPipeline):
         noise = [randn_tensor(single, g, device, torch.float32) for g in streams]
         return torch.cat(noise)
 
-    def _timesteps(self, steps: int, tokens: int, device: torch.device) -> Tensor:
-        """FluxPipeline's timesteps: linear in t, shifted towards noise for long sequences."""
-        scheduler = self.scheduler.config
-        mu = calculate_shift(
-            tokens,
-            scheduler.base_image_seq_len,
-            scheduler.max_image_seq_len,
-            scheduler.base_shift,
-            scheduler.max_shift,
-        )
-        sigmas = np.linspace(1.0, 1 / steps, steps)
-        timesteps, _ = retrieve_timesteps(self.scheduler, device=device, sigmas=sigmas, mu=mu)
-        self.scheduler.set_begin_index(0)
-        return timesteps
+
+def flux_timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device | str) -> Tensor:
+    """FluxPipeline's timesteps: linear in t, shifted towards noise for long sequences.
+
+    `(steps,)` in (0, 1000], 1000 t; the scheduler is set to begin with the first.
+    """
+    config = scheduler.config
+    mu = calculate_shift(
+        tokens,
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
+    )
+    sigmas = np.linspace(1.0, 1 / steps, steps)
+    timesteps, _ = retrieve_timesteps(scheduler, device=device, sigmas=sigmas, mu=mu)
+    scheduler.set_begin_index(0)
+    return timesteps
 
 
 # ----------------------------------------------------------------------------------------- masks

@@ -30,7 +30,7 @@ from ec2face_core.conditioning import (
     remember_mask,
 )
 from ec2face_core.config import Config, ConfigError, LoraConfig
-from ec2face_core.pipeline import EC2FacePipeline
+from ec2face_core.pipeline import EC2FacePipeline, flux_timesteps
 from ec2face_core.trainer import Trainer
 
 B, T, N, M = 3, 7, 16, 4  # samples; text, noise and mask tokens
@@ -462,7 +462,7 @@ def test_the_pipeline_remembers_masks_and_samples_as_without(tiny, transformer, 
     text, null = encode_text(pipe, prompts, 24), encode_text(pipe, [""] * 3, 24)
     condition = (text, null, mask_latents_of(tiny.vae, maps), torch.tensor([True, False, True]))
     z = noise
-    for time in pipe._timesteps(steps, 16, torch.device("cpu")):
+    for time in flux_timesteps(pipe.scheduler, steps, 16, "cpu"):
         t = (time / 1000).expand(3)
         v = guided_velocity(transformer, z, t, *condition, 1.0, 2.0, 1.5, mask_strength=1.3)
         z = pipe.scheduler.step(v, time, z, return_dict=False)[0]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.safetensors"
 # row of Tables 1 and 2, in their order -> where its class is
-SYSTEMS: dict[str, str] = {
+PAPER: dict[str, str] = {
     "TediGAN": "tedigan.TediGAN",
     "UaC": "uac.UaC",
     "PixelFace+": "pixelface.PixelFace",
@@ -28,6 +28,9 @@ SYSTEMS: dict[str, str] = {
     "ControlNeXt": "controlnext.ControlNeXt",
     "MM2Latent": "mm2latent.MM2Latent",
 }
+# further rows, of systems that the paper does not compare with
+NEWER: dict[str, str] = {"Face-MoGLE": "mogle.FaceMoGLE", "MDiTFace": "mditface.MDiTFace"}
+SYSTEMS = PAPER | NEWER
 
 
 def systems() -> dict[str, type[System]]:

@@ -32,7 +32,9 @@ from ..results import path_digest
 from . import SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
 from .storage import shared_file
 
-BLOCKS = ("reading", "storage", "style", "system", "unets")  # modules that several systems stand on
+# modules that several systems stand on, and those of the package
+BLOCKS = ("flux", "reading", "storage", "style", "system", "unets")
+SHAPING = ("attributes", "backbone", "conditioning", "decoupled", "lora", "perception", "pipeline")
 
 
 def draw_split(
@@ -105,10 +107,11 @@ def system_key(config: Config, name: str, dataset: FaceDataset) -> str:
     """Twelve hex digits of all that shapes the pictures of a system."""
     s = config.sampling
     about = [name, data_digest(dataset), config.data.size, s.steps, s.seed]
+    about += [s.guidance, s.text_guidance, s.mask_guidance, s.mixed_precision]
     about += [path_digest(path) for path in weight_files(config, name) if path.is_file()]
-    about += [path_digest(resolve(config.backbone.path) / "vae")]
+    about += [path_digest(resolve(config.backbone.path) / part) for part in systems()[name].parts]
     about += [path_digest(resolve(config.perception.clip.removeprefix(LOCAL_DIR)))]
     here, module = Path(__file__).parent, SYSTEMS[name].partition(".")[0]
     about += [path_digest(here / f"{part}.py") for part in (*BLOCKS, module)]
-    about += [code_digest(["attributes", "backbone", "perception"])]
+    about += [code_digest(SHAPING)]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]

@@ -16,7 +16,6 @@ from ..datasets import open_dataset
 from ..generate import ABOUT, data_digest
 from ..perception import LOCAL_DIR
 from ..results import path_digest
-from .storage import shared_file
 
 if TYPE_CHECKING:
     from .system import System
@@ -27,9 +26,7 @@ def origin(config: Config, system: type[System], out: Path, seconds: float, seed
     about = _common(config, seed) | {"seconds": seconds}
     if system.own_masks:
         about["published_masks"] = config.baselines.published_masks
-    if system.shares:
-        about["shared"] = path_digest(shared_file(out, system.shares[0]))
-    return about
+    return about | {name: path_digest(path) for name, path in system.grounds(config, out).items()}
 
 
 def shared_origin(config: Config) -> dict[str, Any]:

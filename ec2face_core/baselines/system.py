@@ -56,6 +56,7 @@ class System(ABC):
         takes: which of `text` and `mask` may be given alone; every system takes both together.
         own_masks: whether `baselines.published_masks` changes what the system sees of a mask.
         maps: channels of a mask as the system sees it.
+        parts: networks of EC²Face's backbone that sampling needs, frozen, in the backbone's folder.
         clip: reads captions (and pictures); frozen.
         networks: everything that training made and sampling needs, by name.
     """
@@ -65,6 +66,7 @@ class System(ABC):
     takes: frozenset[str] = frozenset({"text", "mask"})
     own_masks: bool = False
     maps: int = 19
+    parts: tuple[str, ...] = ()
 
     def __init__(self, config: Config) -> None:
         if config.data.size != SIDE:
@@ -99,6 +101,11 @@ class System(ABC):
         """Seconds that `fit` may spend, so that every system spends the same in all."""
         own = config.baselines
         return own.seconds if cls.shares else own.foundation_seconds + own.seconds
+
+    @classmethod
+    def grounds(cls, config: Config, folder: Path) -> dict[str, Path]:
+        """What a training in `folder` stands on and leaves as it is, by its name in `about.json`."""
+        return {"shared": shared_file(folder, cls.shares[0])} if cls.shares else {}
 
     @abstractmethod
     def fit(
@@ -179,13 +186,13 @@ class System(ABC):
 
         Raises:
             FileNotFoundError: there are no weights; the message names the remedy.
-            ConfigError: they were trained on another shared network than the one beside them.
+            ConfigError: they were trained on another network than the one that they would stand on.
         """
         made = Path(folder) / "provenance.json"
         about = json.loads(made.read_text())["parameters"] if made.is_file() else {}
-        trained_on = about.get("stands_on", {}).get("shared")
-        for path, _ in self._shared(Path(folder)):
-            if path.is_file() and trained_on not in (None, path_digest(path)):
+        trained_on = about.get("stands_on", {})
+        for name, path in self.grounds(self.config, Path(folder)).items():
+            if path.exists() and trained_on.get(name) not in (None, path_digest(path)):
                 raise ConfigError(
                     f"{folder} was trained on another network than {path}: train it again"
                 )

@@ -50,6 +50,8 @@ class LatentSystem(System):
         words: width of a word feature.
     """
 
+    parts = ("vae",)
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.vae = load_backbone(config.backbone, ("vae",)).vae.requires_grad_(False).eval()
