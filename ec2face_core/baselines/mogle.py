@@ -10,7 +10,7 @@ it.
 Simplified: experts are half as wide as tokens, as there (16 for 32 channels; 32 for 64); the gate
 reads times in [0, 1000] (there in [0, 1], whose sines hardly differ); condition tokens have the
 sample's own time (0 there), as they depend on it anyway; AdamW (Prodigy there). Local maps are
-dropped with p = 0.1 each, the global one never, as there.
+emptied with p = 0.1 each, the global one never, as there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..backbone import encode_images, pack, unpack
 from ..conditioning import mask_latents_of
 from .flux import FluxSystem
 from .reading import one_hot
+from .system import SIDE
 
 DROP = 0.1  # of each local map
 
@@ -34,6 +35,8 @@ class FaceMoGLE(FluxSystem):
 
     def build(self) -> None:
         self.networks["mixture"] = Mixture(4 * self.shape[0])
+        with torch.no_grad():
+            self.nothing = encode_images(self.vae, -torch.ones(1, 3, SIDE, SIDE))
 
     def remember(self, maps: Tensor) -> Tensor:
         """Latents of the palette image and of each class's map, white on black: `b 20 c h w`."""
@@ -42,10 +45,10 @@ class FaceMoGLE(FluxSystem):
         return torch.cat([mask_latents_of(self.vae, maps)[:, None], local], dim=1)
 
     def drop(self, known: Tensor, generator: torch.Generator) -> Tensor:
-        """Zeros for some of the local maps."""
-        keep = torch.rand(known.shape[:2], generator=generator) >= DROP
-        keep[:, 0] = True
-        return known * keep[..., None, None, None]
+        """Some of the local maps are emptied."""
+        gone = torch.rand(known.shape[:2], generator=generator) < DROP
+        gone[:, 0] = False
+        return torch.where(gone[..., None, None, None], self.nothing, known)
 
     def condition(self, known: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """The mixture at this step, as latents `b c h w`."""

@@ -104,7 +104,7 @@ class System(ABC):
 
     @classmethod
     def grounds(cls, config: Config, folder: Path) -> dict[str, Path]:
-        """What a training in `folder` stands on and leaves as it is, by its name in `about.json`."""
+        """What a training in `folder` stands on and leaves alone, by its name in `about.json`."""
         return {"shared": shared_file(folder, cls.shares[0])} if cls.shares else {}
 
     @abstractmethod
