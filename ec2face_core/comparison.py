@@ -2,7 +2,7 @@
 
     python -m ec2face_core.comparison --profile mini [--only UaC] [--keep DIR]
 
-trains the six in miniature, as many at a time as there are cores; the same call again resumes.
+trains all in miniature, as many at a time as there are cores; the same call again resumes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .baselines import SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
+from .baselines import NEWER, PAPER, SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
 from .baselines.draw import available, official_pictures, weight_files
 from .baselines.origin import origin, shared_origin, stands_on
 from .baselines.storage import shared_file
@@ -35,7 +35,7 @@ from .results import path_digest
 from .tables import METHODS
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 OURS, MINUS = "both", "EC²Face - {}"
 
@@ -155,25 +155,32 @@ def lead_rows(config: Config, table: str, split: str, seeds: int = 1) -> DataFra
 def describe_lead(
     rows: DataFrame, lead: DataFrame, metrics: Sequence[str] = ("Text", "OAA", "RFA")
 ) -> str:
-    """A line a metric: EC²Face, the best other system, their difference and quotient."""
+    """A line a metric: EC²Face, the best of the paper's systems and the newer ones."""
     if lead.empty:
         return "No comparison system has pictures or weights here."
     lines = []
     for metric in metrics:
         of = rows[(rows["metric"] == metric) & (rows["critic"] == "independent")]
         of = of[of["source"] == "ours"].set_index("method")["value"]
-        others = of[[name for name in SYSTEMS if name in of]].sort_values(ascending=False)
-        best = others.index[0]
         gap = lead[(lead["metric"] == metric) & (lead["critic"] == "independent")]
         gap = gap.set_index("method")
-        behind = (gap["ci_low"] > 0).sum()
-        row = gap.loc[MINUS.format(best)]
-        lines.append(
-            f"{metric}: {METHODS['EC2Face']} {of['EC2Face']:.1f}, best other {best} "
-            f"{others[best]:.1f}: {row['value']:+.1f} [{row['ci_low']:+.1f}, "
-            f"{row['ci_high']:+.1f}], {of['EC2Face'] / others[best]:.2f} times as much; "
-            f"{behind} of {len(others)} systems are lower by more than faces explain."
-        )
+
+        def above(name: str, gap: DataFrame = gap, of: Series = of) -> str:
+            row = gap.loc[MINUS.format(name)]
+            span = f"[{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]"
+            return f"{name} {of[name]:.1f}: {row['value']:+.1f} {span}"
+
+        line = f"{metric}: {METHODS['EC2Face']} {of['EC2Face']:.1f}"
+        if here := [name for name in PAPER if name in of]:
+            best = of[here].idxmax()
+            times = of["EC2Face"] / of[best]
+            behind = sum(gap["ci_low"][MINUS.format(name)] > 0 for name in here)
+            line += (
+                f", best of the paper's systems {above(best)}, {times:.2f} times as much; "
+                f"{behind} of {len(here)} are lower by more than faces explain"
+            )
+        newer = [above(name) for name in NEWER if name in of]
+        lines.append("; ".join([line, *newer]) + ".")
     return "\n".join(lines)
 
 
@@ -185,7 +192,7 @@ def system_facts(config: Config, split: str = "test") -> DataFrame:
     """
     import pandas as pd
 
-    rows, here = [], trained(config)
+    rows, here, ours = [], trained(config), _own_facts(config)
     for name in available(config, split):
         path = weights_dir(config, name) / "provenance.json"
         official = official_pictures(config, name, split).is_dir()
@@ -197,9 +204,10 @@ def system_facts(config: Config, split: str = "test") -> DataFrame:
             for k in ("stages", "shared")
         )
         took = sampling_seconds(config, name) if name in here and not official else 0
-        rows.append((name, made.get("parameters", 0) / 1e6, shared / 60, own / 60, took))
+        foundation = ours[1] if "base" in made.get("stands_on", {}) else shared / 60
+        rows.append((name, made.get("parameters", 0) / 1e6, foundation, own / 60, took))
     took = sampling_seconds(config, "EC2Face") if here else 0
-    rows.append((METHODS["EC2Face"], *_own_facts(config), took))
+    rows.append((METHODS["EC2Face"], *ours, took))
     columns = ["system", "parameters (M)", "foundation (min)", "training (min)", "sampling (s)"]
     table = pd.DataFrame(rows, columns=columns).set_index("system").round(3)
     return table.astype(object).where(table > 0, "")

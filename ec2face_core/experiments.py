@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .attributes import CLASS_ID, GROUPS, display_name, pixel_counts
-from .baselines import SYSTEMS
+from .baselines import PAPER, SYSTEMS
 from .baselines.draw import (
     available,
     draw_split,
@@ -339,18 +339,21 @@ def faces(dataset: FaceDataset, ids: Sequence[str]) -> tuple[list[str], Tensor, 
     return [dataset.manifest_caption(name) for name in ids], maps, images
 
 
-def systems(config: Config, ids: Sequence[str], split: str = "test") -> dict[str, Tensor | None]:
+def systems(
+    config: Config, ids: Sequence[str], split: str = "test", names: Sequence[str] = tuple(PAPER)
+) -> dict[str, Tensor | None]:
     """Columns of Figs. 3 and 6: nothing for the systems without pictures here, and EC²Face."""
     dataset = open_dataset(config, split)
     known = set(evaluated_ids(config, dataset))
     if unknown := [name for name in ids if name not in known]:
         raise ValueError(f"faces {unknown} are not among those evaluated: see evaluation.limit")
-    sources = {name: name for name in available(config, split)} | {"EC²Face": "both"}
+    here = available(config, split)
+    sources = {name: name for name in names if name in here} | {"EC²Face": "both"}
     pictures = {
         name: load_pictures(_pictures(config, source, split), ids)
         for name, source in sources.items()
     }
-    return dict.fromkeys(SYSTEMS) | pictures
+    return dict.fromkeys(names) | pictures
 
 
 def diversity(

@@ -6,7 +6,8 @@ trains each comparison system with half and with twice its own time, and with ma
 feed them where those differ; the same call again resumes. What two systems share (30 of 45 minutes
 in profile mini, for four of the six) stays as it is. All are scored on validation faces, and those
 of Table 1 once more after the autoencoder that EC²Face draws through: what would be left if they,
-too, drew latents. Test faces are never looked at here.
+too, drew latents. Test faces are never looked at here. The systems that stand on EC²Face's own base
+are not asked: they share its foundation, its autoencoder and what it sees of a mask.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .backbone import decode_latents, encode_images, load_backbone
-from .baselines import SYSTEMS, systems, weights_dir
+from .baselines import PAPER, systems, weights_dir
 from .baselines.draw import draw_split, weight_files
 from .baselines.storage import shared_file
 from .commands import told
@@ -74,7 +75,7 @@ def varied(config: Config, how: str) -> Config:
 
 def run_fairness(
     config: Config,
-    names: Sequence[str] = tuple(SYSTEMS),
+    names: Sequence[str] = tuple(PAPER),
     ways: Sequence[str] = WAYS,
 ) -> Path:
     """Train systems otherwise, score on validation faces, write `fairness.csv`.
@@ -177,7 +178,7 @@ def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "
         lines.append(f"{metric}, EC²Face {ours:.1f}, {faces:.0f} faces (EC²Face minus system):")
         for how, (words, *_) in MARKS.items():
             standing: dict[str, list[str]] = {"leads": [], "level with": [], "behind": []}
-            for name in SYSTEMS:
+            for name in PAPER:
                 if f"{name}, {how}" in of.index:
                     minus = of.loc[f"{MINUS.format(name)}, {how}"]
                     gap, low, high = (minus[k] for k in ("value", "ci_low", "ci_high"))
@@ -194,7 +195,7 @@ def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "
 def draw_fairness(rows: DataFrame) -> Figure:
     """EC²Face minus every system that was scored, in every way; the independent critics."""
     own = rows[rows["critic"] == "independent"]
-    names = [name for name in SYSTEMS if f"{name}, once" in set(own["method"])]
+    names = [name for name in PAPER if f"{name}, once" in set(own["method"])]
     return fairness_figure(own, {name: MINUS.format(name) for name in names}, MARKS)
 
 
@@ -206,10 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Train and score the comparison systems otherwise. Run again to resume.",
     )
     parser.add_argument("--profile", default="mini", help="smoke, mini or photos64 (default: mini)")
-    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), help="some of the systems")
+    parser.add_argument("--only", nargs="+", choices=list(PAPER), help="some of the systems")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="some of the ways")
     options = parser.parse_args(arguments)
-    names = options.only or list(SYSTEMS)
+    names = options.only or list(PAPER)
     print(run_fairness(load_profile(options.profile), names, options.ways))
 
 

@@ -9,7 +9,7 @@ Each repository names its pictures in its own way (read in its code):
     pixelface    {key}_{count}.png: key / 10 is the place of the id in the *alphabetical* order of
                  all ids, key % 10 the caption
     codiffusion  {mask file}/{caption}/000000_x_{k}.png: the first of each batch counts
-    controlnext, mm2latent, plain    {id}.png or .jpg
+    controlnext, mm2latent, face-mogle, mditface, plain    {id}.png or .jpg
 
 Chosen here: everything is mapped and looked at before anything is scored, and all that is wrong is
 one report. What an official script writes beside its pictures (codes, masks, further samples,
@@ -188,12 +188,15 @@ ADAPTERS: dict[str, type[Naming]] = {
     "codiffusion": CoDiffusion,
     "controlnext": Naming,
     "mm2latent": Naming,
+    "face-mogle": Naming,
+    "mditface": Naming,
     "plain": Naming,
 }
 # Rows of Tables 1 and 2.
 SYSTEM_OF: dict[str, str] = {
     "tedigan": "TediGAN", "uac": "UaC", "pixelface": "PixelFace+",
     "codiffusion": "CoDiffusion", "controlnext": "ControlNeXt", "mm2latent": "MM2Latent",
+    "face-mogle": "Face-MoGLE", "mditface": "MDiTFace",
 }  # fmt: skip
 
 

@@ -19,7 +19,9 @@ METRICS = {
 # Every method in the order in which the tables print it.
 METHODS = {
     "TediGAN": "TediGAN", "UaC": "UaC", "PixelFace+": "PixelFace+", "CoDiffusion": "CoDiffusion",
-    "ControlNeXt": "ControlNeXt", "MM2Latent": "MM2Latent", "EC2Face": "EC²Face (ours)",
+    "ControlNeXt": "ControlNeXt", "MM2Latent": "MM2Latent",
+    "Face-MoGLE": "Face-MoGLE (not in the paper)", "MDiTFace": "MDiTFace (not in the paper)",
+    "EC2Face": "EC²Face (ours)",
     "without_ltal": "without LTAL", "with_ltal": "with LTAL",
     "none": "no consistency loss", "mask": "L_mask only", "text": "L_text only",
     "both": "L_text and L_mask", "real": "real images (ceiling)",

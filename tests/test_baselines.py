@@ -1,4 +1,4 @@
-"""What the six comparison systems share: training, resuming, sampling, weights, folders."""
+"""What the comparison systems share: training, resuming, sampling, weights, folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from ec2face_core import baselines
-from ec2face_core.baselines import SYSTEMS, build, system
+from ec2face_core.backbone import load_backbone
+from ec2face_core.baselines import NEWER, SYSTEMS, build, system
 from ec2face_core.baselines.draw import draw_split
 from ec2face_core.baselines.storage import read_weights, write_weights
 from ec2face_core.config import Config, ConfigError
@@ -21,7 +22,7 @@ from ec2face_core.datasets import open_dataset
 from ec2face_core.generate import NOTICE, load_pictures
 from ec2face_core.results import path_digest
 
-MODULES = "style tedigan mm2latent pixelface unets uac codiffusion controlnext"
+MODULES = "style tedigan mm2latent pixelface unets uac codiffusion controlnext flux"
 STAGES = {
     "TediGAN": ["visual", "mask", "text"],
     "UaC": ["mask", "text"],
@@ -29,6 +30,8 @@ STAGES = {
     "CoDiffusion": ["mask", "influence"],
     "ControlNeXt": ["control"],
     "MM2Latent": ["masks", "mapping"],
+    "Face-MoGLE": ["control"],
+    "MDiTFace": ["control"],
 }
 LONG = 1e30  # seconds: steps decide, and learning rates do not feel how long they took
 PROMPTS = ["A woman with black hair.", "The man has eyeglasses."]
@@ -118,6 +121,14 @@ def test_resumed_training_goes_on_as_if_never_stopped(trained, config):
 def test_what_is_shared_is_frozen_and_trained_once(trained, runs):
     """TediGAN and MM2Latent stand on one generator, CoDiffusion and ControlNeXt on one U-Net."""
     own = trained[0]
+    if own.name in NEWER:
+        assert own.budget(own.config) == own.config.baselines.seconds, "its base is EC²Face's"
+        base = load_backbone(own.config.backbone, ("transformer",)).transformer.state_dict()
+        found = own.transformer.state_dict()
+        kept = {k: found.get(k, found.get(k.replace(".weight", ".base_layer.weight")
+                .replace(".bias", ".base_layer.bias"))) for k in base}  # fmt: skip
+        assert all(torch.equal(base[k], kept[k]) for k in base)
+        return
     if not own.shares:
         assert own.budget(own.config) == LONG + own.config.baselines.seconds
         return
@@ -222,6 +233,11 @@ def test_weights_come_back(trained, config, masks, tmp_path):
         shared.unlink()
         with pytest.raises(FileNotFoundError, match="shared"):
             first.load(tmp_path / "first" / "one")
+    if own.name in NEWER:
+        about = {"parameters": {"stands_on": {"base": "another one"}}}
+        (tmp_path / "first" / "one" / "provenance.json").write_text(json.dumps(about))
+        with pytest.raises(ConfigError, match=r"than .*transformer: train it"):
+            first.load(tmp_path / "first" / "one")
     with pytest.raises(FileNotFoundError, match="TRAIN=1"):
         first.load(tmp_path / "nowhere")
 
@@ -245,6 +261,8 @@ def test_parameters_are_within_a_fifth_of_the_transformers(trained):
 def test_rows_and_where_their_weights_lie(tiny_config, tmp_path):
     rows = ["TediGAN", "UaC", "PixelFace+", "CoDiffusion", "ControlNeXt", "MM2Latent"]
     classes = baselines.systems()
+    assert list(baselines.PAPER) == rows
+    rows += ["Face-MoGLE", "MDiTFace"]
     assert list(classes) == rows == [cls.name for cls in classes.values()]
     with pytest.raises(ConfigError, match="known: TediGAN"):
         build("StyleFace", tiny_config)

@@ -276,9 +276,18 @@ def test_the_lead_is_told_over_the_best_of_the_others():
     rows = pd.concat([rows, rows.assign(critic="guiding", value=1.0)])
     lead = pd.DataFrame([row("EC²Face - UaC", 40, 38, 42), row("EC²Face - TediGAN", 30, -1, 61)])
     assert describe_lead(rows, lead, ["RFA"]) == (
-        "RFA: EC²Face (ours) 60.0, best other TediGAN 30.0: +30.0 [-1.0, +61.0], 2.00 times as "
-        "much; 1 of 2 systems are lower by more than faces explain."
+        "RFA: EC²Face (ours) 60.0, best of the paper's systems TediGAN 30.0: +30.0 [-1.0, +61.0], "
+        "2.00 times as much; 1 of 2 are lower by more than faces explain."
     )
+    newer = pd.DataFrame([row("EC2Face", 60), row("MDiTFace", 70), row("UaC", 20)])
+    lead = pd.DataFrame([row("EC²Face - UaC", 40, 38, 42), row("EC²Face - MDiTFace", -10, -12, -8)])
+    assert describe_lead(newer, lead, ["RFA"]) == (
+        "RFA: EC²Face (ours) 60.0, best of the paper's systems UaC 20.0: +40.0 [+38.0, +42.0], "
+        "3.00 times as much; 1 of 1 are lower by more than faces explain; "
+        "MDiTFace 70.0: -10.0 [-12.0, -8.0]."
+    )
+    alone = describe_lead(newer[:2], lead[1:], ["RFA"])
+    assert alone == "RFA: EC²Face (ours) 60.0; MDiTFace 70.0: -10.0 [-12.0, -8.0]."
     assert "No comparison system" in describe_lead(rows, pd.DataFrame())
 
 

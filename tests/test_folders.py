@@ -28,6 +28,8 @@ PICTURES = {
     "tedigan": ORDINARY,
     "controlnext": ORDINARY,
     "mm2latent": ORDINARY,
+    "face-mogle": {name: f"{name}.jpg" for name in TEST},
+    "mditface": ORDINARY,
     "plain": ORDINARY,
     "uac": {
         "8": " She smiles./1.png", "9": " He has a hat/0.png",

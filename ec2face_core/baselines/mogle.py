@@ -40,8 +40,11 @@ class FaceMoGLE(FluxSystem):
 
     def remember(self, maps: Tensor) -> Tensor:
         """Latents of the palette image and of each class's map, white on black: `b 20 c h w`."""
-        classes = one_hot(maps).flatten(0, 1)[:, None].expand(-1, 3, -1, -1) * 2 - 1
-        local = encode_images(self.vae, classes).unflatten(0, (len(maps), NUM_CLASSES))
+        classes = one_hot(maps)
+        there = classes.flatten(2).any(2)  # half of the classes are in no face's mask
+        white = classes[there][:, None].expand(-1, 3, -1, -1) * 2 - 1
+        local = self.nothing.repeat(len(maps), NUM_CLASSES, 1, 1, 1)
+        local[there] = encode_images(self.vae, white)
         return torch.cat([mask_latents_of(self.vae, maps)[:, None], local], dim=1)
 
     def drop(self, known: Tensor, generator: torch.Generator) -> Tensor:
