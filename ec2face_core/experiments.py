@@ -347,12 +347,9 @@ def systems(
     known = set(evaluated_ids(config, dataset))
     if unknown := [name for name in ids if name not in known]:
         raise ValueError(f"faces {unknown} are not among those evaluated: see evaluation.limit")
-    here = available(config, split)
-    sources = {name: name for name in names if name in here} | {"EC²Face": "both"}
-    pictures = {
-        name: load_pictures(_pictures(config, source, split), ids)
-        for name, source in sources.items()
-    }
+    here = [name for name in available(config, split) if name in names]
+    pictures = {name: load_pictures(_pictures(config, name, split), ids) for name in here}
+    pictures["EC²Face"] = load_pictures(_pictures(config, "both", split), ids)
     return dict.fromkeys(names) | pictures
 
 

@@ -41,7 +41,7 @@ class FaceMoGLE(FluxSystem):
     def remember(self, maps: Tensor) -> Tensor:
         """Latents of the palette image and of each class's map, white on black: `b 20 c h w`."""
         classes = one_hot(maps)
-        there = classes.flatten(2).any(2)  # half of the classes are in no face's mask
+        there = classes.flatten(2).any(2)  # about half of the classes of a mask
         white = classes[there][:, None].expand(-1, 3, -1, -1) * 2 - 1
         local = self.nothing.repeat(len(maps), NUM_CLASSES, 1, 1, 1)
         local[there] = encode_images(self.vae, white)
