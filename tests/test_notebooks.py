@@ -9,7 +9,7 @@ import pytest
 from ec2face_core import reproduce
 from ec2face_core.config import ROOT, load_profile
 
-FIGURES = [f"fig{i}" for i in range(1, 9)]
+FIGURES = [*(f"fig{i}" for i in range(1, 9)), "newer"]
 TABLES = [*(f"table{i}" for i in range(1, 5)), "table1_lead", "table2_lead"]
 PROMISED = [f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "pdf", "json")]
 PROMISED += [f"{name}.{suffix}" for name in TABLES for suffix in ("csv", "md", "tex", "json")]

@@ -3,8 +3,8 @@
     from ec2face_core.baselines import load
     images = load(config, "UaC").generate(["A smiling woman."], masks, [generator])
 
-`system.py` says what a system is; `style.py` and `unets.py` are the blocks that several share;
-`train.py` trains one, `draw.py` draws the pictures of a split.
+`system.py` says what a system is; `style.py`, `unets.py` and `flux.py` are the blocks that several
+share; `train.py` trains one, `draw.py` draws the pictures of a split.
 """
 
 from __future__ import annotations
