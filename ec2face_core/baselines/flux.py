@@ -36,7 +36,7 @@ from ..pipeline import flux_timesteps
 from .system import Faces, System, seeded
 from .unets import LatentFaces, drop_texts, optimise
 
-BATCH, RATE = 16, 1.5e-3  # those of EC²Face's training in the miniature
+BATCH = 16  # as in EC²Face's training in the miniature, which has the rate of `optimise`, too
 TEXT_DROP = 0.1
 
 
@@ -113,9 +113,7 @@ class FluxSystem(System):
             v = predict_velocity(self.transformer, z_t, t, text, self.condition(seen, z_t, t))
             return flow_matching_loss(v, velocity(z, noise)).mean()
 
-        nets = dict(self.networks)
-        rates = dict.fromkeys(nets, RATE)
-        optimise("control", loss, nets, run_dir, seconds, seed, rates, max_steps)
+        optimise("control", loss, dict(self.networks), run_dir, seconds, seed, None, max_steps)
 
     def sample(
         self,
