@@ -12,7 +12,7 @@ import torch
 from ec2face_core import comparison, evaluate, experiments, fairness, results
 from ec2face_core import config as settings
 from ec2face_core.backbone import load_backbone
-from ec2face_core.baselines import SYSTEMS, WEIGHTS, build, load, systems, train, weights_dir
+from ec2face_core.baselines import SYSTEMS, WEIGHTS, build, draw, load, systems, train, weights_dir
 from ec2face_core.baselines.draw import available, draw_split, missing_system_pictures
 from ec2face_core.comparison import describe_lead
 from ec2face_core.config import Config, ConfigError, resolve
@@ -225,6 +225,15 @@ def test_tables_hold_the_systems_that_have_weights(config, kept):
     assert {weights_dir(config, NAME) / WEIGHTS, resolve(config.backbone.path)} <= set(made_of)
     assert any(path.name == "style.safetensors" for path in made_of), "what it shares, too"
     assert weights_dir(config, NAME) == config.run_dir / "baselines" / "mm2latent"
+
+
+def test_newer_systems_are_compared_on_test_faces_alone(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(draw, "trained", lambda config: ["UaC", "MDiTFace"])
+    other = config.replace(profile=str(tmp_path / "run"))
+    assert available(other, "test") == ["UaC", "MDiTFace"]
+    assert available(other, "zero_shot") == ["UaC"]
+    draw.official_pictures(other, "MDiTFace", "zero_shot").mkdir(parents=True)
+    assert available(other, "zero_shot") == ["UaC", "MDiTFace"], "but official pictures count"
 
 
 def test_two_processes_draw_what_one_does(config, kept, tmp_path):
