@@ -54,7 +54,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 reproduce: $(STAMP)
-	$(PYTHON) -m ec2face_core.reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
+	$(PYTHON) -m ec2face_lab.reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
 	  $(if $(FORCE),--force) $(if $(TRAIN),--train) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SWEEPS),--sweeps)
 
 test: $(STAMP)
@@ -64,12 +64,12 @@ lab: $(STAMP)
 	$(PYTHON) -m jupyterlab notebooks
 
 foundation: $(STAMP)
-	$(PYTHON) -m ec2face_core.foundation vae --samples 57600 $(BUNDLE)
-	$(PYTHON) -m ec2face_core.foundation latents --samples 16384 $(BUNDLE)
-	$(PYTHON) -m ec2face_core.foundation flux --samples 400000 --batch 32 --rate 1.2e-3 $(BUNDLE)
+	$(PYTHON) -m ec2face_lab.world.pretrain vae --samples 57600 $(BUNDLE)
+	$(PYTHON) -m ec2face_lab.world.pretrain latents --samples 16384 $(BUNDLE)
+	$(PYTHON) -m ec2face_lab.world.pretrain flux --samples 400000 --batch 32 --rate 1.2e-3 $(BUNDLE)
 	for kind in parser clip; do for role in guiding scoring; do \
-	  $(PYTHON) -m ec2face_core.critics $$kind --role $$role $(BUNDLE) || exit; done; done
-	$(if $(DATA),,$(PYTHON) -m ec2face_core.comparison --keep data/mini/baselines)
+	  $(PYTHON) -m ec2face_lab.world.pretrain_perception $$kind --role $$role $(BUNDLE) || exit; done; done
+	$(if $(DATA),,$(PYTHON) -m ec2face_lab.study.comparison --keep data/mini/baselines)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check

@@ -49,8 +49,8 @@ def imports() -> Iterator[Row]:
 
 def faces() -> Iterator[Row]:
     """Procedural faces: scenes and drawing."""
-    from ec2face_core.rendering import render
-    from ec2face_core.synthetic import sample_scenes
+    from ec2face_lab.world.rendering import render
+    from ec2face_lab.world.scenes import sample_scenes
 
     took = best(lambda: seconds(lambda: render(sample_scenes(0, range(256)), 64)))
     yield "procedural faces at 64 px", 256 / took, "faces/s", ">= 200"
@@ -60,8 +60,8 @@ def sampling() -> Iterator[Row]:
     """28 steps, batch 8, text and mask: without guidance, and as the profile samples."""
     from ec2face_core.config import load_profile
     from ec2face_core.pipeline import EC2FacePipeline
-    from ec2face_core.rendering import render
-    from ec2face_core.synthetic import sample_scenes
+    from ec2face_lab.world.rendering import render
+    from ec2face_lab.world.scenes import sample_scenes
 
     config = load_profile("mini")
     pipe = EC2FacePipeline.from_config(config)
@@ -77,9 +77,9 @@ def sampling() -> Iterator[Row]:
 
 def systems() -> Iterator[Row]:
     """The comparison systems, text and mask."""
-    from ec2face_core.baselines import trained
-    from ec2face_core.comparison import sampling_seconds
     from ec2face_core.config import load_profile
+    from ec2face_lab.baselines import trained
+    from ec2face_lab.study.comparison import sampling_seconds
 
     config = load_profile("mini")
     for name in trained(config):
@@ -89,7 +89,7 @@ def systems() -> Iterator[Row]:
 def training() -> Iterator[Row]:
     """Median step of every variant whose training lies in `runs/`, from its journal."""
     from ec2face_core.config import VARIANTS
-    from ec2face_core.journal import read_metrics
+    from ec2face_core.runs import read_metrics
 
     for variant in sorted(VARIANTS):
         rows = read_metrics(ROOT / "runs/mini/training" / variant)
@@ -111,7 +111,7 @@ def reproduced() -> Iterator[Row]:
 
 def main() -> None:
     from ec2face_core.config import load_profile
-    from ec2face_core.results import provenance
+    from ec2face_core.runs import provenance
 
     rows: list[Row] = []
     for measure in (imports, faces, sampling, systems, training, reproduced):

@@ -17,17 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ec2face_core.backbone import TextEmbedding, add_mask_lora
+from ec2face_core.backbone import TextEmbedding
 from ec2face_core.config import LoraConfig
-from ec2face_core.perception import (
-    CLIP_MEAN,
-    CLIP_STD,
-    ClipScorer,
-    FaceParser,
-    MiniParserNet,
-    build_mini_clip,
-    mini_clip_config,
-)
+from ec2face_core.mask_branch import add_mask_lora
+from ec2face_core.perception import CLIP_MEAN, CLIP_STD, ClipScorer, FaceParser
+from ec2face_lab.world.networks import MiniParserNet, build_mini_clip, mini_clip_config
 
 
 @dataclass(frozen=True)

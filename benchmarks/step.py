@@ -41,13 +41,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ec2face_core.backbone import decode_latents
-from ec2face_core.conditioning import predict_velocity, remember_mask
 from ec2face_core.config import LoraConfig, LossConfig, load_profile
+from ec2face_core.consistency import PixelConsistency
 from ec2face_core.flow import reverse_estimate
-from ec2face_core.guidance import PixelGuidance
-from ec2face_core.lora import ADAPTER, install_mask_branch
 from ec2face_core.losses import flow_matching_loss
-from ec2face_core.results import provenance
+from ec2face_core.mask_branch import (
+    ADAPTER,
+    install_mask_branch,
+    precompute_mask_kv,
+    predict_velocity,
+)
+from ec2face_core.runs import provenance
 
 STEPS = 28
 COLUMNS = (
@@ -75,7 +79,7 @@ class Case:
 def cases(n: Networks, x: Inputs, size: Size) -> Iterator[Case]:
     """Every row of the table."""
     b, target = len(x.t), torch.randn_like(x.z)
-    guidance = PixelGuidance(n.vae, n.clip, n.parser, LossConfig())
+    guidance = PixelConsistency(n.vae, n.clip, n.parser, LossConfig())
 
     def mixed() -> AbstractContextManager:
         """As in training at paper scale: weights in bfloat16, the LoRA float32 under autocast."""
@@ -84,7 +88,7 @@ def cases(n: Networks, x: Inputs, size: Size) -> Iterator[Case]:
     def velocity(attention: str = "joint", draws: int = 1) -> Tensor:
         mask = x.z_mask[: b // draws]
         if attention == "decoupled":
-            mask = remember_mask(n.transformer, mask)[torch.arange(b) // draws]
+            mask = precompute_mask_kv(n.transformer, mask)[torch.arange(b) // draws]
         return predict_velocity(n.transformer, x.z, x.t, x.text, mask)
 
     def step(attention: str = "joint", draws: int = 1, pixels: bool = False) -> tuple[Tensor, ...]:
@@ -108,7 +112,7 @@ def cases(n: Networks, x: Inputs, size: Size) -> Iterator[Case]:
     @torch.no_grad()
     def sample(attention: str, cache: bool) -> None:
         z = x.z
-        mask = remember_mask(n.transformer, x.z_mask) if cache else x.z_mask
+        mask = precompute_mask_kv(n.transformer, x.z_mask) if cache else x.z_mask
         for i in range(STEPS):
             t = torch.full_like(x.t, 1 - i / STEPS)
             z = z - predict_velocity(n.transformer, z, t, x.text, mask) / STEPS

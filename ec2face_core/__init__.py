@@ -9,11 +9,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .attributes import CLASSES, GROUPS, PALETTE, class_weights, long_tail_weights
+from .attributes import CLASSES, GROUPS, PALETTE
 from .config import load_profile
-from .datasets import FaceDataset, FaceSample
+from .data import FaceDataset, FaceSample
 from .flow import interpolate, reverse_estimate
-from .losses import beta, flow_matching_loss, mask_consistency_loss, text_consistency_loss
+from .losses import (
+    beta,
+    class_weights,
+    flow_matching_loss,
+    long_tail_weights,
+    mask_consistency_loss,
+    text_consistency_loss,
+)
 from .metrics import mask_accuracy
 
 if TYPE_CHECKING:

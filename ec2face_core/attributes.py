@@ -16,7 +16,9 @@ CLASSES: tuple[str, ...] = (
     "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear",
     "mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth",
 )  # fmt: skip
+
 NUM_CLASSES = len(CLASSES)
+
 CLASS_ID: dict[str, int] = {name: i for i, name in enumerate(CLASSES)}
 
 # Names as the paper's figures print them.
@@ -44,6 +46,7 @@ FLIP_PAIRS: tuple[tuple[int, int], ...] = ((4, 5), (6, 7), (8, 9))
 FACER_TO_CELEBAMASK: tuple[int, ...] = (
     0, 17, 1, 18, 8, 9, 6, 7, 4, 5, 2, 10, 12, 11, 13, 3, 14, 15, 16,
 )  # fmt: skip
+
 BISENET_TO_CELEBAMASK: tuple[int, ...] = (
     0, 1, 6, 7, 4, 5, 3, 8, 9, 15, 2, 10, 11, 12, 17, 16, 18, 13, 14,
 )  # fmt: skip
@@ -86,18 +89,3 @@ def pixel_counts(label_map: Tensor, where: Tensor | None = None) -> Tensor:
     ones = torch.ones_like(labels) if where is None else where.flatten(1).long()
     # a scatter refuses a label above 18, and is 100 times cheaper than one-hot at 512 px
     return labels.new_zeros(len(labels), NUM_CLASSES).scatter_add_(1, labels, ones)
-
-
-def class_weights(counts: Tensor) -> Tensor:
-    """Eq. 10 for every class at once: `w_c = sum(T) / (n * T_c + 1)`.
-
-    counts: aggregated pixels T_c of each class, `(19,)`, over the training set (or over one mask).
-    Returns `(19,)` float64. A class without pixels gets the weight `sum(T)`, which no pixel uses.
-    """
-    T = counts.double()
-    return T.sum() / (len(T) * T + 1)
-
-
-def long_tail_weights(label_map: Tensor, counts: Tensor) -> Tensor:
-    """The weight matrix `w(i, j)` of Eq. 10: `b h w` ids -> `b h w` float32 weights."""
-    return class_weights(counts).to(label_map.device)[label_map].float()

@@ -14,9 +14,7 @@ Chosen here
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import string
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,30 +26,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .config import BackboneConfig, resolve
-from .lora import add_mask_lora, load_mask_lora, read_mask_lora, save_mask_lora
-from .weights import is_hub_id, pipeline_problems
-
-__all__ = [
-    "PARTS",
-    "Backbone",
-    "TextEmbedding",
-    "add_mask_lora",
-    "decode_latents",
-    "encode_images",
-    "encode_text",
-    "load_backbone",
-    "load_mask_lora",
-    "pack",
-    "position_ids",
-    "read_mask_lora",
-    "save_backbone",
-    "save_mask_lora",
-    "tiny_backbone",
-    "unpack",
-]
+from .config import BackboneConfig, ConfigError, resolve
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else noise when diffusers imports it
+
 
 PARTS: dict[str, tuple[str, ...]] = {
     "transformer": ("transformer",),
@@ -145,9 +123,7 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
                 **dict.fromkeys(everything - wanted),
             )
     except (OSError, SafetensorError) as error:
-        problems = pipeline_problems(folder) if folder.is_dir() else []
-        reason = "; ".join(problems) or str(error).split("\n")[0]
-        raise FileNotFoundError(_missing(config, reason)) from error
+        raise FileNotFoundError(_missing(config, str(error).split("\n")[0])) from error
     backbone = Backbone(**{name: getattr(pipeline, name) for name in wanted})
     for module in backbone.modules():
         module.requires_grad_(False).eval()
@@ -173,9 +149,10 @@ def _without_bars() -> Iterator[None]:
 def _missing(config: BackboneConfig, reason: str) -> str:
     return (
         f"the backbone {config.path!r} (setting backbone.path) cannot be loaded: {reason}. "
-        "The miniature is made by `make foundation`. FLUX.1-dev is gated: accept its licence on "
-        "its hub page and run `hf auth login`, or set backbone.path to a complete FluxPipeline "
-        "folder."
+        "`python -m ec2face_lab prepare --dry-run` names every missing, incomplete or pickled file. "
+        "The miniature is part of the clone, or trained by `make foundation`. FLUX.1-dev is gated: "
+        "accept its licence on its hub page and run `hf auth login`, or set backbone.path to a "
+        "complete FluxPipeline folder."
     )
 
 
@@ -251,132 +228,48 @@ def encode_text(backbone: Backbone, prompts: Sequence[str], length: int) -> Text
     return TextEmbedding(tokens, clip(clip_ids.to(clip.device)).pooler_output)
 
 
-# --------------------------------------------------------------------------------- the miniature
+def load_tiny_decoder(config: BackboneConfig, latent_shape: Sequence[int], size: int) -> nn.Module:
+    """The AutoencoderTiny of `backbone.pixel_decoder`, frozen, with its decoder only.
 
+    It reads the transformer's latents as they are: its scale is 1 and its shift 0.
 
-def tiny_backbone(corpus: Sequence[str], seed: int = 0) -> Backbone:
-    """The miniature FLUX at random weights, trainable: transformer 2.35 M, autoencoder 0.53 M.
+    Args:
+        config: reads pixel_decoder (a folder or a hub id) and dtype.
+        latent_shape: `(c, h, w)` that it has to decode.
+        size: pixels of the side of the pictures.
 
-    64 px images are 16 x 16 latents of 8 channels (f4) and 64 tokens; the transformer is
-    128 = 4 x 32 wide with 2 double and 4 single blocks; vocabularies are learnt from the corpus.
+    Raises:
+        FileNotFoundError: no such decoder.
+        ConfigError: it belongs to other latents.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    from diffusers import AutoencoderTiny
+    from safetensors import SafetensorError
 
-    tokenizer, tokenizer_2 = _clip_tokenizer(corpus), _t5_tokenizer(corpus)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=tokenizer.model_max_length,
-                projection_dim=64,
-                hidden_act="quick_gelu",
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+    name = config.pixel_decoder
+    folder = resolve(name)
+    try:
+        vae = AutoencoderTiny.from_pretrained(
+            str(folder) if folder.is_dir() else name,
+            torch_dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
         )
-        text_encoder_2 = T5EncoderModel(
-            T5Config(
-                vocab_size=len(tokenizer_2),
-                d_model=96,
-                d_kv=32,
-                d_ff=192,
-                num_layers=2,
-                num_heads=3,
-                feed_forward_proj="gated-gelu",
-                dropout_rate=0.0,
-                is_encoder_decoder=False,
-                use_cache=False,
-                tie_word_embeddings=False,
-            )
+    except (OSError, SafetensorError) as error:
+        raise FileNotFoundError(
+            f"the small decoder {name!r} (setting backbone.pixel_decoder) cannot be loaded: "
+            f"{str(error).splitlines()[0]}. FLUX.1's is the hub's madebyollin/taef1: name it or a "
+            "folder that holds it, or leave the setting empty for the backbone's own decoder"
+        ) from error
+    (c, h, _), factor = latent_shape, 2 ** (len(vae.config.decoder_block_out_channels) - 1)
+    if vae.config.latent_channels != c or h * factor != size:
+        raise ConfigError(
+            f"backbone.pixel_decoder {name!r} belongs to another autoencoder: it makes pictures of "
+            f"{factor} times the side out of {vae.config.latent_channels} channels, but here it is "
+            f"{size // h} times and {c} channels"
         )
-        vae = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 3,
-            up_block_types=["UpDecoderBlock2D"] * 3,
-            block_out_channels=[24, 48, 48],
-            layers_per_block=1,
-            latent_channels=8,
-            norm_num_groups=8,
-            sample_size=64,
-            scaling_factor=0.3611,  # FLUX.1-dev's; set both after the autoencoder is trained
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            mid_block_add_attention=False,
-        )
-        transformer = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=32,
-            num_layers=2,
-            num_single_layers=4,
-            attention_head_dim=32,
-            num_attention_heads=4,
-            joint_attention_dim=96,
-            pooled_projection_dim=64,
-            guidance_embeds=True,
-            axes_dims_rope=(8, 12, 12),
-        )
-    scheduler = FlowMatchEulerDiscreteScheduler(  # FLUX.1-dev's
-        num_train_timesteps=1000,
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
-    return Backbone(
-        transformer, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, scheduler
-    )
+    del vae.encoder
+    return vae.requires_grad_(False).eval()
 
 
-def _clip_tokenizer(corpus: Sequence[str], vocabulary: int = 600, length: int = 32) -> Any:
-    """CLIP's byte-level BPE with merges learnt from the corpus."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    reference = CLIPTokenizer().backend_tokenizer
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    bpe.normalizer, bpe.pre_tokenizer = reference.normalizer, reference.pre_tokenizer
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 2,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(corpus, trainer)
-    model = json.loads(bpe.to_str())["model"]
-    vocab = model["vocab"]
-    for byte in alphabet:  # so that every text can be spelt
-        vocab.setdefault(f"{byte}</w>", len(vocab))
-    for token in ("<|startoftext|>", "<|endoftext|>"):  # the end has the highest id, as in CLIP
-        vocab[token] = len(vocab)
-    return CLIPTokenizer(
-        vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=length
-    )
-
-
-def _t5_tokenizer(corpus: Sequence[str], vocabulary: int = 400, length: int = 32) -> Any:
-    """T5's unigram model learnt from the corpus."""
-    from tokenizers import Tokenizer, models, trainers
-    from transformers import T5TokenizerFast
-
-    unigram = Tokenizer(models.Unigram())
-    unigram.pre_tokenizer = T5TokenizerFast().backend_tokenizer.pre_tokenizer
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        initial_alphabet=list(string.ascii_letters + string.digits + string.punctuation),
-        show_progress=False,
-    )
-    unigram.train_from_iterator(corpus, trainer)
-    vocab = [tuple(entry) for entry in json.loads(unigram.to_str())["model"]["vocab"]]
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=length)
+def is_hub_id(name: str) -> bool:
+    """Is this `owner/name`, not a path? Hub ids have one slash and begin with a name."""
+    return name.count("/") == 1 and name[0] not in "./~"

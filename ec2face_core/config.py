@@ -1,169 +1,236 @@
 """Configuration: frozen dataclasses whose defaults are the paper's values, and YAML profiles.
 
-A profile (`ec2face_core/profiles/*.yaml`) holds only what differs from the defaults. Every path in
-a configuration is relative to the repository root, found once, here (`ROOT`).
+A profile (`ec2face_core/profiles/*.yaml`) holds only what differs from the defaults. Each field has
+a type with bounds, checked by pydantic whenever a configuration is built, so an impossible value
+never reaches a training. Paths inside a configuration are relative to the repository root (`ROOT`);
+paths on a command line are relative to the working directory (`user_path`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
-import typing
-from dataclasses import dataclass, field
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = Path(__file__).resolve().parent / "profiles"
 
 
-class Refusal(Exception):
-    """What was asked for cannot be done; the message names the remedy. Commands exit with 2."""
+class UserError(Exception):
+    """The request cannot be met; the message names the remedy. Commands exit with code 2."""
 
 
-class ConfigError(Refusal, ValueError):
-    """An unknown profile or option, or a value of the wrong type; the message names the remedy."""
+class ConfigError(UserError, ValueError):
+    """An unknown profile or option, or a value of the wrong type or out of bounds."""
 
 
-@dataclass(frozen=True)
+# ------------------------------------------------------------------------------------- the schema
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as text; a boolean is no number."""
+    if isinstance(value, bool):
+        raise ValueError("a boolean is not a number")
+    return value
+
+
+Int = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[Real, Field(gt=0)]
+NotNegative = Annotated[Real, Field(ge=0)]
+Fraction = Annotated[Real, Field(ge=0, le=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(strict=True)]
+Name = Annotated[str, Field(strict=True, min_length=1)]
+
+# Fields that were added or renamed later keep old digests valid: a field with ADDED does not count
+# while it has its default, and `{"digest": name}` counts under its former name.
+ADDED = {"added": True}
+
+schema = dataclass(frozen=True)
+
+
+@schema
 class DataConfig:
-    """Where the faces are. Layout: design of `datasets.py` (`image/ mask/ text/ manifest.csv`)."""
+    """Where the faces are. Layout: `image/ mask/ text/ manifest.csv`, see `data.py`."""
 
-    root: str = "data/raw/mm-celeba-hq"  # MM-CelebA-HQ in the merged layout
-    zero_shot_root: str = "data/raw/mm-ffhq"  # FFHQ-Text with parsed masks
-    size: int = 512  # pixels; images bilinear, label maps nearest
-    procedural: bool = False  # make missing roots out of procedural faces (smoke, mini)
-    seed: int = 42  # of the procedural faces
-    train: int = 27000  # faces of the training split (ids 0-26999)
-    test: int = 3000  # faces of the test split (ids 27000-29999)
-    zero_shot: int = 760  # faces of the zero-shot set
-    validation: int = 0  # procedural faces on which settings are chosen, beside root
+    root: Name = "data/raw/mm-celeba-hq"  # MM-CelebA-HQ in the merged layout
+    zero_shot_root: Name = "data/raw/mm-ffhq"  # FFHQ-Text with parsed masks
+    size: Annotated[int, Field(strict=True, ge=16)] = 512  # pixels
+    procedural: Flag = False  # make missing roots from procedural faces (smoke, mini)
+    maker: Name = field(  # the function that makes them, `module:name`
+        default="ec2face_lab.world.sources:write_dataset", metadata=ADDED
+    )
+    seed: CountOrZero = 42  # of the procedural faces
+    train: Count = 27000  # faces of the training split (ids 0-26999)
+    test: Count = 3000  # faces of the test split (ids 27000-29999)
+    zero_shot: Count = 760  # faces of the zero-shot set
+    validation: CountOrZero = 0  # procedural faces for choosing settings, beside root
 
 
-@dataclass(frozen=True)
+@schema
 class BackboneConfig:
     """The FluxPipeline folder or hub id, and how its parts are used."""
 
-    path: str = "black-forest-labs/FLUX.1-dev"
-    dtype: str = "bfloat16"  # of the frozen weights
-    text_length: int = 128  # T5 tokens; padded, so part of every cache key
-    guidance: float = 1.0  # value of the guidance embedding in training
-    pixel_decoder: str = ""  # AutoencoderTiny (TAEF1) for the pixel losses; empty: the VAE's own
+    path: Name = "black-forest-labs/FLUX.1-dev"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the frozen weights
+    text_length: Count = 128  # T5 tokens; padded, so part of every cache key
+    guidance: NotNegative = 1.0  # value of the guidance embedding in training
+    pixel_decoder: Text = ""  # AutoencoderTiny (TAEF1) for the pixel losses; empty: the VAE's own
 
 
-@dataclass(frozen=True)
+@schema
 class LoraConfig:
     """LoRA on the mask branch (Sec. 3.5): < 0.1 % new parameters at rank 4 without AdaLN."""
 
-    rank: int = 4
-    alpha: float = 4.0
-    tokens: str = "mask"  # that feel the LoRA: mask (Sec. 3.5) | all, as an ablation
-    attention: str = "joint"  # joint (Eq. 4) | decoupled: mask tokens see mask tokens only
-    mask_position: str = "offset"  # first position id of mask tokens: offset = 1 | aligned = 0
+    rank: Count = 4
+    alpha: Positive = 4.0
+    tokens: Literal["mask", "all"] = "mask"  # tokens the LoRA is applied to; all: an ablation
+    attention: Literal["joint", "decoupled"] = "joint"  # Eq. 4 | mask tokens see mask tokens only
+    mask_position: Literal["offset", "aligned"] = "offset"  # first position id of mask tokens: 1|0
 
 
-@dataclass(frozen=True)
+@schema
 class PerceptionConfig:
-    """Two pairs of frozen critics: one guides training, the other scores."""
+    """Two pairs of frozen perception models: the guides of training, and the evaluators."""
 
-    parser: str = "data/raw/weights/face_parsing.farl.celebm.main_ema_181500_jit.pt"
-    clip: str = "hf-hub:timm/vit_large_patch14_clip_224.openai"
-    scoring_parser: str = "data/raw/weights/scoring_parser_jit.pt"
-    scoring_clip: str = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-    parser_size: int = 448  # pixels the parser wants
+    parser: Name = "data/raw/weights/face_parsing.farl.celebm.main_ema_181500_jit.pt"
+    clip: Name = "hf-hub:timm/vit_large_patch14_clip_224.openai"
+    scoring_parser: Name = "data/raw/weights/scoring_parser_jit.pt"
+    scoring_clip: Name = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    parser_size: Annotated[int, Field(strict=True, ge=16)] = 448  # pixels the parser reads
 
 
-@dataclass(frozen=True)
+@schema
 class LossConfig:
     """Eqs. 7-12."""
 
-    alpha_text: float = 0.5  # alpha_1
-    alpha_mask: float = 0.5  # alpha_2
-    balance: float = 0.5  # lambda of Eq. 7
-    smoothing: float = 1e-6  # delta of Eq. 7
-    steepness: float = 10.0  # gamma_s of Eq. 8
-    center: float = 0.4  # t_c of Eq. 8
-    long_tail: bool = True  # Eq. 11 instead of Eq. 3
-    scope: str = "dataset"  # T of Eq. 10 counted over the training set | sample
-    reduction: str = "max"  # weights to latent resolution: max | mean | nearest
-    normalize: str = "mean"  # mean: mean squared weight of a batch is 1 | none
-    clip: float = 0.0  # upper bound of the weights after Eq. 10; 0 = none
-    gate: float = 0.0  # pixel losses with p = gate beta(t) t / max, weighted by 1/p; 0 = always
+    alpha_text: NotNegative = 0.5  # alpha_1
+    alpha_mask: NotNegative = 0.5  # alpha_2
+    balance: Fraction = 0.5  # lambda of Eq. 7
+    smoothing: Positive = 1e-6  # delta of Eq. 7
+    steepness: NotNegative = 10.0  # gamma_s of Eq. 8
+    center: Real = 0.4  # t_c of Eq. 8
+    long_tail: Flag = True  # Eq. 11 instead of Eq. 3
+    scope: Literal["dataset", "sample"] = "dataset"  # T of Eq. 10: training set | one face
+    reduction: Literal["max", "mean", "nearest"] = "max"  # weights to latent resolution
+    normalize: Literal["mean", "none"] = "mean"  # mean: mean squared weight of a batch is 1
+    clip: NotNegative = 0.0  # upper bound of the weights after Eq. 10; 0: none
+    importance_sampling: NotNegative = field(  # pixel losses on a sample of faces; 0: on all
+        default=0.0, metadata={"digest": "gate"}
+    )
 
 
-@dataclass(frozen=True)
+@schema
 class TrainerConfig:
     """Sec. 4.1: AdamW, 1e-4, 5,000 iterations, 8 GPUs x 4 samples."""
 
-    steps: int = 5000
-    batch_size: int = 4  # samples per process and micro-step
-    accumulation: int = 1
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    warmup: int = 0  # steps of linear warm-up
-    schedule: str = "constant"  # after the warm-up: constant | cosine (to 0 at the last step)
-    max_grad_norm: float = 1.0
-    drop_probability: float = 0.1  # p of Eq. 13, text and mask independently
-    even_times: bool = False  # times of neighbouring samples cover [0, 1] evenly, not by chance
-    draws_per_mask: int = 1  # neighbouring samples that share a face and one pass over its mask
-    mixed_precision: str = "bf16"  # no | bf16 | fp16
-    gradient_checkpointing: bool = False
-    recompute_every: int = 1  # with gradient_checkpointing: only each n-th block is recomputed
-    compile: bool = False  # torch.compile of the transformer's blocks
-    shard: bool = False  # FSDP2 over the frozen weights, for GPUs that cannot hold them
-    num_processes: int = 8
-    checkpoint_every: int = 250
-    keep_checkpoints: int = 2
-    log_every: int = 10
+    steps: Count = 5000
+    batch_size: Count = 4  # samples per process and micro-step
+    accumulation: Count = 1
+    learning_rate: Positive = 1e-4
+    weight_decay: NotNegative = 0.01
+    warmup: CountOrZero = 0  # steps of linear warm-up
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: to 0 at the last step
+    max_grad_norm: NotNegative = 1.0  # 0: no clipping
+    drop_probability: Fraction = 0.1  # p of Eq. 13, text and mask independently
+    low_discrepancy_t: Flag = field(  # t of neighbouring samples covers [0, 1] evenly
+        default=False, metadata={"digest": "even_times"}
+    )
+    noise_repeats: Count = field(  # neighbouring samples that share a face and its mask's pass
+        default=1, metadata={"digest": "draws_per_mask"}
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    gradient_checkpointing: Flag = False
+    recompute_every: Count = 1  # with gradient_checkpointing: recompute each n-th block only
+    compile: Flag = False  # torch.compile of the transformer's blocks
+    shard: Flag = False  # FSDP2 over the frozen weights, for GPUs that cannot hold them
+    num_processes: Count = 8
+    checkpoint_every: Count = 250
+    keep_checkpoints: Count = 2
+    log_every: Count = 10
+
+    @model_validator(mode="after")
+    def _combination(self) -> TrainerConfig:
+        if self.batch_size % self.noise_repeats:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of noise_repeats "
+                f"{self.noise_repeats}"
+            )
+        if self.shard and self.num_processes == 1:
+            raise ValueError(
+                "shard divides the base among several processes: raise num_processes, or turn "
+                "shard off"
+            )
+        return self
 
 
-@dataclass(frozen=True)
+@schema
 class SamplingConfig:
     """Sec. 4.1: FlowMatchEulerDiscreteScheduler, 28 steps, seed 42."""
 
-    steps: int = 28
-    guidance: float = 3.5  # guidance embedding of FLUX.1-dev
-    text_guidance: float = 1.0  # classifier-free guidance, for a base that is not distilled; 1: off
-    mask_guidance: float = 1.0
-    seed: int = 42
-    batch_size: int = 4
-    mixed_precision: str = "no"  # autocast around frozen float32 weights: no | bf16
-    num_processes: int = 8  # that draw the pictures of a split
+    steps: Count = 28
+    guidance: NotNegative = 3.5  # guidance embedding of FLUX.1-dev
+    text_guidance: NotNegative = 1.0  # CFG scale of the text, for an undistilled base; 1: off
+    mask_guidance: NotNegative = 1.0  # CFG scale of the mask
+    seed: CountOrZero = 42
+    batch_size: Count = 4
+    mixed_precision: Literal["no", "bf16"] = "no"  # autocast around frozen float32 weights
+    num_processes: Count = 8  # that generate the pictures of a split
 
 
-@dataclass(frozen=True)
+@schema
 class EvaluationConfig:
     """What is scored, and with which certainty."""
 
-    limit: int = 0  # test faces to score; 0 = all
-    bootstrap: int = 1000  # resamples of each 95 % interval
-    lpips: str = "alex"  # trunk; `alex-random` where the trained trunk cannot be had
-    niqe_block: int = 96  # pixels of a NIQE block; another than 96 means refitted parameters
-    niqe_refit: bool = False  # fit NIQE's pristine model on the training faces
+    limit: CountOrZero = 0  # test faces to score; 0: all
+    bootstrap: Count = 1000  # resamples of each 95 % interval
+    lpips: Literal["alex", "alex-random"] = "alex"  # trunk; random where trained weights are absent
+    niqe_block: Annotated[int, Field(strict=True, ge=2)] = 96  # pixels of a NIQE block
+    niqe_refit: Flag = False  # fit NIQE's pristine model on the training faces
+
+    @model_validator(mode="after")
+    def _published_niqe(self) -> EvaluationConfig:
+        if self.niqe_block != 96 and not self.niqe_refit:
+            raise ValueError(
+                f"niqe_block {self.niqe_block} needs niqe_refit, since the published model is for "
+                "blocks of 96 px"
+            )
+        return self
 
 
-@dataclass(frozen=True)
+@schema
 class BaselinesConfig:
     """Training of the comparison systems' miniatures; seconds are of one core."""
 
-    pool: int = 16_384  # faces that foundations see: as many as `make foundation` takes
-    foundation_seconds: float = 1800.0  # for what a system stands on
-    seconds: float = 900.0  # for its task: EC²Face's training took 890
-    published_masks: bool = False  # masks as the authors feed them, not one-hot maps of 19 classes
+    pool: Count = 16_384  # faces that foundations see: as many as `make foundation` takes
+    foundation_seconds: Positive = 1800.0  # for what a system stands on
+    seconds: Positive = 900.0  # for its task: EC²Face's training took 890
+    published_masks: Flag = False  # masks as the authors feed them, not one-hot maps of 19 classes
 
 
-@dataclass(frozen=True)
+@schema
 class Config:
     """One experiment. `profile` names its folder in `runs/`."""
 
-    profile: str = "paper"
-    seed: int = 42
-    adapters: str = "runs/paper/adapters"  # kept LoRA adapters, one folder per variant
+    profile: Name = "paper"
+    seed: CountOrZero = 42
+    adapters: Name = "runs/paper/adapters"  # kept LoRA adapters, one folder per variant
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -174,6 +241,15 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
 
+    @model_validator(mode="after")
+    def _repeats_need_decoupling(self) -> Config:
+        if self.trainer.noise_repeats > 1 and self.lora.attention != "decoupled":
+            raise ValueError(
+                f"trainer.noise_repeats {self.trainer.noise_repeats} needs lora.attention "
+                "decoupled: in joint attention mask tokens depend on time, noise and text"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         """`runs/<profile>`: everything this profile makes."""
@@ -182,27 +258,35 @@ class Config:
     @property
     def figure_dir(self) -> Path:
         """`figures/<profile>` for mini and paper; inside `run_dir` for every other profile."""
-        return (
-            (ROOT if self.profile in ("mini", "paper") else self.run_dir)
-            / "figures"
-            / (self.profile if self.profile in ("mini", "paper") else "")
-        )
+        if self.profile in ("mini", "paper"):
+            return ROOT / "figures" / self.profile
+        return self.run_dir / "figures"
 
     def digest(self) -> str:
         """Twelve hex digits that name this configuration in provenance files and stamps."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps(digest_values(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def replace(self, **overrides: Any) -> Config:
         """A copy with overrides, nested (`trainer={"steps": 5}`) or dotted (`"trainer.steps"`)."""
-        values = dataclasses.asdict(self)
-        _merge(values, overrides)
-        return _build(Config, values)
+        return load_config(dataclasses.asdict(self), **overrides)
 
     def save(self, path: Path) -> None:
         """Write every resolved value as YAML."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+def digest_values(config: Any) -> dict[str, Any]:
+    """The settings of a configuration as nested mappings, under the names that digests know."""
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.metadata.get("added") and value == f.default:
+            continue
+        nested = dataclasses.is_dataclass(value)
+        values[f.metadata.get("digest", f.name)] = digest_values(value) if nested else value
+    return values
 
 
 # The rows of Tables 3 and 4: what each adapter is trained with.
@@ -215,12 +299,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# ---------------------------------------------------------------------------------------- loading
+
+
 def load_profile(name: str, **overrides: Any) -> Config:
     """Read `profiles/<name>.yaml` over the defaults, then the overrides.
 
     A profile may name another one as its `base` and then holds only what differs from that.
     Overrides are nested mappings, `trainer={"steps": 5}`, or dotted keys, `**{"trainer.steps": 5}`.
-    Raises ConfigError naming an unknown profile, option or wrong type, with the nearest match.
+
+    Raises:
+        ConfigError: an unknown profile or option (with the nearest match), or a value of the wrong
+            type or out of bounds.
     """
     known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if name not in known:
@@ -233,59 +323,34 @@ def load_profile(name: str, **overrides: Any) -> Config:
 
 
 def load_config(values: Path | dict[str, Any], **overrides: Any) -> Config:
-    """A Config from a mapping or from a YAML file that `Config.save` wrote."""
+    """A Config from a mapping or from a YAML file that `Config.save` wrote.
+
+    Raises:
+        ConfigError: as `load_profile`; or the file is not YAML.
+    """
     if isinstance(values, Path):
-        values = yaml.safe_load(values.read_text())
+        path = values
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"{path} is not valid YAML: {' '.join(str(error).split())}"
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected settings, got {type(values).__name__}")
     merged = dataclasses.asdict(Config())
     _merge(merged, values)
     _merge(merged, overrides)
-    return _build(Config, merged)
-
-
-def resolve(path: str | Path) -> Path:
-    """A configured path, relative to the repository root unless absolute."""
-    return ROOT / path  # an absolute right-hand side wins
-
-
-def adapter_name(config: Config, variant: str) -> str:
-    """Folder name of a variant's training: `both`, and `both-seed43` for another seed than 42."""
-    if variant not in VARIANTS:
-        raise ConfigError(f"variant {variant!r} does not exist{_hint(variant, VARIANTS)}")
-    return variant if config.seed == Config.seed else f"{variant}-seed{config.seed}"
-
-
-def trained_seeds(config: Config) -> int:
-    """For how many seeds, from `config.seed` on, there is an adapter of every variant."""
-    k = 0
-    while all(adapter_dir(config.replace(seed=config.seed + k), v).is_dir() for v in VARIANTS):
-        k += 1
-    return k
-
-
-def adapter_dir(config: Config, variant: str) -> Path:
-    """Folder of a variant's LoRA: the retrained one of this profile if it exists, else the kept."""
-    name = adapter_name(config, variant)
-    retrained = config.run_dir / "adapters" / name
-    return retrained if retrained.exists() else resolve(config.adapters) / name
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """`trainer.steps=5` from a command line -> `{"trainer.steps": 5}`; the value is YAML."""
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise ConfigError(f"--set {text!r}: expected option=value, for example trainer.steps=10")
-    return {key: yaml.safe_load(value)}
-
-
-def _hint(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    try:
+        return Config(**merged)
+    except ValidationError as error:
+        raise ConfigError("; ".join(map(_describe, error.errors()))) from error
 
 
 def _merge(values: dict[str, Any], overrides: dict[str, Any], where: str = "") -> None:
     """Lay nested or dotted overrides over a complete nested mapping, naming what is unknown."""
     for key, value in overrides.items():
-        head, _, rest = key.partition(".")
+        head, _, rest = str(key).partition(".")
         if head not in values:
             raise ConfigError(f"{where}{head}: unknown option{_hint(head, values)}")
         if rest or isinstance(value, dict):
@@ -298,18 +363,114 @@ def _merge(values: dict[str, Any], overrides: dict[str, Any], where: str = "") -
             values[head] = value
 
 
-def _build(cls: type, values: dict[str, Any], where: str = "") -> Any:
-    """Frozen dataclass from a complete nested mapping; coerces numbers, refuses other types."""
-    kwargs = {}
-    for key, hint in typing.get_type_hints(cls).items():
-        value = values[key]
-        if dataclasses.is_dataclass(hint):
-            kwargs[key] = _build(hint, value, f"{where}{key}.")
-            continue
-        if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-            with contextlib.suppress(ValueError):
-                value = float(value)  # YAML 1.1 reads 1e-4 as a string
-        if type(value) is not hint:
-            raise ConfigError(f"{where}{key}: expected {hint.__name__}, got {value!r}")
-        kwargs[key] = value
-    return cls(**kwargs)
+def _describe(problem: Any) -> str:
+    """One of pydantic's errors as `trainer.steps: input should be a valid integer, got 'many'`."""
+    where = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], (str, int, float, type(None))):
+        return f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+    return f"{where}: {message}" if where else message  # of several fields together
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+# ------------------------------------------------------------------------------------------ paths
+
+
+def resolve(path: str | Path) -> Path:
+    """A configured path: relative to the repository root unless absolute; `~` is expanded."""
+    return ROOT / Path(path).expanduser()  # an absolute right-hand side wins
+
+
+def user_path(text: str) -> Path:
+    """A path on a command line: relative to the working directory; `~` is expanded."""
+    return Path(text).expanduser().absolute()
+
+
+def adapter_name(config: Config, variant: str) -> str:
+    """Folder name of a variant's training: `both`, and `both-seed43` for another seed than 42."""
+    if variant not in VARIANTS:
+        raise ConfigError(f"variant {variant!r} does not exist{_hint(variant, VARIANTS)}")
+    return variant if config.seed == Config.seed else f"{variant}-seed{config.seed}"
+
+
+def adapter_dir(config: Config, variant: str) -> Path:
+    """Folder of a variant's LoRA: the retrained one of this profile if it exists, else the kept."""
+    name = adapter_name(config, variant)
+    retrained = config.run_dir / "adapters" / name
+    return retrained if retrained.exists() else resolve(config.adapters) / name
+
+
+def trained_seeds(config: Config) -> int:
+    """For how many seeds, from `config.seed` on, there is an adapter of every variant."""
+    k = 0
+    while all(adapter_dir(config.replace(seed=config.seed + k), v).is_dir() for v in VARIANTS):
+        k += 1
+    return k
+
+
+# ---------------------------------------------------------------------------------- command lines
+
+
+def cli(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Give `main` an exit code: its own or 0; 2 after one line on stderr for a `UserError`.
+
+    `OSError` (a file that is missing or cannot be read or written) and a child process that ended
+    with 2 are reported in the same way. Any other exception is a bug and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def cli_main(*arguments: Any) -> int:
+        try:
+            return main(*arguments) or 0
+        except (UserError, OSError, subprocess.CalledProcessError) as error:
+            if isinstance(error, subprocess.CalledProcessError) and error.returncode != 2:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # a child's ends with its own message
+            return 2
+
+    return cli_main
+
+
+def add_config_options(parser: argparse.ArgumentParser, default: str = "mini") -> None:
+    """Add --profile or --config, and --set; `config_from_args` reads them."""
+    profiles = ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml")))
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--profile", default=default, help=f"one of {profiles}")
+    source.add_argument("--config", type=user_path, metavar="FILE", help="a saved config.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="override a setting, e.g. loss.alpha_mask=1; repeatable",
+    )  # fmt: skip
+
+
+def config_from_args(options: argparse.Namespace, **overrides: Any) -> Config:
+    """The configuration that the options of `add_config_options` ask for.
+
+    Args:
+        options: parsed arguments.
+        overrides: settings that win over --set, e.g. `**{"trainer.steps": 7}`.
+
+    Raises:
+        ConfigError: an unknown profile, file or setting.
+    """
+    settings = {key: value for text in options.set for key, value in parse_override(text).items()}
+    if options.config is None:
+        return load_profile(options.profile, **(settings | overrides))
+    if not options.config.is_file():
+        raise ConfigError(f"--config {options.config}: no such file")
+    return load_config(options.config, **(settings | overrides))
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`trainer.steps=5` from a command line -> `{"trainer.steps": 5}`; the value is YAML."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {text!r}: expected option=value, for example trainer.steps=10")
+    try:
+        return {key: yaml.safe_load(value)}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML") from error

@@ -54,18 +54,6 @@ def sample_timesteps(b: int, generator: torch.Generator | None = None) -> Tensor
     return torch.rand(b, generator=generator, device=device)
 
 
-def even_timesteps(b: int, generator: torch.Generator | None = None) -> Tensor:
-    """Training times `(b,)` float32, spread evenly: golden-ratio steps from a random start.
-
-    Each time alone is still uniform on [0, 1], but any run of neighbours covers the interval,
-    however long it is: the batch of every rank does, so the loss varies less from step to step and
-    ranks have about equally many samples at small t.
-    """
-    start = torch.rand((), generator=generator, dtype=torch.float64)
-    steps = torch.arange(b, dtype=torch.float64) * (5**0.5 - 1) / 2
-    return ((start + steps) % 1).float()
-
-
 def _over(t: Tensor, x: Tensor) -> Tensor:
     """`(b,)` -> `(b, 1, ..., 1)`, so that each sample has its own time."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))

@@ -27,18 +27,20 @@ from torch import Tensor
 
 from .attributes import pixel_counts
 from .backbone import Backbone, TextEmbedding, encode_images, encode_text, load_backbone
-from .conditioning import mask_latents_of
-from .config import BackboneConfig, Config, Refusal, resolve
-from .results import path_digest
-from .validation import parallel
+from .config import BackboneConfig, Config, UserError, resolve
+from .mask_branch import mask_latents_of
+from .runs import parallel, path_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from .datasets import FaceDataset
+    from .data import FaceDataset
+
 
 FACES, CAPTIONS = 64, 256  # per file
+
 BATCH = 8  # faces or captions encoded at once
+
 EMPTY = ""  # the null text of Eq. 13
 
 
@@ -139,7 +141,7 @@ class LatentCache:
         return torch.stack([where[key][0][name][where[key][1]] for key in keys])
 
 
-class CacheError(Refusal, RuntimeError):
+class CacheError(UserError, RuntimeError):
     """A cache that cannot be read or written; the message names the remedy."""
 
 

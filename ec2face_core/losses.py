@@ -16,34 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attributes import long_tail_weights, one_hot, pixel_counts
+from .attributes import one_hot, pixel_counts
 from .config import ConfigError, LossConfig
 
-GATE_FLOOR = 0.05  # bounds the weight 1/p of a gated sample by 20
+
+def class_weights(counts: Tensor) -> Tensor:
+    """Eq. 10 for every class at once: `w_c = sum(T) / (n * T_c + 1)`.
+
+    counts: aggregated pixels T_c of each class, `(19,)`, over the training set (or over one mask).
+    Returns `(19,)` float64. A class without pixels gets the weight `sum(T)`, which no pixel uses.
+    """
+    T = counts.double()
+    return T.sum() / (len(T) * T + 1)
+
+
+def long_tail_weights(label_map: Tensor, counts: Tensor) -> Tensor:
+    """The weight matrix `w(i, j)` of Eq. 10: `b h w` ids -> `b h w` float32 weights."""
+    return class_weights(counts).to(label_map.device)[label_map].float()
 
 
 def beta(t: Tensor, steepness: float = 10.0, center: float = 0.4) -> Tensor:
     """Eq. 8: `1 / (1 + exp(steepness (t - center)))`, near 1 for small t and near 0 for large t."""
     return torch.sigmoid(steepness * (center - t))
-
-
-def gate_probability(t: Tensor, config: LossConfig) -> Tensor:
-    """Probability with which the gate computes a sample's pixel losses, `(b,)` in [0.05, 1].
-
-    `p(t) = gate * beta(t) t / max beta(t) t`, clipped: since d z_hat / d v = -t, the pixel losses'
-    gradient grows with beta(t) t, and a probability in proportion to it costs the least variance.
-    Weighted by 1/p the losses keep their expectation. gate 2 computes 61 % of the samples.
-
-    Args:
-        t: times `(b,)`.
-        config: reads gate, steepness and center.
-    """
-
-    def size(t: Tensor) -> Tensor:
-        return t * beta(t, config.steepness, config.center)
-
-    largest = size(torch.linspace(0, 1, 1001, dtype=t.dtype, device=t.device)).max()
-    return (config.gate * size(t) / largest).clamp(GATE_FLOOR, 1)
 
 
 def flow_matching_loss(v: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

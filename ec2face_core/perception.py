@@ -11,23 +11,24 @@ aligned frame, for which that alignment is exactly a resize, so `.net` is called
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .attributes import FACER_TO_CELEBAMASK, NUM_CLASSES
+from .attributes import FACER_TO_CELEBAMASK
 from .config import PerceptionConfig, resolve
-from .weights import check_torchscript, clip_problems
 
 # our channel c = facer channel FACER_CHANNEL[c]: the inverse of FACER_TO_CELEBAMASK
 FACER_CHANNEL = torch.tensor(FACER_TO_CELEBAMASK).argsort()
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
 LOCAL_DIR = "local-dir:"
 
 
@@ -114,9 +115,9 @@ class ClipScorer:
         self.name, pretrained = _clip_name(name)
         try:
             if name.startswith(LOCAL_DIR):
-                folder = Path(self.name.removeprefix(LOCAL_DIR))
-                if problems := clip_problems(folder):  # open_clip would take a pickle
-                    raise OSError("; ".join(problems))
+                weights = Path(self.name.removeprefix(LOCAL_DIR)) / "open_clip_model.safetensors"
+                if not weights.is_file():  # open_clip would take a pickle
+                    raise OSError(f"{weights} is missing, and pickled weights are refused")
             self.model = open_clip.create_model(
                 self.name, pretrained, device=self.device, require_pretrained=True
             )
@@ -161,165 +162,6 @@ class ClipScorer:
         return 100 * (self.image_features(images) * self.text_features(texts)).sum(-1)
 
 
-class MiniParserNet(nn.Module):
-    """The miniature's FaRL: a small U-Net with FaRL's contract and facer's class order.
-
-    [0, 1] images `b 3 h w` -> (logits `b 19 size size`, {}). Resizing and normalisation are inside.
-    Pixels are folded into channels at the door (2 x 2), so the widest maps have half the side: full
-    resolution costs twice as much time and wins nothing that the folded channels do not hold.
-
-    Args:
-        widths: channels at 1/2, 1/4, 1/8 ... of the side; multiples of 8.
-        size: side in pixels, a multiple of 2 ** len(widths).
-    """
-
-    def __init__(self, widths: Sequence[int] = (24, 48, 96), size: int = 64) -> None:
-        super().__init__()
-        self.widths, self.size = tuple(widths), size
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1))
-        self.down = nn.ModuleList(
-            _block(12 if i == 0 else widths[i - 1], width) for i, width in enumerate(widths)
-        )
-        self.up = nn.ModuleList(
-            _block(widths[i] + widths[i + 1], widths[i]) for i in reversed(range(len(widths) - 1))
-        )
-        self.head = nn.Conv2d(widths[0], 4 * NUM_CLASSES, 1)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        image = image.to(self.mean.dtype)
-        if image.shape[-1] != self.size or image.shape[-2] != self.size:
-            image = F.interpolate(
-                image, size=[self.size, self.size], mode="bilinear", align_corners=False
-            )
-        x = F.pixel_unshuffle((image - self.mean) / self.std, 2)
-        skips: list[Tensor] = []
-        for i, block in enumerate(self.down):
-            x = block(x if i == 0 else F.avg_pool2d(x, 2))
-            skips.append(x)
-        skips.pop()
-        for block in self.up:
-            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), skips.pop()], 1))
-        aux: dict[str, Tensor] = {}
-        return F.pixel_shuffle(self.head(x), 2), aux
-
-
-def save_parser(net: MiniParserNet, path: Path) -> None:
-    """Write the net as a half-precision TorchScript file that facer opens, atomically."""
-    half = MiniParserNet(net.widths, net.size)
-    half.load_state_dict(net.state_dict())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces the end of TorchScript once a submodule
-        torch.jit.script(half.eval().half()).save(str(part))
-    part.replace(path)
-
-
-def clip_tokenizer(corpus: Iterable[str], vocab_size: int = 1024, length: int = 32):
-    """A transformers `CLIPTokenizer` of `vocab_size` tokens at most, trained on `corpus`.
-
-    CLIP's own pre-tokeniser and byte alphabet, so any text can be read; only the merges are fewer.
-    The end token has the highest id, as in the original: text towers pool where the id is highest.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    end = "<|endoftext|>"
-    bpe = Tokenizer(
-        models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=end)
-    )
-    original = CLIPTokenizer().backend_tokenizer
-    bpe.normalizer, bpe.pre_tokenizer = original.normalizer, original.pre_tokenizer
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        # Bytes that end a word would else be numbered in hash order: other merges in every process.
-        special_tokens=[byte + "</w>" for byte in alphabet],
-        show_progress=False,
-    )
-    bpe.train_from_iterator(corpus, trainer)
-    model = json.loads(bpe.to_str())["model"]
-    vocabulary = model["vocab"]
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    for token in ("<|startoftext|>", end):
-        vocabulary[token] = len(vocabulary)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
-
-
-def mini_clip_config(
-    vocab_size: int,
-    width: int = 12,
-    layers: Sequence[int] | int = (2, 2, 2, 1),
-    text_width: int = 96,
-    text_layers: int = 2,
-    embed_dim: int = 96,
-    size: int = 64,
-    length: int = 32,
-) -> dict:
-    """open_clip's `model_cfg` for a small CLIP: a ResNet (four `layers`) or a ViT (one number)."""
-    vision = {"image_size": size, "layers": layers, "width": width, "head_width": 32}
-    if isinstance(layers, int):
-        vision["patch_size"] = 8
-    return {
-        "embed_dim": embed_dim,
-        "vision_cfg": vision,
-        "text_cfg": {
-            "context_length": length,
-            "vocab_size": vocab_size,
-            "width": text_width,
-            "heads": text_width // 32,
-            "layers": text_layers,
-            "hf_tokenizer_name": "local",  # any name: local-dir reads the tokenizer of its folder
-            "tokenizer_kwargs": {"clean": "lower"},
-        },
-    }
-
-
-def build_mini_clip(model_config: dict) -> nn.Module:
-    """The randomly initialised open_clip model of a `model_cfg`."""
-    import open_clip
-
-    text = {k: v for k, v in model_config["text_cfg"].items() if k != "tokenizer_kwargs"}
-    return open_clip.CLIP(**{**model_config, "text_cfg": open_clip.CLIPTextCfg(**text)})
-
-
-def save_mini_clip(folder: Path, model: nn.Module, model_config: dict, tokenizer) -> None:
-    """Write an open_clip `local-dir` folder: config, half-precision weights, tokenizer."""
-    from safetensors.torch import save
-
-    folder.mkdir(parents=True, exist_ok=True)
-    size = model_config["vision_cfg"]["image_size"]
-    preprocess = {
-        "size": [size, size], "mode": "RGB", "mean": list(CLIP_MEAN), "std": list(CLIP_STD),
-        "interpolation": "bicubic", "resize_mode": "squash",
-    }  # fmt: skip
-    config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
-    state = {
-        key: value.half().contiguous() if value.is_floating_point() else value
-        for key, value in model.state_dict().items()
-    }
-    part = folder / "open_clip_model.part"
-    part.write_bytes(save(state))
-    part.replace(folder / "open_clip_model.safetensors")
-
-
-def _block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two 3 x 3 convolutions; GroupNorm, so that training and evaluation compute the same."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.GroupNorm(8, outputs),
-        nn.SiLU(),
-        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-        nn.GroupNorm(8, outputs),
-        nn.SiLU(),
-    )
-
-
 def _unit(images: Tensor) -> Tensor:
     """[-1, 1] of any float type -> float32 in [0, 1]."""
     return (images.float() / 2 + 0.5).clamp(0, 1)
@@ -346,3 +188,48 @@ def _clip_name(name: str) -> tuple[str, str | None]:
 def _quiet() -> None:
     """bitsandbytes, which comes with other packages, reports missing CPU kernels as an error."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+_LFS = b"version https://git-lfs"
+
+
+class WeightsError(FileNotFoundError):
+    """Weights that are missing, incomplete or refused; the message names the file and why."""
+
+
+def check_torchscript(path: Path) -> None:
+    """Accept a whole TorchScript archive only.
+
+    Raises:
+        WeightsError: no such file, an archive without its end, or another kind of pickle.
+    """
+    size = _size(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        _refuse_pointer(path, start, file)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        if start.startswith(b"PK"):
+            raise WeightsError(
+                f"{path}: half-downloaded, the archive's end is missing after {size:,} bytes"
+            ) from error
+        names = []
+    if not any("/code/" in name for name in names):
+        raise WeightsError(
+            f"{path}: is no TorchScript file. Pickled weights run code when they are opened and "
+            "are refused: export the network with torch.jit.script or torch.jit.trace"
+        )
+
+
+def _size(path: Path) -> int:
+    if not path.is_file():
+        raise WeightsError(f"{path}: missing")
+    return path.stat().st_size
+
+
+def _refuse_pointer(path: Path, start: bytes, file) -> None:
+    if start == _LFS[:8] and file.read(len(_LFS) - 8) == _LFS[8:]:
+        raise WeightsError(f"{path}: is a Git LFS pointer, not the weights: run `git lfs pull`")
+    file.seek(len(start))

@@ -28,12 +28,21 @@ from torch import Tensor
 
 from .attributes import NUM_CLASSES
 from .backbone import decode_latents, encode_text, load_backbone
-from .conditioning import guided_velocity, is_decoupled, mask_latents_of, remember_mask
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
-from .datasets import labels_from_palette
-from .lora import ADAPTER, load_mask_lora, read_mask_lora, save_mask_lora
+from .data import labels_from_palette
+from .mask_branch import (
+    ADAPTER,
+    guided_velocity,
+    is_decoupled,
+    load_mask_lora,
+    mask_latents_of,
+    precompute_mask_kv,
+    read_mask_lora,
+    save_mask_lora,
+)
 
 MaskLike = Tensor | np.ndarray | Image.Image | str | Path
+
 LORA_FOLDER = "mask_lora"  # inside a saved pipeline
 
 
@@ -205,7 +214,7 @@ class EC2FacePipeline(DiffusionPipeline):
             maps = [torch.zeros(size).long() if m is None else _resize(m, size) for m in masks]
             mask_latents = mask_latents_of(self.vae, torch.stack(maps).to(device))
             if is_decoupled(self.transformer):  # then one pass over the masks serves every step
-                mask_latents = remember_mask(self.transformer, mask_latents)
+                mask_latents = precompute_mask_kv(self.transformer, mask_latents)
             index = torch.arange(b) // num_images_per_prompt % len(masks)
             mask_latents = mask_latents[index]
             keep_mask = torch.tensor([m is not None for m in masks])[index]

@@ -1,22 +1,18 @@
-"""The training loop (Sec. 3.5, 4.1): accelerate around cached latents; only the LoRA learns.
+"""Several processes: accelerate's DDP over the LoRA, or the frozen base in shards.
 
-One optimiser step over samples [n, n + batch x accumulation x processes) of the stream:
-
-    z_t = (1 - t) z + t noise,   v = transformer(z_t, t, text, mask),   z_hat = z_t - t v
-    L = || w (v - (noise - z)) ||^2 + beta(t) (alpha_text L_text + alpha_mask L_mask)
-
-Chosen here: everything random is a function of (seed, sample index) (`draws.py`) and the learning
-rate one of the step, so a checkpoint is LoRA, optimiser and two counters, and a killed run that
-goes on ends with the weights of an uninterrupted one. Long-tail weights are normalised over the
-samples of a whole step, so neither ranks nor accumulation change the loss. `run_dir` explains
-itself: config.yaml, metrics.jsonl (one line a step), checkpoints/, final/ (the adapter).
+By default every process holds the whole frozen base, and DDP averages the LoRA's gradients (44 MB
+at paper scale). `trainer.shard` is for GPUs that cannot hold the base (24 GB for FLUX.1-dev in
+bfloat16): FSDP2 leaves each process 1/n of it and gathers one block at a time. The LoRA stays whole
+on every process, so that optimiser, checkpoints and files are the same in both.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,33 +21,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backbone import add_mask_lora, load_backbone, save_mask_lora
-from .checkpoints import (
+from .backbone import load_backbone, load_tiny_decoder
+from .config import VARIANTS, Config, ConfigError, TrainerConfig, adapter_name, resolve
+from .consistency import PixelConsistency
+from .fast.blocks import attention_kernel, prepare_blocks
+from .fast.importance import gate_probability
+from .fast.sharding import average_gradients, shard_base
+from .flow import interpolate, reverse_estimate, velocity
+from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
+from .losses import LossBreakdown, flow_matching_loss, latent_weights, total_loss
+from .mask_branch import (
+    MaskKVCache,
+    add_mask_lora,
+    precompute_mask_kv,
+    predict_velocity,
+    save_mask_lora,
+)
+from .perception import ClipScorer, FaceParser
+from .runs import (
+    add_metrics,
     compare_identities,
+    cut_metrics,
     newest_checkpoint,
+    read_metrics,
     restore_training,
     save_checkpoint,
     training_identity,
     training_tensors,
-    write_folder,
+    whole_folder,
 )
-from .conditioning import MaskMemory, predict_velocity, remember_mask
-from .config import VARIANTS, Config, ConfigError, TrainerConfig, adapter_name, resolve
-from .distribution import average_gradients, make_accelerator, shard_base
-from .draws import Draws, SampleStream
-from .flow import interpolate, reverse_estimate, velocity
-from .guidance import PixelGuidance, load_tiny_decoder
-from .journal import add_metrics, cut_metrics, print_progress, read_metrics
-from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
-from .losses import (
-    LossBreakdown,
-    flow_matching_loss,
-    gate_probability,
-    latent_weights,
-    total_loss,
-)
-from .perception import ClipScorer, FaceParser
-from .tuning import attention_kernel, prepare_blocks
+from .stream import Draws, SampleStream
+
+
+def make_accelerator(config: TrainerConfig, device: str | None = None) -> Any:
+    """Accelerate with DDP over the LoRA only, checked against the configuration.
+
+    Args:
+        config: reads mixed_precision, num_processes and shard.
+        device: "cpu" keeps it off a GPU; None: accelerate chooses.
+
+    Raises:
+        ConfigError: it was started on another number of processes, or cannot work on this machine.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if cpu and config.mixed_precision == "fp16":
+        raise ConfigError("trainer.mixed_precision: fp16 needs a GPU; use bf16 or no")
+    AcceleratorState._reset_state()  # else a second trainer of a notebook has the first's precision
+    accelerator = Accelerator(
+        # Without cpu=True each rank of a machine without GPU believes that it is alone.
+        cpu=cpu,
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
+    )
+    if accelerator.num_processes != config.num_processes:
+        raise ConfigError(
+            f"started on {accelerator.num_processes} processes, but trainer.num_processes is "
+            f"{config.num_processes}: set it to what you start, or start with launch.run"
+        )
+    if config.shard and config.num_processes == 1:
+        raise ConfigError(
+            "trainer.shard divides the base among several processes: raise trainer.num_processes, "
+            "or turn it off"
+        )
+    return accelerator
+
 
 METRICS = ("t", "total", "flow", "text", "mask", "beta", "unweighted_flow", "grad_norm")
 
@@ -80,16 +118,16 @@ class Trainer:
         name = adapter_name(config, variant)  # refuses an unknown one
         if config.trainer.schedule not in ("constant", "cosine"):
             raise ConfigError(f"trainer.schedule {config.trainer.schedule!r}: constant or cosine")
-        if (k := config.trainer.draws_per_mask) != 1:
+        if (k := config.trainer.noise_repeats) != 1:
             if config.lora.attention != "decoupled":
                 raise ConfigError(
-                    f"trainer.draws_per_mask {k} needs lora.attention decoupled: in joint "
+                    f"trainer.noise_repeats {k} needs lora.attention decoupled: in joint "
                     "attention mask tokens depend on time, noise and text"
                 )
             if k < 1 or config.trainer.batch_size % k:
                 raise ConfigError(
                     f"trainer.batch_size {config.trainer.batch_size} must be a multiple of "
-                    f"trainer.draws_per_mask {k}"
+                    f"trainer.noise_repeats {k}"
                 )
         self.config = config.replace(**VARIANTS[variant])
         self.variant, self.device_name = variant, device
@@ -134,13 +172,14 @@ class Trainer:
                 if due:
                     self._save()
         if self.is_main:
-            write_folder(final, self._write_adapter)
+            with whole_folder(final) as part:
+                self._write_adapter(part)
         self.accelerator.wait_for_everyone()
         return final
 
     def setup(self) -> None:
         """Encode what is not cached; load transformer, LoRA and critics; make the optimiser."""
-        from .datasets import open_dataset
+        from .data import open_dataset
 
         config, c = self.config, self.config.trainer
         self.accelerator = make_accelerator(c, self.device_name)
@@ -174,7 +213,7 @@ class Trainer:
         self.guidance = None
         if any(guided):
             of = {"config": config.perception, "device": self.device}
-            self.guidance = PixelGuidance(
+            self.guidance = PixelConsistency(
                 backbone.vae.to(self.device),
                 ClipScorer.from_config(**of) if guided[0] else None,
                 FaceParser.from_config(**of) if guided[1] else None,
@@ -205,9 +244,9 @@ class Trainer:
 
     def _stream(self, cache: LatentCache) -> SampleStream:
         c, loss = self.config.trainer, self.config.loss
-        gate = partial(gate_probability, config=loss) if loss.gate else None
+        gate = partial(gate_probability, config=loss) if loss.importance_sampling else None
         return SampleStream(
-            cache, self.config.seed, c.drop_probability, c.even_times, gate, c.draws_per_mask
+            cache, self.config.seed, c.drop_probability, c.low_discrepancy_t, gate, c.noise_repeats
         )
 
     # ----------------------------------------------------------------------------- one step
@@ -279,12 +318,12 @@ class Trainer:
             means = {"t": t.mean(), "unweighted_flow": flow_matching_loss(v, target).mean()}
         return loss, parts.mean() | means
 
-    def _masks(self, z_mask: Tensor) -> Tensor | MaskMemory:
+    def _masks(self, z_mask: Tensor) -> Tensor | MaskKVCache:
         """Mask latents, or what one pass over each face's mask leaves for its K samples."""
-        k = self.config.trainer.draws_per_mask
+        k = self.config.trainer.noise_repeats
         if k == 1:
             return z_mask
-        return remember_mask(self.model, z_mask[::k])[torch.arange(len(z_mask)) // k]
+        return precompute_mask_kv(self.model, z_mask[::k])[torch.arange(len(z_mask)) // k]
 
     def _weights(self, indices: range) -> Tensor | None:
         """Eq. 10 for all samples of the step, of all ranks, so that `normalize` sees them all."""
@@ -364,7 +403,7 @@ class Trainer:
         self._rows = []
         if self.is_main:
             add_metrics(self.run_dir, rows)
-            print_progress(rows, self.config.trainer.steps)
+            self._print_progress(rows)
         bad = [r["step"] for r in rows if not math.isfinite(r["total"] + r["grad_norm"])]
         if bad and self.config.trainer.mixed_precision != "fp16":  # whose scaler skips such steps
             raise FloatingPointError(
@@ -372,8 +411,24 @@ class Trainer:
                 "before. Lower trainer.learning_rate, or set loss.clip"
             )
 
+    def _print_progress(self, rows: Sequence[dict[str, float]]) -> None:
+        """One plain line with the mean of these rows, above the progress bar if there is one."""
+        from tqdm.auto import tqdm
+
+        mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[-1]}
+        last = rows[-1]
+        steps = self.config.trainer.steps
+        tqdm.write(
+            f"step {last['step']}/{steps}  loss {mean['total']:.4f}  flow {mean['flow']:.4f}  "
+            f"text {mean['text']:.4f}  mask {mean['mask']:.4f}  gradient {mean['grad_norm']:.3f}  "
+            f"lr {last['lr']:.1e}  {mean['seconds']:.3f} s/step  "
+            f"{mean['samples_per_second']:.1f} samples/s  "
+            f"{(steps - last['step']) * mean['seconds'] / 60:.1f} min left"
+        )
+        sys.stdout.flush()
+
     def _write_adapter(self, folder: Path) -> None:
-        from .results import provenance
+        from .runs import provenance
 
         config = self.config
         save_mask_lora(self.transformer, folder, config.lora, config.backbone.text_length)

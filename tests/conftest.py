@@ -25,7 +25,7 @@ TRAIN, TEST = 12, 4
 @pytest.fixture(scope="session")
 def tiny_faces(tmp_path_factory) -> Path:
     """Root of 12 training and 4 test faces, 64 px, ten captions each."""
-    from ec2face_core.synthetic import write_dataset
+    from ec2face_lab.world.sources import write_dataset
 
     root = tmp_path_factory.mktemp("data") / "faces"
     write_dataset(root, seed=7, splits={"train": TRAIN, "test": TEST}, size=64, progress=False)
@@ -42,7 +42,8 @@ def tiny_corpus(tiny_faces) -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_backbone_dir(tmp_path_factory, tiny_corpus) -> Path:
     """FluxPipeline folder of the miniature's architecture at random weights, float16."""
-    from ec2face_core.backbone import save_backbone, tiny_backbone
+    from ec2face_core.backbone import save_backbone
+    from ec2face_lab.world.networks import tiny_backbone
 
     folder = tmp_path_factory.mktemp("bundle") / "flux"
     save_backbone(tiny_backbone(tiny_corpus, seed=1), folder)
@@ -52,16 +53,16 @@ def tiny_backbone_dir(tmp_path_factory, tiny_corpus) -> Path:
 @pytest.fixture(scope="session")
 def tiny_critics_dir(tmp_path_factory, tiny_corpus) -> Path:
     """Folder with a random parser.pt and a random CLIP in clip/."""
-    from ec2face_core import perception
+    from ec2face_lab.world import networks
 
     folder = tmp_path_factory.mktemp("critics")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        perception.save_parser(perception.MiniParserNet((8, 16)), folder / "parser.pt")
-        tokenizer = perception.clip_tokenizer(tiny_corpus)
-        model_config = perception.mini_clip_config(len(tokenizer), text_width=64, embed_dim=32)
-        model = perception.build_mini_clip(model_config)
-        perception.save_mini_clip(folder / "clip", model, model_config, tokenizer)
+        networks.save_parser(networks.MiniParserNet((8, 16)), folder / "parser.pt")
+        tokenizer = networks.clip_tokenizer(tiny_corpus)
+        model_config = networks.mini_clip_config(len(tokenizer), text_width=64, embed_dim=32)
+        model = networks.build_mini_clip(model_config)
+        networks.save_mini_clip(folder / "clip", model, model_config, tokenizer)
     return folder
 
 

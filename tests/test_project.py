@@ -16,7 +16,7 @@ import yaml
 
 import ec2face_core
 from ec2face_core.config import ROOT
-from ec2face_core.results import path_digest
+from ec2face_core.runs import path_digest
 
 PACKAGE = ROOT / "ec2face_core"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -1,0 +1,208 @@
+"""Decoupled attention: mask tokens see mask tokens alone, so their keys and values are a constant.
+
+    mask tokens           attend to the mask tokens, at t = 0, guidance 1 and without a text
+    text and noise tokens attend to everything, at the sample's own t, guidance and text
+
+Hence two passes over diffusers' own blocks and weights: the first runs the mask tokens and keeps
+each block's keys and values (after rope), the second runs text and noise and reads them. The first
+depends on the mask alone: one pass serves all steps, guidance terms, captions and seeds.
+
+Chosen here
+    An explicit forward over the blocks rather than hooks on them: each block is given what it reads
+    as an argument, so no state goes stale, and what works on the transformer's `forward` (DDP,
+    autocast, offloading) or block by block (FSDP, gradient checkpointing, regional compilation)
+    works as ever. The price is that the last block runs to its end: 1 % of the first pass of FLUX.
+    "Without a text" is no text tokens and a pooled vector of zeros, which no text encoder is needed
+    for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, _get_qkv_projections
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from .blocks import blocks_of
+
+Pair = tuple[Tensor, Tensor]  # keys (after rope) and values of one block, `b tokens heads d`
+
+TIME, GUIDANCE = 0.0, 1.0  # what mask tokens are modulated with, together with a pooled zero
+
+
+class KVProcessor(FluxAttnProcessor):
+    """Flux attention that can give its keys and values away, and attend to further ones.
+
+    Without `kept` and `memory` it computes what FluxAttnProcessor does.
+    """
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        kept: list[Pair] | None = None,
+        memory: Pair | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of a block; see FluxAttnProcessor.
+
+        Args:
+            kept: gets this block's keys and values appended.
+            memory: keys and values to attend to besides the block's own, after these.
+        """
+        parts = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        q, k, v, *text = (p if p is None else p.unflatten(-1, (-1, attn.head_dim)) for p in parts)
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if encoder_hidden_states is not None:
+            text_q, text_k, text_v = text
+            q = torch.cat([attn.norm_added_q(text_q), q], dim=1)
+            k = torch.cat([attn.norm_added_k(text_k), k], dim=1)
+            v = torch.cat([text_v, v], dim=1)
+        q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
+        k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
+        if kept is not None:
+            kept.append((k, v))
+        if memory is not None:
+            pairs = zip((k, v), memory, strict=True)
+            k, v = (torch.cat([own, more.to(own.dtype)], dim=1) for own, more in pairs)
+        out = dispatch_attention_fn(
+            q, k, v,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        ).flatten(2, 3).to(q.dtype)  # fmt: skip
+        if encoder_hidden_states is None:
+            return out
+        text_out, out = out.tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        out = attn.to_out[1](attn.to_out[0](out.contiguous()))
+        return out, attn.to_add_out(text_out.contiguous())
+
+
+def install(transformer: nn.Module) -> None:
+    """Let a FluxTransformer2DModel with a mask branch attend decoupled. Idempotent."""
+    _set_processors(transformer, KVProcessor)
+    _set_forward(transformer, forward)
+
+
+def uninstall(transformer: nn.Module) -> None:
+    """Back to the stock forward and the stock processors."""
+    _set_processors(transformer, FluxAttnProcessor)
+    _set_forward(transformer, type(transformer).forward)
+
+
+@apply_lora_scale("joint_attention_kwargs")
+def forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    pooled_projections: Tensor | None = None,
+    timestep: Tensor | None = None,
+    img_ids: Tensor | None = None,
+    txt_ids: Tensor | None = None,
+    guidance: Tensor | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    return_dict: bool = True,
+    memory: Iterable[Pair] | None = None,
+) -> Any:
+    """FluxTransformer2DModel's forward where mask tokens see mask tokens only.
+
+    The arguments are the stock ones; the last `mask_branch.tokens` of `hidden_states` are mask
+    tokens. If all are, their keys and values of every block are returned, a tuple of pairs, and
+    nothing else is needed. Else the output `(b, noise tokens, c)` as the stock forward gives it.
+
+    Args:
+        memory: such pairs of an earlier call, `b` rows each, instead of mask tokens.
+        joint_attention_kwargs: an `attention_mask` `(b or 1, 1, 1, text + noise + mask tokens)`
+            says which keys text and noise see, or what is added to their logits.
+    """
+    tokens = self.mask_branch.tokens
+    if tokens == hidden_states.shape[1]:
+        return _remember(self, hidden_states, img_ids)
+    if tokens:
+        memory = _remember(self, hidden_states[:, -tokens:], img_ids[-tokens:])
+        hidden_states, img_ids = hidden_states[:, :-tokens], img_ids[:-tokens]
+    if memory is None:
+        return type(self).forward(
+            self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids,
+            txt_ids, guidance, joint_attention_kwargs, return_dict=return_dict,
+        )  # fmt: skip
+
+    self.mask_branch.tokens = 0
+    image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
+    modulation = _modulation(self, timestep, guidance, pooled_projections, image.dtype)
+    rope = self.pos_embed(torch.cat([txt_ids, img_ids]))
+    for block, pair in zip(blocks_of(self), memory, strict=True):
+        attention = {**(joint_attention_kwargs or {}), "memory": pair}
+        text, image = _run(self, block, 0, image, text, modulation, rope, attention)
+    output = self.proj_out(self.norm_out(image, modulation))
+    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def _remember(self: Any, tokens: Tensor, ids: Tensor) -> tuple[Pair, ...]:
+    """Every block's keys and values of the mask tokens `(b, n, c)` at the places `(n, 3)`."""
+    self.mask_branch.tokens = n = tokens.shape[1]
+    mask = self.x_embedder(tokens)
+    pooled = tokens.new_zeros(1, self.config.pooled_projection_dim)
+    guidance = pooled.new_full((1,), GUIDANCE) if self.config.guidance_embeds else None
+    modulation = _modulation(self, pooled.new_full((1,), TIME), guidance, pooled, mask.dtype)
+    rope, no_text, pairs = self.pos_embed(ids), mask[:, :0], []
+    for block in blocks_of(self):
+        _, mask, *pair = _run(self, block, n, mask, no_text, modulation, rope, {})
+        pairs.append(tuple(pair))
+    return tuple(pairs)
+
+
+def _run(
+    self: Any,
+    block: nn.Module,
+    tokens: int,
+    image: Tensor,
+    text: Tensor,
+    modulation: Tensor,
+    rope: tuple[Tensor, Tensor],
+    attention: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    """A block's text and image tokens; of mask tokens (`tokens` > 0) its keys and values, too."""
+
+    def call(image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        self.mask_branch.tokens = tokens  # here, because a recomputing backward comes here, too
+        kept: list[Pair] = []
+        given = attention | {"kept": kept} if tokens else attention
+        return *block(image, text, modulation, rope, given), *(kept[0] if kept else ())
+
+    if torch.is_grad_enabled() and self.gradient_checkpointing:
+        return self._gradient_checkpointing_func(call, image, text)
+    return call(image, text)
+
+
+def _modulation(
+    self: Any, time: Tensor, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """What modulates all tokens of a pass, `(b, d)`, as in the stock forward."""
+    times = [time] if guidance is None else [time, guidance]
+    return self.time_text_embed(*(t.to(dtype) * 1000 for t in times), pooled)
+
+
+def _set_processors(transformer: Any, kind: type[FluxAttnProcessor]) -> None:
+    for block in blocks_of(transformer):
+        old = block.attn.processor
+        if type(old) is not kind:
+            new = kind()
+            new._attention_backend = old._attention_backend
+            new._parallel_config = old._parallel_config
+            block.attn.set_processor(new)
+
+
+def _set_forward(transformer: Any, function: Callable[..., Any]) -> None:
+    """Where accelerate's offloading hook stands before it, it is the hook that calls `forward`."""
+    name = "_old_forward" if hasattr(transformer, "_hf_hook") else "forward"
+    setattr(transformer, name, MethodType(function, transformer))

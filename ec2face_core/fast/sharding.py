@@ -1,0 +1,55 @@
+"""Several processes: accelerate's DDP over the LoRA, or the frozen base in shards.
+
+By default every process holds the whole frozen base, and DDP averages the LoRA's gradients (44 MB
+at paper scale). `trainer.shard` is for GPUs that cannot hold the base (24 GB for FLUX.1-dev in
+bfloat16): FSDP2 leaves each process 1/n of it and gathers one block at a time. The LoRA stays whole
+on every process, so that optimiser, checkpoints and files are the same in both.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from .blocks import blocks_of
+
+
+def shard_base(transformer: nn.Module, accelerator: Any) -> nn.Module:
+    """Leave this process 1/n of each block's frozen weights, on its device; in place of DDP.
+
+    Args:
+        transformer: FluxTransformer2DModel on the CPU, frozen but for its LoRA.
+        accelerator: of several processes; its precision is the forward's.
+
+    Returns:
+        The transformer. Its LoRA is whole, and its gradients are this process's own: see
+        `average_gradients`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # Single blocks return slices of one tensor; the transformer changes none of them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    device = accelerator.device
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    learnt = {p for p in transformer.parameters() if p.requires_grad}
+    # each block goes to the device, then to its shard
+    for module in (*blocks_of(transformer), transformer):
+        fully_shard(module, mesh=mesh, ignored_params=learnt)
+    for p in learnt:
+        p.data = p.data.to(device)
+    transformer.forward = accelerator.autocast()(transformer.forward)  # as accelerate does for DDP
+    return transformer
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace the gradients by their mean over all processes, in one message."""
+    flat: Tensor = torch.cat([p.grad.flatten() for p in parameters])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(mean.view_as(p))

@@ -1,0 +1,122 @@
+"""CoDiffusion: Collaborative Diffusion for Multi-Modal Face Generation and Editing (Huang et al.,
+CVPR 2023), https://github.com/ziqihuangg/Collaborative-Diffusion.
+
+Two uni-modal latent diffusers, text-to-face and mask-to-face, are trained apart and frozen. A
+dynamic diffuser for each then predicts, from (x_t, t, its own condition), how far its modality is
+to be believed at each pixel and step: e = sum_m I_m e_m with I = softmax over m.
+
+Simplified: U-Nets of 1.3 M parameters that predict v, which mixes as the noise e does; captions
+enter as CLIP's word features (the original trains a BERT-like encoder of its own); the text
+diffuser is the U-Net shared with ControlNeXt, trained with 10 % of the captions dropped; label maps
+are taken at 1/4 of the side (1/16 there), by nearest pixel as there, so small parts are lost in
+part; 28 steps of DDIM (50 there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ec2face_core.data import FaceDataset
+
+from .reading import one_hot, word_features
+from .system import Faces, seeded
+from .unets import (
+    BATCH,
+    LatentFaces,
+    TextUnetSystem,
+    denoising_loss,
+    optimise,
+    prediction_of,
+    text_unet,
+)
+
+MASK_WIDTH = 128  # of a class token, out of 256 cells: 640 out of 1024 there
+
+DYNAMIC = (8, 16)  # channels of a dynamic diffuser: 32 against 192 there
+
+MASK_SHARE = 0.6  # of the time for the mask diffuser, the rest for the dynamic ones
+
+
+class CoDiffusion(TextUnetSystem):
+    """Frozen uni-modal diffusers that collaborate through influence maps."""
+
+    name, shares = "CoDiffusion", ("text_unet", "text")
+
+    def build(self, seed: int) -> None:
+        cells = self.shape[1] * self.shape[2]
+        with seeded(seed):
+            self.networks["text"] = text_unet(self.shape, self.words)
+            self.networks["tokens"] = nn.Linear(cells, MASK_WIDTH)
+            self.networks["mask"] = text_unet(self.shape, MASK_WIDTH)
+            for kind, width in (("text", self.words), ("mask", MASK_WIDTH)):
+                self.networks[f"{kind}_influence"] = text_unet(self.shape, width, DYNAMIC, 1)
+
+    def fit(
+        self,
+        dataset: FaceDataset,
+        run_dir: Path,
+        seconds: float,
+        seed: int = 42,
+        max_steps: int = 0,
+    ) -> None:
+        """Stage 1: the mask diffuser (the text diffuser is shared); stage 2: influence alone."""
+        self.build(seed)
+        faces, nets = LatentFaces(Faces.read(dataset), self.vae), self.networks
+        self.prepare(run_dir.parent / "shared", max_steps=max_steps)
+
+        def mask_loss(generator: torch.Generator) -> Tensor:
+            z, maps, _ = faces.batch(BATCH, generator)
+            tokens = self.mask_tokens(maps)
+            return denoising_loss(prediction_of(nets["mask"]), self.scheduler, z, generator, tokens)
+
+        def influence_loss(generator: torch.Generator) -> Tensor:
+            z, maps, texts = faces.batch(BATCH, generator)
+            with torch.no_grad():
+                contexts = {"text": word_features(self.clip, texts), "mask": self.mask_tokens(maps)}
+            return denoising_loss(
+                lambda x, t: self.collaborate(x, t, contexts)[0], self.scheduler, z, generator
+            )
+
+        diffuser = {k: nets[k] for k in ("mask", "tokens")}
+        dynamic = {k: nets[k] for k in ("text_influence", "mask_influence")}
+        rest, limit = (1 - MASK_SHARE) * seconds, (None, max_steps)
+        optimise("mask", mask_loss, diffuser, run_dir, MASK_SHARE * seconds, seed, *limit)
+        optimise("influence", influence_loss, dynamic, run_dir, rest, seed, *limit)
+
+    def sample(
+        self,
+        prompts: Sequence[str] | None,
+        masks: Tensor | None,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """DDIM with eta 1 and no guidance, as there; one modality alone is its own diffuser's."""
+        contexts = self.contexts(prompts, masks)
+        return self.paint(lambda x, t: self.collaborate(x, t, contexts)[0], generators, eta=1.0)
+
+    @torch.no_grad()
+    def contexts(self, prompts: Sequence[str] | None, masks: Tensor | None) -> dict[str, Tensor]:
+        """Tokens of each modality that is given, by its name."""
+        text = {} if prompts is None else {"text": word_features(self.clip, prompts)}
+        return text if masks is None else text | {"mask": self.mask_tokens(masks)}
+
+    def mask_tokens(self, masks: Tensor) -> Tensor:
+        """Label maps `b h w` -> a token for each class, `b 19 d`: its flattened coarse map."""
+        coarse = F.interpolate(masks[:, None].float(), self.shape[1:], mode="nearest-exact")
+        return self.networks["tokens"](one_hot(coarse[:, 0].long()).flatten(2))
+
+    def collaborate(
+        self, x_t: Tensor, t: Tensor, contexts: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Collaborative prediction `b c h w` and the influence map `b 1 h w` of each modality."""
+        with torch.no_grad():  # the uni-modal diffusers are frozen
+            each = {m: self.networks[m](x_t, t, c).sample for m, c in contexts.items()}
+        if len(contexts) == 1:
+            return next(iter(each.values())), {m: torch.ones_like(x_t[:, :1]) for m in each}
+        raw = {m: self.networks[f"{m}_influence"](x_t, t, c).sample for m, c in contexts.items()}
+        influence = dict(zip(raw, torch.stack(list(raw.values())).softmax(0), strict=True))
+        return sum(influence[m] * each[m] for m in each), influence

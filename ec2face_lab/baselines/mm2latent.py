@@ -1,0 +1,213 @@
+"""MM2Latent (Meng et al., ECCV 2024 workshops; arXiv 2409.11010): mask and text -> w in one pass.
+
+A mapping network is trained on pictures of the frozen generator only: w is known, the mask is what
+a parser finds, and the text is replaced by the picture's own embedding plus Gaussian noise. At test
+the sentence's embedding takes its place. So no caption is ever trained on.
+
+Simplified: written after the abstract, no official code exists; CLIP for FaRL. Added: `Centre`, for
+which the mean feature of 512 captions is taken.
+A mask left out is a code of zeros (as in a seventh of training), a text left out is the embedding
+of a random face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ec2face_core.config import Config
+from ec2face_core.data import FaceDataset
+from ec2face_core.perception import FaceParser
+
+from .reading import Centre, one_hot
+from .style import (
+    LAYERS,
+    WIDTH,
+    Conv,
+    Encoder,
+    Linear,
+    StyleGenerator,
+    StyleSystem,
+    adam,
+    leaky,
+    perceptual,
+    schedule,
+    update,
+    upsample,
+)
+from .system import Faces, seeded, train_stage
+
+CODE = 128  # of a mask
+
+NOISE = 0.5  # length of the noise that makes an image embedding a pseudo text
+
+NO_MASK = 0.15  # of the training samples
+
+CENTRED = 512  # faces and captions that the means are taken of
+
+BATCH, RATE = 16, 2e-3
+
+SHARES = {"masks": 0.2, "mapping": 0.8}  # of the seconds
+
+
+class MaskDecoder(nn.Module):
+    """Codes `(b, CODE)` -> class logits `b 19 64 64`; only training needs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.door = Linear(CODE, 64 * 64)
+        self.convs = nn.ModuleList([Conv(64, 64), Conv(64, 48)])
+        self.head = Conv(48, 4 * 19, act=False)
+
+    def forward(self, code: Tensor) -> Tensor:
+        x = leaky(self.door(code)).unflatten(1, (64, 8, 8))
+        for conv in self.convs:
+            x = upsample(conv(x))
+        return F.pixel_shuffle(self.head(x).float(), 2)
+
+
+class ToLatent(nn.Module):
+    """Mask code and text code -> w `(b, WIDTH)`."""
+
+    def __init__(self, features: int, hidden: int = 256) -> None:
+        super().__init__()
+        sizes = [CODE + features, hidden, hidden, hidden, hidden]
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(sizes))
+        self.head = Linear(hidden, WIDTH)
+
+    def forward(self, mask: Tensor, text: Tensor) -> Tensor:
+        x = torch.cat([mask, text * text.shape[1] ** 0.5], 1)
+        for layer in self.layers:
+            x = leaky(layer(x))
+        return self.head(x).float()
+
+
+class MM2Latent(StyleSystem):
+    """One forward pass from mask and text to w."""
+
+    name = "MM2Latent"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.parser = FaceParser.from_config(config.perception)
+        self.build(config.seed)
+
+    def build(self, seed: int) -> None:
+        """Fill `networks` with random weights, a function of the seed."""
+        with seeded(seed):
+            self.networks["generator"] = StyleGenerator()
+            self.networks["mask"] = Encoder(19, CODE)
+            width = self.clip.text_features([""]).shape[1]
+            self.networks["mapping"] = ToLatent(width)
+        self.networks["centre"] = Centre(width)
+
+    def fit(
+        self,
+        dataset: FaceDataset,
+        run_dir: Path,
+        seconds: float,
+        seed: int = 42,
+        max_steps: int = 0,
+    ) -> None:
+        """Code masks, then map codes to w."""
+        self.build(seed)
+        self.prepare(run_dir.parent / "shared", max_steps=max_steps)
+        faces = Faces.read(dataset)
+        self._centre(faces)
+        self._fit_masks(faces, run_dir, seconds, seed, max_steps)
+        self._fit_mapping(run_dir, seconds, seed, max_steps)
+        self.networks.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def _centre(self, faces: Faces) -> None:
+        """Mean features of generated faces and of first captions."""
+        generators = [torch.Generator().manual_seed(i) for i in range(CENTRED)]
+        codes = self.networks["generator"].random_codes(generators, truncation=1.0)
+        images = [self.clip.image_features(self._draw(c)).mean(0) for c in codes.split(64)]
+        texts = self.clip.text_features([captions[0] for captions in faces.captions[:CENTRED]])
+        self.networks["centre"].picture.copy_(torch.stack(images).mean(0))
+        self.networks["centre"].sentence.copy_(texts.mean(0))
+
+    def _fit_masks(self, faces: Faces, run_dir, seconds, seed, max_steps) -> None:
+        encoder = self.networks["mask"]
+        with seeded(seed):
+            decoder = MaskDecoder()
+        optimizer = adam(nn.ModuleList([encoder, decoder]), RATE)
+
+        def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
+            schedule(optimizer, RATE, done)
+            _, label_maps, _ = faces.batch(BATCH, generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(decoder(self.mask_codes(label_maps)), label_maps)
+                update(optimizer, loss)
+            return {"cross_entropy": loss}
+
+        state = {"encoder": encoder, "decoder": decoder, "adam": optimizer}
+        train_stage("masks", step, state, run_dir, SHARES["masks"] * seconds, seed, max_steps)
+        encoder.requires_grad_(False)
+
+    def _fit_mapping(self, run_dir, seconds, seed, max_steps) -> None:
+        net, style = self.networks["mapping"], self.networks["generator"]
+        optimizer = adam(net, RATE)
+
+        def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
+            schedule(optimizer, RATE, done)
+            with torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad():
+                    w = style.map(torch.randn(BATCH, WIDTH, generator=generator))
+                    picture = self._draw(w[:, None].expand(-1, LAYERS, -1))
+                    mask = self.mask_codes(self.parser.parse(picture))
+                    mask = mask * (torch.rand(BATCH, 1, generator=generator) >= NO_MASK)
+                    text = self.pseudo_text(picture, generator)
+                predicted = style.average + net(mask, text)
+                drawn = style(predicted[:, None].expand(-1, LAYERS, -1))
+                likeness = perceptual(self.clip, drawn, picture).mean()
+                loss = mapping_loss(predicted, w) + 0.1 * likeness
+                update(optimizer, loss)
+            return {"absolute": (predicted - w).abs().mean(), "perceptual": likeness}
+
+        state = {"mapping": net, "adam": optimizer}
+        train_stage("mapping", step, state, run_dir, SHARES["mapping"] * seconds, seed, max_steps)
+
+    def mask_codes(self, label_maps: Tensor) -> Tensor:
+        """Label maps `b h w` -> codes `(b, CODE)` of zero mean and unit variance."""
+        return F.layer_norm(self.networks["mask"](one_hot(label_maps)), (CODE,))
+
+    def pseudo_text(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Unit embeddings of images [-1, 1], centred and disturbed: what stands for a sentence."""
+        text = self.networks["centre"](self.clip.image_features(images), "picture")
+        noise = torch.randn(text.shape, generator=generator) / text.shape[1] ** 0.5
+        return F.normalize(text + NOISE * noise, dim=1)
+
+    def _draw(self, codes: Tensor) -> Tensor:
+        return self.networks["generator"](codes).clamp(-1, 1)
+
+    def sample(
+        self,
+        prompts: Sequence[str] | None,
+        masks: Tensor | None,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Images `b 3 64 64` in [0, 1]; a given text is not disturbed, so it needs no chance."""
+        net, style = self.networks["mapping"], self.networks["generator"]
+        if prompts is None:
+            faces = self._draw(style.random_codes(generators))
+            text = torch.cat(
+                [self.pseudo_text(x[None], g) for x, g in zip(faces, generators, strict=True)]
+            )
+        else:
+            text = self.networks["centre"](self.clip.text_features(prompts), "sentence")
+        mask = torch.zeros(len(text), CODE) if masks is None else self.mask_codes(masks)
+        w = style.average + net(mask, text)
+        return self._draw(w[:, None].expand(-1, LAYERS, -1)) / 2 + 0.5
+
+
+def mapping_loss(predicted: Tensor, w: Tensor) -> Tensor:
+    """Absolute error and cosine distance between predicted and true w, `(b, d)` -> scalar."""
+    cosine = F.cosine_similarity(predicted, w, dim=1)
+    return (predicted - w).abs().mean() + (1 - cosine).mean()

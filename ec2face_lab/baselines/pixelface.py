@@ -1,0 +1,235 @@
+"""PixelFace+ (Du et al., ACM Multimedia 2023): mask features gate words, pixel by pixel, in a GAN.
+
+At every resolution each pixel asks the words of the caption with the features of its mask (GCMF),
+a gate made of mask features and answer decides how much of the answer passes, and a modulated
+convolution reads it beside mask features and Fourier features of the coordinates. A discriminator
+of picture and mask, a matched or mismatched sentence, R1 and a CLIP loss on the picture.
+
+Simplified: three resolutions in steps of 2 instead of 4 (8, 16, 32, unfolded to 64), at each of
+which the mask is folded, not reduced; words and sentences from the guiding CLIP; no path-length
+regularisation; R1 of weight 1 (10 there, at 256 px); the discriminator is smaller, and its head for
+sentences is a projection. Features are interpolated between resolutions, where the original folds
+pixels. The gate is the paper's: the released layer has its gates off unless asked.
+The original sees a mask in palette colours, as `baselines.published_masks` does here; one-hot maps
+are what the other systems see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ec2face_core.config import Config
+from ec2face_core.data import FaceDataset
+
+from .reading import word_features
+from .style import (
+    WIDTH,
+    Conv,
+    Discriminator,
+    Linear,
+    ModulatedConv,
+    adam,
+    add_rgb,
+    adversarial_loss,
+    leaky,
+    r1_penalty,
+    rgb_layers,
+    schedule,
+    update,
+    update_average,
+    upsample,
+)
+from .system import Faces, System, seeded, train_stage
+
+CHANNELS = {8: 224, 16: 128, 32: 64}  # by side of the feature map
+
+FEATURES = 32  # of the mask, and of the words' answer, at each pixel
+
+FREQUENCIES = 4  # of the coordinates
+
+BATCH, RATE, R1, R1_EVERY = 8, 2e-3, 1.0, 16
+
+
+class GatedWords(nn.Module):
+    """GCMF: pixels ask the words with their mask's features, and a gate lets the answer pass."""
+
+    def __init__(self, side: int, words: int, maps: int) -> None:
+        super().__init__()
+        self.fold = 64 // side
+        self.mask = nn.ModuleList(
+            [Conv(maps * self.fold**2, FEATURES, 1), Conv(FEATURES, FEATURES)]
+        )
+        self.query = nn.Conv2d(FEATURES, FEATURES, 1)
+        self.key, self.value = nn.Linear(words, FEATURES), nn.Linear(words, FEATURES)
+        self.gate = nn.Conv2d(2 * FEATURES, FEATURES, 1)
+
+    def forward(self, maps: Tensor, words: Tensor, real: Tensor) -> Tensor:
+        """Maps `b k 64 64`, words `b n d`, which words are real `b n` -> `b 2f s s`."""
+        m = F.pixel_unshuffle(maps, self.fold)
+        for conv in self.mask:
+            m = conv(m)
+        answer = cross_attention(self.query(m), self.key(words), self.value(words), real)
+        gate = torch.sigmoid(self.gate(torch.cat([m, answer], 1)))
+        return torch.cat([gate * answer, m], 1)
+
+
+class PixelGenerator(nn.Module):
+    """Noise, maps of a mask and words -> 64 px faces."""
+
+    def __init__(self, words: int, maps: int) -> None:
+        super().__init__()
+        self.mapping = nn.ModuleList(Linear(WIDTH, WIDTH, gain=0.01) for _ in range(3))
+        self.const = nn.Parameter(torch.randn(1, CHANNELS[8], 8, 8))
+        self.words, self.convs = nn.ModuleDict(), nn.ModuleDict()
+        self.rgb = rgb_layers(CHANNELS)
+        before = CHANNELS[8]
+        for side, c in CHANNELS.items():
+            self.words[str(side)] = GatedWords(side, words, maps)
+            inputs = min(before, c) + 2 * FEATURES + 4 * FREQUENCIES
+            layers = [ModulatedConv(inputs, c), ModulatedConv(c, c)]
+            if before != c:  # fewer channels before the side doubles
+                layers.append(ModulatedConv(before, c, kernel=1))
+            self.convs[str(side)] = nn.ModuleList(layers)
+            before = c
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, z: Tensor, maps: Tensor, words: Tensor, real: Tensor) -> Tensor:
+        """z `(b, WIDTH)`, maps `b k 64 64`, words `b n d`, `b n` -> images `b 3 64 64`."""
+        w = F.normalize(z, dim=-1) * math.sqrt(WIDTH)
+        for linear in self.mapping:
+            w = leaky(linear(w))
+        x, image = self.const.expand(len(z), -1, -1, -1), None
+        for side in CHANNELS:
+            layers, here = self.convs[str(side)], fourier(side).to(x.dtype)
+            if image is not None:
+                x = upsample(layers[2](x, w))
+            asked = self.words[str(side)](maps, words, real).to(x.dtype)
+            x = torch.cat([x, asked, here.expand(len(z), -1, -1, -1)], 1)
+            x = layers[1](layers[0](x.contiguous(memory_format=torch.channels_last), w), w)
+            image = add_rgb(image, self.rgb[str(side)](x, w))
+        return image
+
+
+class PixelFace(System):
+    """Pixel-wise gating of words by mask features; it needs text and mask, as the original does."""
+
+    name = "PixelFace+"
+    takes = frozenset()  # neither alone
+    own_masks = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.maps = 3 if config.baselines.published_masks else 19
+        with seeded(config.seed):
+            self.networks["generator"] = self.build()
+
+    def build(self) -> PixelGenerator:
+        """A generator with random weights."""
+        width = self.clip.model.token_embedding.weight.shape[1]
+        return PixelGenerator(width, self.maps)
+
+    def fit(
+        self,
+        dataset: FaceDataset,
+        run_dir: Path,
+        seconds: float,
+        seed: int = 42,
+        max_steps: int = 0,
+    ) -> None:
+        """One adversarial stage; `networks` holds the moving average of the generator."""
+        average, sentences = self.networks["generator"], self.clip.text_features([""]).shape[1]
+        with seeded(seed):
+            net = self.build()
+            critic, head = Discriminator(3 + self.maps), Linear(sentences, WIDTH)
+        average.load_state_dict(net.state_dict())
+        judges = nn.ModuleDict({"critic": critic, "head": head})
+        optimizers = [adam(m, RATE, momentum=0.0) for m in (net, judges)]
+        faces, scale = Faces.read(dataset), self.clip.model.logit_scale.exp().detach()
+
+        def judge(x: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+            return critic(torch.cat([x, maps], 1))
+
+        def draw(maps: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+            z = torch.randn(BATCH, WIDTH, generator=generator)
+            return net(z, maps, word_features(self.clip, captions), self.real(captions))
+
+        def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
+            for optimizer in optimizers:
+                schedule(optimizer, RATE, done, hold=0.5)
+            x, label_maps, captions = faces.batch(BATCH, generator)
+            maps, sentence = self.see(label_maps), self.clip.text_features(captions)
+            values = {}
+            with torch.autocast("cpu", torch.bfloat16):
+                judges.requires_grad_(True)
+                fake = draw(maps, captions, generator)
+                real_logit, real = judge(x, maps)
+                fake_logit, made = judge(fake.detach(), maps)
+                told = head(sentence)
+                loss_d = adversarial_loss(real_logit, fake_logit) + matching_loss(real, made, told)
+                if number % R1_EVERY == 0:
+                    values["r1"] = r1_penalty(lambda x: judge(x, maps), x)
+                update(optimizers[1], loss_d + 0.5 * R1 * R1_EVERY * values.get("r1", 0.0))
+                judges.requires_grad_(False)
+                fake_logit, made = judge(fake, maps)
+                loss_g = F.softplus(-fake_logit) + F.softplus(-match(made, head(sentence)))
+                logits = scale * self.clip.image_features(fake) @ sentence.T
+                loss_clip = F.cross_entropy(logits, torch.arange(BATCH))
+                update(optimizers[0], loss_g.mean() + loss_clip)
+            update_average(average, net, BATCH, number * BATCH)
+            return values | {"generator": loss_g.mean(), "discriminator": loss_d, "clip": loss_clip}
+
+        state = {"net": net, "average": average, "judges": judges}
+        state |= {"adam": optimizers[0], "adam_critic": optimizers[1]}
+        train_stage("adversarial", step, state, run_dir, seconds, seed, max_steps)
+        self.networks.requires_grad_(False).eval()
+
+    def real(self, texts: Sequence[str]) -> Tensor:
+        """Which tokens of a caption belong to it, `b n`: CLIP pools at the last of them."""
+        tokens = self.clip.tokenizer(list(texts))
+        return torch.arange(tokens.shape[1]) <= tokens.argmax(1, keepdim=True)
+
+    def sample(
+        self,
+        prompts: Sequence[str] | None,
+        masks: Tensor | None,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Images `b 3 64 64` in [0, 1]."""
+        z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators])
+        words, real = word_features(self.clip, prompts), self.real(prompts)
+        return (self.networks["generator"](z, self.see(masks), words, real) / 2 + 0.5).clamp(0, 1)
+
+
+def cross_attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> Tensor:
+    """Every pixel's answer from the words: query `b f s s`, key and value `b n f`, real `b n`."""
+    q = query.flatten(2).transpose(1, 2)
+    scores = q @ key.transpose(1, 2) / math.sqrt(q.shape[-1])
+    weights = scores.masked_fill(~real[:, None], -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2).unflatten(2, query.shape[2:]).to(query.dtype)
+
+
+def match(features: Tensor, sentence: Tensor) -> Tensor:
+    """Logits `b` that a picture's features `(b, d)` and a sentence's `(b, d)` belong together."""
+    return (features * sentence).sum(1).float() / math.sqrt(features.shape[1])
+
+
+def matching_loss(real: Tensor, fake: Tensor, sentence: Tensor) -> Tensor:
+    """Real pictures belong to their sentence, not to the next one's; generated ones do not."""
+    wrong = F.softplus(match(real, sentence.roll(1, 0))) + F.softplus(match(fake, sentence))
+    return (F.softplus(-match(real, sentence)) + wrong / 2).mean()
+
+
+def fourier(side: int) -> Tensor:
+    """Sines and cosines of the coordinates of a square, `1 4*FREQUENCIES side side`."""
+    at = torch.linspace(-1, 1, side)
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    waves = (
+        torch.stack([x, y])[None] * math.pi * 2.0 ** torch.arange(FREQUENCIES)[:, None, None, None]
+    )
+    return torch.cat([waves.sin(), waves.cos()]).flatten(0, 1)[None]

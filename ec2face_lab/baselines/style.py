@@ -1,0 +1,336 @@
+"""A tiny style-based generator: shared by TediGAN and MM2Latent; layers for PixelFace+ as well.
+
+After StyleGAN2 (Karras et al., CVPR 2020): mapping network z -> w, one w per layer (W+), modulated
+and demodulated convolutions, RGB skips, residual discriminator with minibatch deviation, the
+non-saturating loss, lazy R1, style mixing, a moving average of the weights.
+
+Simplified: no noise inputs (a code decides its picture, which inversion needs), no path-length
+regularisation, demodulation on the output side. Both networks end at half the side and fold 2 x 2
+pixels into channels: the same picture at a third of the time. Convolutions before upsampling are
+the transposed convolutions of the original under a bilinear filter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ec2face_core.config import Config
+
+from .system import Faces, System, seeded, train_stage
+
+if TYPE_CHECKING:
+    from ec2face_core.perception import ClipScorer
+
+
+WIDTH = 128  # of z and w
+
+CHANNELS = {4: 128, 8: 128, 16: 96, 32: 64}  # by side of the feature map; 32 is unfolded to 64
+
+LAYERS = 10  # modulated convolutions, each with its own slot of W+
+
+STAGES = ((4, False), (4, False), (8, True), (8, False), (16, True), (16, False), (16, False),
+          (32, True), (32, False), (32, False))  # fmt: skip  # side, whether it was just doubled
+
+BATCH, RATE, R1, R1_EVERY, HALF_LIFE = 16, 2e-3, 1.0, 16, 2500  # half-life in samples
+
+
+class Linear(nn.Module):
+    """Linear layer with an equalised learning rate, `gain` times slower (StyleGAN's `lrmul`)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: float = 0.0, gain: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / gain)
+        self.bias = nn.Parameter(torch.full((outputs,), bias / gain))
+        self.scale, self.gain = gain / math.sqrt(inputs), gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale, self.bias * self.gain)
+
+
+class Conv(nn.Module):
+    """Convolution with an equalised learning rate, bias and leaky ReLU that keeps the variance."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, act: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if act else None
+        self.scale = 1 / math.sqrt(inputs * kernel**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight * self.scale
+        y = F.conv2d(x, w, self.bias, padding=w.shape[-1] // 2)
+        return y if self.bias is None else leaky(y)
+
+
+class ModulatedConv(nn.Module):
+    """Convolution whose input channels are scaled by a style (Eq. 1-3 of StyleGAN2).
+
+    Scaling the input by s and the output by 1 / sqrt(sum (s w)^2) is the same as scaling the
+    weights of every sample, and one ordinary convolution serves the whole batch.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, width: int = WIDTH, kernel: int = 3, rgb: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.style = Linear(width, inputs, bias=1.0)
+        self.rgb = rgb  # the last layer to pixels: neither demodulated nor rectified
+        self.scale = 1 / math.sqrt(inputs * kernel**2)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        s, weight = self.style(w), self.weight * self.scale
+        y = F.conv2d(x * s[:, :, None, None].to(x.dtype), weight, padding=weight.shape[-1] // 2)
+        if self.rgb:
+            return y + self.bias[:, None, None].to(y.dtype)
+        norm = torch.rsqrt(s.square() @ weight.square().sum((2, 3)).T + 1e-8)
+        return leaky(y * norm[:, :, None, None].to(y.dtype) + self.bias[:, None, None].to(y.dtype))
+
+
+class StyleGenerator(nn.Module):
+    """Codes in W+ -> 64 px faces.
+
+    Attributes:
+        average: running mean of w, `(WIDTH,)`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mapping = nn.Sequential(
+            *(m for _ in range(4) for m in (Linear(WIDTH, WIDTH, gain=0.01), nn.LeakyReLU(0.2)))
+        )
+        self.const = nn.Parameter(torch.randn(1, CHANNELS[4], 4, 4))
+        before = [4, *(side for side, _ in STAGES)]
+        self.convs = nn.ModuleList(
+            ModulatedConv(CHANNELS[a], CHANNELS[side])
+            for a, (side, _) in zip(before, STAGES, strict=False)
+        )
+        self.rgb = rgb_layers(CHANNELS)
+        self.register_buffer("average", torch.zeros(WIDTH))
+        self.to(memory_format=torch.channels_last)
+
+    def map(self, z: Tensor) -> Tensor:
+        """Latents `(b, WIDTH)` of a normal distribution -> w `(b, WIDTH)`."""
+        x = F.normalize(z, dim=-1) * math.sqrt(WIDTH)
+        for linear in self.mapping[::2]:
+            x = leaky(linear(x))
+        return x.float()
+
+    def random_codes(
+        self, generators: Sequence[torch.Generator], truncation: float = 0.8
+    ) -> Tensor:
+        """One w per generator in every layer, `(b, LAYERS, WIDTH)`, drawn towards the mean w."""
+        z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators])
+        w = torch.lerp(self.average, self.map(z), truncation)
+        return w[:, None].expand(-1, LAYERS, -1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes `(b, LAYERS, WIDTH)` -> images `b 3 64 64`, about [-1, 1]."""
+        x = self.const.expand(len(codes), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        image = None
+        for i, (conv, (side, doubled)) in enumerate(zip(self.convs, STAGES, strict=True)):
+            x = conv(x, codes[:, i])
+            if doubled:
+                x = upsample(x)
+            if i + 1 == LAYERS or STAGES[i + 1][1]:  # last layer of its side
+                image = add_rgb(image, self.rgb[str(side)](x, codes[:, i]))
+        return image
+
+
+class Discriminator(nn.Module):
+    """Residual discriminator on `channels` planes of 64 px -> (logits `b`, features `(b, 128)`)."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.door = Conv(4 * channels, CHANNELS[32], 1)
+        self.blocks = nn.ModuleList()
+        for side, c in ((32, CHANNELS[32]), (16, CHANNELS[16]), (8, CHANNELS[8])):
+            out = CHANNELS[side // 2]
+            self.blocks.append(
+                nn.ModuleList([Conv(c, c), Conv(c, out), Conv(c, out, 1, act=False)])
+            )
+        self.last = Conv(CHANNELS[4] + 1, CHANNELS[4])
+        self.features = Linear(CHANNELS[4] * 16, WIDTH)
+        self.head = Linear(WIDTH, 1)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
+        x = self.door(x)
+        for first, second, skip in self.blocks:
+            y = second(F.avg_pool2d(first(x), 2))
+            x = (y + skip(F.avg_pool2d(x, 2))) * math.sqrt(0.5)
+        deviation = (x.float().var(0, correction=0) + 1e-8).sqrt().mean()
+        x = self.last(torch.cat([x, deviation.to(x.dtype).expand(len(x), 1, 4, 4)], 1))
+        features = leaky(self.features(x.flatten(1)))
+        return self.head(features)[:, 0].float(), features.float()
+
+
+class Encoder(nn.Module):
+    """`channels` planes of 64 px -> a vector of `outputs` numbers."""
+
+    def __init__(self, channels: int, outputs: int, hidden: int = 192) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [Conv(16 * channels, 64), Conv(64, 96), Conv(96, 128), Conv(128, 128)]
+        )
+        self.hidden = Linear(128 * 16, hidden)
+        self.head = Linear(hidden, outputs)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(x, 4).contiguous(memory_format=torch.channels_last)
+        for i, conv in enumerate(self.convs):
+            x = conv(x if i in (0, 1) else F.avg_pool2d(x, 2))
+        return self.head(leaky(self.hidden(x.flatten(1)))).float()
+
+
+def rgb_layers(channels: Mapping[int, int]) -> nn.ModuleDict:
+    """By side, what draws a feature map: 3 planes, at the last side 4 x 3 that unfold to twice it.
+
+    The four pixels that a place unfolds to start equal: else a grid is seen for long.
+    """
+    layers = nn.ModuleDict(
+        {str(side): ModulatedConv(c, 3, kernel=1, rgb=True) for side, c in channels.items()}
+    )
+    last = ModulatedConv(channels[max(channels)], 12, kernel=1, rgb=True)
+    last.weight.data.copy_(last.weight.data[::4].repeat_interleave(4, 0))
+    layers[str(max(channels))] = last
+    return layers
+
+
+def add_rgb(image: Tensor | None, rgb: Tensor) -> Tensor:
+    """Next step of the RGB skips: float32, and of twice the side where `rgb` has to be unfolded."""
+    rgb = F.pixel_shuffle(rgb.float(), 2) if rgb.shape[1] == 12 else rgb.float()
+    if image is None:
+        return rgb
+    while image.shape[-1] < rgb.shape[-1]:
+        image = upsample(image)
+    return image + rgb
+
+
+def leaky(x: Tensor) -> Tensor:
+    """Leaky ReLU times sqrt 2, which keeps the variance."""
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Twice the side, bilinear."""
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def adversarial_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's non-saturating loss of its logits."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def r1_penalty(discriminator: nn.Module, x: Tensor) -> Tensor:
+    """Mean squared gradient norm of the logits at real data (Mescheder et al., 2018), float32."""
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", enabled=False):
+        (gradient,) = torch.autograd.grad(discriminator(x)[0].sum(), x, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, net: nn.Module, samples: int, seen: int) -> None:
+    """Exponential moving average with a half-life of 2,500 samples, shorter at the start."""
+    half_life = min(HALF_LIFE, 0.05 * seen + 1)
+    keep = 0.5 ** (samples / half_life)
+    for a, b in zip(average.parameters(), net.parameters(), strict=True):
+        a.lerp_(b, 1 - keep)
+    for a, b in zip(average.buffers(), net.buffers(), strict=True):
+        a.copy_(b)
+
+
+def schedule(optimizer: torch.optim.Optimizer, rate: float, done: float, hold: float = 0.0) -> None:
+    """Rate at the fraction `done`: warm-up over 2 %, constant until `hold`, then cosine to 0."""
+    later = max(0.0, done - hold) / (1 - hold)
+    factor = min(1.0, (done + 1e-3) / 0.02) * (0.5 + 0.5 * math.cos(math.pi * later))
+    for group in optimizer.param_groups:
+        group["lr"] = rate * factor
+
+
+def perceptual(clip: ClipScorer, a: Tensor, b: Tensor) -> Tensor:
+    """LPIPS' distance, mean of three layers of the guiding CLIP, `(b,)`; images [-1, 1]."""
+    x = torch.cat([a, b]) / 2 + 0.5
+    maps = clip.model.visual.forward_intermediates(
+        (x - clip.mean) / clip.std, indices=[0, 1, 2], intermediates_only=True
+    )["image_intermediates"]
+    pairs = (F.normalize(features.float(), dim=1).chunk(2) for features in maps)
+    layers = [(one - other).square().sum(1).mean((1, 2)) for one, other in pairs]
+    return torch.stack(layers).mean(0)
+
+
+class StyleSystem(System):
+    """A system on the style-based generator, which it shares."""
+
+    shares = ("style", "generator")
+
+    def pretrain(self, shared_dir: Path, max_steps: int) -> None:
+        """The generator becomes the moving average of the trained weights."""
+        _train_style(self.config, self.networks["generator"], shared_dir, max_steps)
+
+
+def _train_style(config: Config, average: StyleGenerator, shared_dir: Path, max_steps: int) -> None:
+    with seeded(config.seed):
+        net, critic = StyleGenerator(), Discriminator()
+    average.load_state_dict(net.state_dict())
+    optimizers = [adam(m, RATE, momentum=0.0) for m in (net, critic)]
+    faces = Faces.of_world(config)
+
+    def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor | float]:
+        for optimizer in optimizers:
+            schedule(optimizer, RATE, done, hold=0.6)
+        real, _, _ = faces.batch(BATCH, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            critic.requires_grad_(True)
+            codes = _mixed_codes(net, generator)
+            fake = net(codes)
+            loss_d = adversarial_loss(critic(real)[0], critic(fake.detach())[0])
+            penalty = torch.zeros(())
+            if number % R1_EVERY == 0:
+                penalty = r1_penalty(critic, real)
+            update(optimizers[1], loss_d + 0.5 * R1 * R1_EVERY * penalty)
+            critic.requires_grad_(False)
+            loss_g = F.softplus(-critic(fake)[0]).mean()
+            update(optimizers[0], loss_g)
+        net.average.lerp_(codes.detach()[:, 0].mean(0), 0.01)
+        update_average(average, net, BATCH, number * BATCH)
+        values = {"generator": loss_g, "discriminator": loss_d}
+        return values | ({"r1": penalty} if number % R1_EVERY == 0 else {})
+
+    state = {"net": net, "average": average, "critic": critic}
+    state |= {"adam": optimizers[0], "adam_critic": optimizers[1]}
+    seconds = config.baselines.foundation_seconds
+    train_stage("style", step, state, shared_dir, seconds, config.seed, max_steps)
+
+
+def adam(net: nn.Module, rate: float, momentum: float = 0.9) -> torch.optim.Adam:
+    """StyleGAN's optimiser; its loops fused, which matters for so small batches."""
+    return torch.optim.Adam(net.parameters(), rate, betas=(momentum, 0.99), fused=True)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of `loss`."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def _mixed_codes(net: StyleGenerator, generator: torch.Generator) -> Tensor:
+    """Codes of random z; in half of the pictures the layers from a random one on take another z."""
+    z = torch.randn(2, BATCH, WIDTH, generator=generator)
+    first, second = net.map(z.flatten(0, 1)).unflatten(0, (2, BATCH))
+    border = torch.randint(1, LAYERS, (BATCH, 1, 1), generator=generator)
+    mixed = torch.rand(BATCH, 1, 1, generator=generator) < 0.5
+    use_second = mixed & (torch.arange(LAYERS)[None, :, None] >= border)
+    return torch.where(use_second, second[:, None], first[:, None])

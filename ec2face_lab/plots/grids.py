@@ -1,0 +1,166 @@
+"""Grids of pictures: Figs. 3, 6, 7 and 8, weight maps, and the general `image_grid`.
+
+Images are `b 3 h w` floats in [-1, 1], label maps `b h w` class ids; every function returns a
+`Figure` in the style of `plotting.py`.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from ec2face_core.attributes import GROUPS
+
+from .style import bare, mask_picture, new_figure, picture, show, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def rare_boxes(
+    label_map: Tensor, classes: Sequence[int] = GROUPS["RFA"]
+) -> list[tuple[int, int, int, int]]:
+    """Boxes (x, y, width, height) in pixels around each connected part of the given classes.
+
+    Specks below 0.03 % of the map get no box; a box has a margin of 3 % of the map's side.
+    """
+    from scipy import ndimage
+
+    boxes, (height, width) = [], label_map.shape
+    for class_id in classes:
+        parts, _ = ndimage.label(label_map.cpu().numpy() == class_id, structure=np.ones((3, 3)))
+        for i, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1):
+            if (parts == i).sum() < 3e-4 * parts.size:
+                continue
+            margin = max(1, round(0.03 * width))
+            x, y = max(columns.start - margin, 0), max(rows.start - margin, 0)
+            right, bottom = min(columns.stop + margin, width), min(rows.stop + margin, height)
+            boxes.append((x, y, right - x, bottom - y))
+    return boxes
+
+
+@styled
+def image_grid(
+    rows: Sequence[Sequence[Tensor | np.ndarray | None]],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    cell: float = 1.1,
+    boxes: Sequence[Sequence[tuple]] = (),
+    title: str = "",
+) -> Figure:
+    """Pictures in rows and columns.
+
+    Args:
+        rows: images (`3 h w` in [-1, 1]), label maps (`h w` ids), pictures (`h w 3` in [0, 1])
+            or None for "not run here".
+        row_labels: left of each row, wrapped (captions, for example).
+        cell: side of a picture in inches.
+        boxes: for each row the boxes of `rare_boxes`, drawn red on every picture of the row.
+    """
+    columns = max(len(row) for row in rows)
+    labels = [textwrap.fill(label, 22) for label in row_labels]
+    heads = [textwrap.fill(label, 14) for label in column_labels]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
+    label_width = 0.068 * longest + 0.1 if longest else 0.0
+    head_height = 0.17 * max((head.count("\n") + 1 for head in heads), default=0)
+    height = len(rows) * (cell + 0.07) + head_height + 0.27 * bool(title)
+    fig = new_figure(label_width + columns * (cell + 0.07), height)
+    ratios = ([label_width] if label_width else []) + [cell] * columns
+    axes = fig.subplots(len(rows), len(ratios), squeeze=False, width_ratios=ratios)
+    for i, row in enumerate(rows):
+        if label_width:
+            axes[i, 0].axis("off")
+            at = {"va": "center", "fontsize": 8, "transform": axes[i, 0].transAxes}
+            axes[i, 0].text(0, 0.5, labels[i], **at)
+        for j, ax in enumerate(axes[i, bool(label_width) :]):
+            if j >= len(row):
+                ax.axis("off")
+                continue
+            show(ax, _any_picture(row[j]), boxes[i] if boxes else ())
+            if i == 0 and j < len(heads):
+                ax.set_title(heads[j], fontsize=8.5, pad=4)
+    if title:
+        fig.suptitle(title, fontsize=10)
+    return fig
+
+
+def _any_picture(image: Tensor | np.ndarray | None) -> np.ndarray | None:
+    if isinstance(image, Tensor):
+        return mask_picture(image) if image.ndim == 2 else picture(image)
+    return image
+
+
+def comparison_grid(
+    captions: Sequence[str],
+    label_maps: Tensor,
+    systems: Mapping[str, Tensor | None],
+    boxed: Sequence[int] = GROUPS["RFA"],
+    real: Tensor | None = None,
+) -> Figure:
+    """Figs. 3 and 6: caption and mask, then one column a system, rare attributes boxed in red.
+
+    Args:
+        label_maps: `b h w`, one row each.
+        systems: name -> images `b 3 h w`, or None for a system without pictures here.
+        boxed: class ids to box, found in the mask.
+        real: `b 3 h w`, shown after the mask if given.
+    """
+    columns = ({} if real is None else {"real": real}) | dict(systems)
+    rows = [
+        [mask, *(None if images is None else images[i] for images in columns.values())]
+        for i, mask in enumerate(label_maps)
+    ]
+    boxes = [rare_boxes(mask, boxed) for mask in label_maps]
+    cell = 1.1 if len(columns) < 6 else 0.92
+    return image_grid(rows, captions, ["mask", *columns], cell=cell, boxes=boxes)
+
+
+def unimodal_grid(
+    captions: Sequence[str], text_images: Tensor, label_maps: Tensor, mask_images: Tensor
+) -> Figure:
+    """Fig. 7: rows driven by text alone, then rows driven by a mask alone; columns are seeds.
+
+    text_images: `rows seeds 3 h w` for the captions; mask_images: the same for the label maps.
+    """
+    nothing = np.ones((1, 1, 3), dtype=np.float32)  # white: no mask was given
+    rows = [[nothing, *images] for images in text_images]
+    rows += [[mask, *images] for mask, images in zip(label_maps, mask_images, strict=True)]
+    labels = [f"“{caption}”" for caption in captions] + ["mask only"] * len(label_maps)
+    samples = [f"sample {i + 1}" for i in range(text_images.shape[1])]
+    return image_grid(rows, labels, ["mask", *samples])
+
+
+def diversity_grid(captions: Sequence[str], label_maps: Tensor, images: Tensor) -> Figure:
+    """Fig. 8: caption and mask fixed, the seed varied; images `rows seeds 3 h w`."""
+    rows = [[mask, *row] for mask, row in zip(label_maps, images, strict=True)]
+    samples = [f"sample {i + 1}" for i in range(images.shape[1])]
+    return image_grid(rows, captions, ["mask", *samples])
+
+
+@styled
+def weights_map(images: Tensor, label_maps: Tensor, weights: Mapping[str, Tensor]) -> Figure:
+    """Eq. 10 over faces: image, mask and a heat map (log scale) of each kind of weights.
+
+    weights: heading -> `b h' w'`; for example the pixel weights and their latent reductions.
+    """
+    from matplotlib.colors import LogNorm
+
+    low = min(float(w.min()) for w in weights.values())
+    high = max(float(w.max()) for w in weights.values())
+    names = ["image", "mask", *weights]
+    fig = new_figure(1.35 * len(names) + 0.8, 1.35 * len(images) + 0.35)
+    axes = fig.subplots(len(images), len(names), squeeze=False)
+    for i, row in enumerate(axes):
+        show(row[0], picture(images[i]))
+        show(row[1], mask_picture(label_maps[i]))
+        for ax, values in zip(row[2:], weights.values(), strict=True):
+            bare(ax)
+            heat = ax.imshow(values[i].cpu(), norm=LogNorm(low, high), cmap="magma")
+    for ax, name in zip(axes[0], names, strict=True):
+        ax.set_title(name)
+    fig.colorbar(heat, ax=axes, label="weight w(i, j), Eq. 10", shrink=0.9, pad=0.01)
+    return fig

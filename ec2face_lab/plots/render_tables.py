@@ -1,0 +1,179 @@
+"""Tables in Markdown and LaTeX from long rows: our cells with intervals beside the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from ec2face_core.attributes import CLASSES, GROUPS, display_name
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+CRITICS = ("independent", "guiding")
+
+# metric -> heading; percent unless it is LPIPS or NIQE
+METRICS = {
+    "Text": "Text (%) ↑", "OAA": "OAA (%) ↑", "HFA": "HFA (%) ↑", "NFA": "NFA (%) ↑",
+    "RFA": "RFA (%) ↑", "LPIPS": "LPIPS ↓", "NIQE": "NIQE ↓",
+}  # fmt: skip
+
+# Every method in the order in which the tables print it.
+METHODS = {
+    "TediGAN": "TediGAN", "UaC": "UaC", "PixelFace+": "PixelFace+", "CoDiffusion": "CoDiffusion",
+    "ControlNeXt": "ControlNeXt", "MM2Latent": "MM2Latent",
+    "Face-MoGLE": "Face-MoGLE (not in the paper)", "MDiTFace": "MDiTFace (not in the paper)",
+    "EC2Face": "EC²Face (ours)",
+    "without_ltal": "without LTAL", "with_ltal": "with LTAL",
+    "none": "no consistency loss", "mask": "L_mask only", "text": "L_text only",
+    "both": "L_text and L_mask", "real": "real images (ceiling)",
+    "vae_round_trip": "autoencoder round trip (ceiling)",
+}  # fmt: skip
+
+FOOTNOTES = {
+    "table4": "The paper prints RFA 61.62 in the first row; its OAA and its Table 3 require 61.12.",
+}
+
+
+def render_markdown(rows: DataFrame, caption: str = "") -> str:
+    """Long rows -> Markdown: methods down, metrics across, ours left and the paper's right."""
+    blocks = [f"**{_title(rows)}.** {caption}".strip()]
+    for header, body in _layouts(rows, _interval):
+        lines = [header, ["---", *[":---" if h in ("Critic", "Group") else "---:"
+                                   for h in header[1:]]], *body]  # fmt: skip
+        blocks.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join([*blocks, *_notes(rows)]) + "\n"
+
+
+def render_latex(rows: DataFrame, caption: str = "") -> str:
+    """Long rows -> a LaTeX `table` with booktabs rules, the same layout as the Markdown."""
+    blocks = []
+    for header, body in _layouts(rows, _interval_latex):
+        lines = [" & ".join(map(_latex, header)), r"\midrule"]
+        lines += [" & ".join(map(_latex, line)) for line in body]
+        lines = [line if line.startswith("\\midrule") else line + r" \\" for line in lines]
+        inside = "\n".join([r"\toprule", *lines, r"\bottomrule"])
+        blocks.append(
+            f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n{inside}\n\\end{{tabular}}"
+        )
+    text = _latex(" ".join([caption, *_notes(rows)]).strip())
+    body = "\n\n\\medskip\n".join(blocks)
+    label = rows["table"].iloc[0]
+    return (
+        "\\begin{table}\n\\centering\\scriptsize\n"
+        f"\\caption{{{text}}}\\label{{tab:{label}}}\n{body}\n\\end{{table}}\n"
+    )
+
+
+def _layouts(
+    rows: DataFrame, interval: Callable[[float, float, int], str]
+) -> list[tuple[list[str], list[list[str]]]]:
+    """(header, lines) of the main table and, where classes were scored, of the class table."""
+    main = rows[rows["metric"].isin(METRICS)]
+    classes = rows[rows["metric"].isin(CLASSES) & (rows["source"] == "ours")]
+    made = [_main_layout(main, interval)] if len(main) else []
+    for critic in CRITICS:
+        if len(scored := classes[classes["critic"] == critic]):
+            made.append(_class_layout(scored, critic, interval))
+    return made
+
+
+def _main_layout(
+    rows: DataFrame, interval: Callable[[float, float, int], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Methods (and critics) down; n, our metrics and the paper's metrics across."""
+    metrics = [metric for metric in METRICS if (rows["metric"] == metric).any()]
+    paper = rows[rows["source"] == "paper"].set_index(["method", "metric"])["value"]
+    ours = rows[rows["source"] == "ours"]
+    header = ["Method", "Critic", "n", *[METRICS[m] for m in metrics]]
+    if len(paper):
+        header += [f"paper: {m}" for m in metrics]
+    lines = []
+    for method in _in_order(rows["method"].unique()):
+        of_method = ours[ours["method"] == method]
+        critics = [c for c in CRITICS if (of_method["critic"] == c).any()] or [""]
+        for critic in critics:
+            # What no critic scores (LPIPS, NIQE) stands in the method's first line.
+            shown = of_method["critic"].eq(critic)
+            if critic == critics[0]:
+                shown |= ~of_method["critic"].isin(CRITICS)
+            cells = of_method[shown].set_index("metric")
+            first = critic == critics[0]
+            line = [METHODS.get(method, method) if first else "", critic or "–"]
+            line.append(_count(cells["n"].max()) if len(cells) else "–")
+            line += [_cell(cells, m, interval) for m in metrics]
+            for m in metrics if len(paper) else ():
+                line.append(f"{paper[method, m]:.2f}" if first and (method, m) in paper else "")
+            lines.append(line)
+    return header, lines
+
+
+def _class_layout(
+    rows: DataFrame, critic: str, interval: Callable[[float, float, int], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Classes down, methods across; n is the number of images that contain the class."""
+    methods = _in_order(rows["method"].unique())
+    by_method = {m: rows[rows["method"] == m].set_index("metric") for m in methods}
+    group = {i: name for name, ids in GROUPS.items() for i in ids}
+    header = [f"Class (%, {critic})", "Group", "n", *[METHODS.get(m, m) for m in methods]]
+    lines = []
+    for i, name in enumerate(CLASSES):
+        if (of_class := rows[rows["metric"] == name]).empty:
+            continue
+        cells = [_cell(by_method[m], name, interval) for m in methods]
+        lines.append([display_name(i), group[i], _count(of_class["n"].max()), *cells])
+    return header, lines
+
+
+def _cell(rows: DataFrame, metric: str, interval: Callable[[float, float, int], str]) -> str:
+    """`85.13 [84.20, 86.01]`, or – where nothing was measured."""
+    if metric not in rows.index or rows.loc[metric, "value"] != rows.loc[metric, "value"]:
+        return "–"
+    row = rows.loc[metric]
+    digits = 3 if metric == "LPIPS" else 2
+    value = f"{row['value']:.{digits}f}"
+    known = row["ci_low"] == row["ci_low"] and row["ci_high"] == row["ci_high"]
+    return value + (interval(row["ci_low"], row["ci_high"], digits) if known else "")
+
+
+def _interval(low: float, high: float, digits: int) -> str:
+    return f" [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _interval_latex(low: float, high: float, digits: int) -> str:
+    return rf" {{\tiny[{low:.{digits}f}, {high:.{digits}f}]}}"
+
+
+def _count(n: float) -> str:
+    return f"{n:,.0f}" if n == n else "–"
+
+
+def _in_order(methods: Iterable[str]) -> list[str]:
+    known = list(METHODS)
+    return sorted(methods, key=lambda m: known.index(m) if m in known else len(known))
+
+
+def _title(rows: DataFrame) -> str:
+    name = rows["table"].iloc[0]
+    return f"Table {name[5:]}" if name[5:].isdigit() else name.replace("_", " ").capitalize()
+
+
+def _notes(rows: DataFrame) -> list[str]:
+    """What the reader must know of the numbers: intervals, seeds, misprints."""
+    ours = rows[rows["source"] == "ours"]
+    seeds = sorted({str(s) for s in ours["seeds"] if s})
+    notes = ["Brackets: 95 % interval; – : not measured here."] if len(ours) else []
+    notes += [f"Seeds: {', '.join(seeds)}."] if seeds else []
+    notes += ["Paper: the numbers it reports, at its own scale."] if len(ours) < len(rows) else []
+    return notes + [FOOTNOTES[t] for t in rows["table"].unique()[:1] if t in FOOTNOTES]
+
+
+def _latex(text: str) -> str:
+    """Escape what LaTeX reads as markup; the interval's own braces and command stay."""
+    for plain, tex in {
+        "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "²": r"$^2$", "↑": r"$\uparrow$",
+        "↓": r"$\downarrow$", "–": "--", "α": r"$\alpha$", "β": r"$\beta$",
+    }.items():  # fmt: skip
+        text = text.replace(plain, tex)
+    return text

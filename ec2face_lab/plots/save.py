@@ -1,0 +1,135 @@
+"""What is kept of a run: figures, tables, and the provenance beside them.
+
+A figure is a PNG (200 dpi), a PDF and a JSON. A table's truth is a long CSV, one row a cell; its
+Markdown and LaTeX are rendered from that CSV, with the paper's numbers beside ours. Everything is
+byte-stable (the same numbers give the same bytes, so that git shows a change only where a result
+changed) and written in one move (a reader never meets half a file). Commit, device and seconds
+stand in the JSON alone, for the same reason.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ec2face_core.config import ROOT, Config
+from ec2face_core.runs import provenance, whole_file, write_json
+
+from .render_tables import render_latex, render_markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+COLUMNS = (
+    "table", "method", "dataset", "metric", "source", "critic",
+    "value", "ci_low", "ci_high", "n", "seeds",
+)  # fmt: skip
+
+
+class ResultsError(ValueError):
+    """Rows that make no table; the message names them."""
+
+
+def _write_provenance(path: Path, config: Config, details: Mapping[str, Any]) -> None:
+    record = provenance(config, **details)
+    write_json(path, record)
+
+
+# --------------------------------------------------------------------------------- figures
+
+
+def save_figure(fig: Figure, name: str, config: Config, **details: Any) -> Path:
+    """Write `<figure_dir>/<name>.png|.pdf|.json`; returns the PNG's path.
+
+    The PNG's text chunks name the profile, the configuration and the notice that generated faces
+    are synthetic. `details` are the keywords of `provenance`.
+    """
+    import matplotlib
+
+    text = {
+        "Title": name,
+        "Source": f"EC2Face, profile {config.profile}, configuration {config.digest()}",
+        "Disclaimer": "Every generated face in this figure is synthetic "
+        f"(EC2Face on {config.backbone.path}, sampling seed {config.sampling.seed}).",
+    }
+    pdf_text = {"Title": name, "Subject": f"{text['Source']}. {text['Disclaimer']}"}
+    target = config.figure_dir / f"{name}.png"
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        for suffix, chunks in ((".png", text), (".pdf", pdf_text | {"CreationDate": None})):
+            buffer = io.BytesIO()
+            kind = {"format": suffix[1:], "metadata": chunks}
+            fig.savefig(buffer, dpi=200, bbox_inches="tight", pad_inches=0.06, **kind)
+            with whole_file(target.with_suffix(suffix)) as part:
+                part.write_bytes(buffer.getvalue())
+    _write_provenance(target.with_suffix(".json"), config, details)
+    return target
+
+
+# ---------------------------------------------------------------------------------- tables
+
+
+def read_rows(path: Path) -> DataFrame:
+    """A long table from CSV, with the design's columns; a missing critic reads as ''."""
+    import pandas as pd
+
+    rows = pd.read_csv(path, dtype={"critic": str, "seeds": str})
+    return rows.fillna({"critic": "", "seeds": ""})[list(COLUMNS)]
+
+
+def paper_table(number: int) -> DataFrame:
+    """Every cell of the paper's Table 1-4, as printed, in the long form (`source = paper`)."""
+    return read_rows(ROOT / "data" / "paper" / f"table{number}.csv")
+
+
+def save_table(
+    rows: DataFrame, name: str, config: Config, *, caption: str = "", **details: Any
+) -> Path:
+    """Write `<figure_dir>/<name>.csv|.md|.tex|.json`; returns the Markdown's path.
+
+    Args:
+        rows: our cells in the long form; columns that are missing stay empty. For the names
+            table1 ... table4 the paper's cells are added.
+        caption: printed above the table; names every substitute metric or data set.
+        details: the keywords of `provenance`.
+
+    Raises:
+        ResultsError: a column that is not in the long form, or two rows for one cell.
+    """
+    import pandas as pd
+
+    rows = rows.assign(table=name)
+    if name in {"table1", "table2", "table3", "table4"}:
+        rows = pd.concat([rows.assign(source="ours"), paper_table(int(name[-1])).astype(object)])
+    target = save_rows(rows, config.figure_dir / f"{name}.csv", config, **details)
+
+    rows = read_rows(target)
+    for suffix, render in ((".md", render_markdown), (".tex", render_latex)):
+        with whole_file(target.with_suffix(suffix)) as part:
+            part.write_text(render(rows, caption))
+    return target.with_suffix(".md")
+
+
+def save_rows(rows: DataFrame, path: Path, config: Config, **details: Any) -> Path:
+    """Write long rows of one or several tables as CSV, and their provenance beside it.
+
+    Raises:
+        ResultsError: a column that is not in the long form, or two rows for one cell.
+    """
+    if unknown := sorted(set(rows.columns) - set(COLUMNS)):
+        raise ResultsError(
+            f"{path.stem}: unknown columns {unknown}; a long table has {list(COLUMNS)}"
+        )
+    rows = rows.reindex(columns=COLUMNS).astype(object)
+    rows = rows.fillna({"source": "ours", "critic": "", "seeds": ""})
+    rows = rows.astype({"value": float, "ci_low": float, "ci_high": float, "n": "Int64"})
+    cell = ["table", "method", "metric", "source", "critic"]
+    if (twice := rows[rows.duplicated(cell, keep=False)]).size:
+        raise ResultsError(f"{path.stem}: more than one row for a cell:\n{twice[cell].to_string()}")
+    with whole_file(path) as part:
+        rows.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
+    _write_provenance(path.with_suffix(".json"), config, details)
+    return path

@@ -1,0 +1,220 @@
+"""Photos without masks -> the data contract, through facer: detection, alignment, parsing.
+
+Parsers want FFHQ's frame, which `facer.transform.get_quad` finds from five points. Photos of FFHQ
+and CelebA-HQ fill that frame already: they are parsed whole and kept as they are (cutting them out
+again would lose their border), also where the detector misses the face and the parser finds a nose.
+Every other photo is cut out along the frame of its largest face.
+
+The sides are checked twice on every photo: the detector's first eye has to lie left in the picture,
+and the parser's `l_eye` (the subject's left) right of `r_eye`. `check_class_order` holds a whole
+parser against faces whose masks are known.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ec2face_core.attributes import CLASS_ID, CLASSES, FLIP_PAIRS, NUM_CLASSES
+from ec2face_core.data import DataError, Report, read_mask
+from ec2face_core.perception import WeightsError
+from ec2face_core.runs import whole_file
+
+from .convert import from_merged
+from .validate import eye_order
+from .weights import check_tensors
+
+if TYPE_CHECKING:
+    from ec2face_core.perception import FaceParser
+
+
+Detector = Callable[[Tensor], Mapping[str, Tensor]]  # uint8 `b 3 h w` -> facer's rects and points
+
+SIDE = 1024  # pixels of the longer side at which faces are looked for
+
+TOLERANCE = 0.15  # of the side: how far a frame's corner may be from the photo's
+
+# Classes that parsers see reliably (FaRL's F1 above 0.85 on CelebAMask-HQ).
+STABLE = (
+    "skin", "nose", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip",
+    "l_lip", "hair", "neck",
+)  # fmt: skip
+
+
+def face_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
+    """facer's RetinaFace from its weight file `mobilenet0.25_Final.pth`.
+
+    Raises:
+        WeightsError: no such file, half of one, or one that holds more than tensors.
+    """
+    check_tensors(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import facer
+
+        # a path of ours: facer's own download is opened without torch's restrictions
+        detector = facer.face_detector("retinaface/mobilenet", device, model_path=str(path))
+    return torch.no_grad()(lambda images: detector(images.to(device)))
+
+
+def from_photos(
+    photos: Mapping[str, Path],
+    captions: Mapping[str, Path],
+    out: Path,
+    parser: FaceParser,
+    detect: Detector,
+    size: int = 512,
+    progress: bool = True,
+) -> None:
+    """Parse photos and write them as faces of the split `test`; resumable, all or nothing.
+
+    Args:
+        photos, captions: a photo and a text file (one caption a line) of each id.
+        out: new folder; `.{out.name}.parsed` beside it holds what is parsed until all is.
+        parser: gives the masks, at `size` px.
+        detect: finds the faces.
+
+    Raises:
+        DataError: one report of every photo without a face, without its frame, or with its sides
+            exchanged.
+        OSError: the disk is full; what is parsed stays.
+    """
+    from tqdm.auto import tqdm
+
+    if out.exists():
+        raise DataError(f"{out} exists already: remove it to parse again")
+    parsed = out.with_name(f".{out.name}.parsed")
+    for kind in ("images", "masks", "text"):
+        (parsed / kind).mkdir(parents=True, exist_ok=True)
+        for path in (parsed / kind).iterdir():
+            if path.stem not in photos:  # of a photo that is not among them any more
+                path.unlink()
+    report = Report(out, len(photos))
+    for name, path in tqdm(photos.items(), "parsing", mininterval=1.0, disable=not progress):
+        if name not in captions:
+            report.add(path, "no captions")
+            continue
+        try:
+            _parse_photo(name, path, parsed, parser, detect, size)
+        except DataError as error:
+            report.add(path, error)
+        text = parsed / "text" / f"{name}.txt"
+        with whole_file(text) as part:
+            shutil.copyfile(captions[name], part)
+    report.raise_if_bad()
+    from_merged(parsed, out, size=size, train=0, progress=progress)
+    shutil.rmtree(parsed)
+
+
+def align(photo: Image.Image, points: np.ndarray) -> Image.Image:
+    """The FFHQ frame around a face; the photo itself where it fills that frame already.
+
+    points: `(5, 2)` x, y in pixels: the eyes, the nose, the corners of the mouth, image left first.
+    Raises DataError where the frame leaves the photo or the points are those of a mirrored face.
+    """
+    from facer.transform import get_quad
+
+    if points[[0, 3], 0].sum() >= points[[1, 4], 0].sum():
+        raise DataError("the detector's points are mirrored: its first eye lies right of the other")
+    corners = get_quad(torch.as_tensor(points)).numpy()  # clockwise from the top left
+    width, height = photo.size
+    frame = np.array([(0, 0), (width, 0), (width, height), (0, height)])
+    side = np.linalg.norm(corners[1] - corners[0])
+    if width == height and np.abs(corners - frame).max() <= TOLERANCE * width:
+        return photo
+    outside = np.maximum(-corners, corners - (width, height)).max()
+    if outside > TOLERANCE * side:
+        raise DataError(f"the face is cut off: its frame leaves the photo by {outside:.0f} pixels")
+    top_left, top_right, bottom_right, bottom_left = corners
+    quad = np.concatenate([top_left, bottom_left, bottom_right, top_right]).tolist()
+    whole = (round(float(side)),) * 2
+    return photo.transform(whole, Image.Transform.QUAD, quad, Image.Resampling.BICUBIC)
+
+
+def check_class_order(parser: FaceParser, images: Tensor, label_maps: Tensor) -> None:
+    """Hold a parser against known masks; refuse one whose classes are exchanged.
+
+    Any exchange moves two classes, so a single one that is mostly taken for another passes as weak.
+
+    Args:
+        images, label_maps: a few faces, [-1, 1] `b 3 h w` and `b h w`.
+
+    Raises:
+        WeightsError: naming each class and what the parser takes it for.
+    """
+    parsed = parser.parse(images.to(parser.device)).cpu()
+    pair = label_maps.long().flatten() * NUM_CLASSES + parsed.flatten()
+    seen = torch.bincount(pair, minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
+    enough = seen.sum(1) > label_maps.numel() // 10_000
+    wrong = {
+        name: CLASSES[int(seen[CLASS_ID[name]].argmax())]
+        for name in STABLE
+        if enough[CLASS_ID[name]] and int(seen[CLASS_ID[name]].argmax()) != CLASS_ID[name]
+    }
+    if len(wrong) > 1:
+        taken = ", ".join(f"{name} for {other}" for name, other in wrong.items())
+        raise WeightsError(
+            f"wrong class order: it takes {taken}. Its channels have to be in the order of facer's "
+            "farl/celebm/448 (attributes.FACER_TO_CELEBAMASK); facer's own names exchange left and "
+            "right"
+        )
+
+
+def _parse_photo(
+    name: str, path: Path, parsed: Path, parser: FaceParser, detect: Detector, size: int
+) -> None:
+    """Write the aligned image and the mask of one photo, unless both are there."""
+    image_path, mask_path = parsed / "images" / f"{name}.png", parsed / "masks" / f"{name}.png"
+    try:
+        if image_path.exists() and read_mask(mask_path).shape == (size, size):
+            return
+    except DataError:
+        pass
+    try:
+        with Image.open(path) as file:
+            photo = file.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"unreadable photo ({error})") from error
+    points = _largest_face(photo, detect)
+    if points is None and photo.width != photo.height:
+        raise DataError("no face is found in this photo")
+    aligned = photo if points is None else align(photo, points)
+    pixels = aligned.resize((size, size), Image.Resampling.BICUBIC)
+    batch = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None] / 127.5 - 1
+    ids = parser.parse(batch.to(parser.device))[0].to(torch.uint8).cpu().numpy()
+    if not (ids == CLASS_ID["nose"]).any():
+        raise DataError("no face is found in this photo")
+    if (order := eye_order(ids)) is not None and order <= 0:
+        raise DataError(
+            "left and right are exchanged: the parser's l_eye lies left of its r_eye in the "
+            f"picture; its channels have to swap {FLIP_PAIRS}"
+        )
+    if aligned is photo and path.suffix.lower() == ".png":
+        image_path.unlink(missing_ok=True)
+        os.symlink(path.resolve(), image_path)
+    else:
+        with whole_file(image_path) as part:
+            aligned.save(part, format="png")
+    with whole_file(mask_path) as part:
+        Image.fromarray(ids).save(part, format="png")
+
+
+def _largest_face(photo: Image.Image, detect: Detector) -> np.ndarray | None:
+    """The five points of the largest face, `(5, 2)` x, y in pixels of the photo; None without."""
+    scale = max(1.0, max(photo.size) / SIDE)
+    small = photo.resize((round(photo.width / scale), round(photo.height / scale)))
+    faces = detect(torch.from_numpy(np.array(small)).permute(2, 0, 1)[None])
+    rects = faces["rects"]
+    if not len(rects):
+        return None
+    largest = int(((rects[:, 2] - rects[:, 0]) * (rects[:, 3] - rects[:, 1])).argmax())
+    return faces["points"][largest].cpu().numpy().astype(np.float64) * scale

@@ -1,0 +1,311 @@
+"""Reproduce the paper: every numbered notebook in order through papermill, strict and resumable.
+
+    python -m ec2face_lab.reproduce --profile mini [--only 05 06] [--force] [--train] [--sweeps]
+
+A notebook is skipped while nothing that shapes it has changed: its code, its parameters, the
+package, the profile, the bundle, the adapters and the manifests, and while its artefacts are there.
+Papermill alone lets several failures pass as success; here a parameter that no notebook
+declares is refused, each notebook runs in a child process whose exit code counts (a killed kernel
+leaves a copy that looks complete), a cell that was skipped counts as failed, and the stamp that
+says "up to date" is written last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ec2face_core.config import ROOT, Config, ConfigError, load_profile, resolve
+from ec2face_core.runs import path_digest, provenance
+
+from .launch import child_environment
+
+ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # tags of cells that papermill adds
+
+Parameters = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one notebook ended; `key` names everything that shaped it."""
+
+    status: str  # done | up to date | FAILED
+    key: str
+    parameters: Parameters
+    seconds: float = 0.0
+    memory: int = 0  # bytes, peak of the whole process tree
+    artefacts: tuple[str, ...] = ()
+    error: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns 0, 1 if a notebook failed, 2 if the request makes no sense."""
+    args = _parser().parse_args(argv)
+    requested = {"profile": args.profile, **dict(args.parameter)}
+    requested |= {"train": "True"} if args.train else {}
+    requested |= {"seeds": str(args.seeds)} if args.seeds else {}
+    requested |= {"sweeps": "True"} if args.sweeps else {}
+    try:
+        config = load_profile(args.profile)
+        selected = select(args.notebooks, args.only)
+        assigned = assign(selected, requested)
+    except ConfigError as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 2
+
+    out = config.run_dir / "notebooks"
+    print(f"{len(selected)} notebooks, profile {args.profile}; logs in {_shown(out)}", flush=True)
+    started, failed = time.monotonic(), []
+    width = max(len(notebook.stem) for notebook in selected)
+    for notebook in selected:
+        print(f"{notebook.stem:{width}}  ", end="", flush=True)
+        outcome = run_notebook(notebook, assigned[notebook], config, force=args.force)
+        print(_line(outcome), flush=True)
+        if outcome.error:
+            failed.append(notebook.stem)
+            print(f"{outcome.error}\nexecuted copy and log: {_shown(out / notebook.stem)}.*")
+            if not args.keep_going:
+                break
+    if provenance(config)["dirty"]:
+        print("note: uncommitted changes; the provenance of new results says `dirty`")
+    print(f"figures and tables: {_shown(config.figure_dir)}; executed notebooks: {_shown(out)}")
+    verdict = f"FAILED: {', '.join(failed)}" if failed else "all up to date"
+    print(f"{verdict} after {time.monotonic() - started:.0f} s", flush=True)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ec2face_lab.reproduce", description=__doc__.splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--profile", default="mini", help="smoke, mini or paper (default: mini)")
+    add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 05 06")
+    add("--force", action="store_true", help="run even what is up to date")
+    add("--train", action="store_true", help="retrain every adapter instead of using the kept ones")
+    add("--seeds", type=int, default=0, metavar="N", help="trainings of each variant that count")
+    add("--sweeps", action="store_true", help="train and score every point of every sweep (hours)")
+    add("--keep-going", action="store_true", help="run the other notebooks after a failure")
+    add("--notebooks", type=Path, default=ROOT / "notebooks", help="folder of numbered notebooks")
+    add(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="a parameter for every notebook that declares it; may be repeated",
+    )  # fmt: skip
+    return parser
+
+
+def select(folder: Path, only: Iterable[str] = ()) -> list[Path]:
+    """The numbered notebooks of a folder in order, or those with the given numbers."""
+    known = {path.name[:2]: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    wanted = sorted({number.zfill(2) for number in only}) or list(known)
+    if missing := [number for number in wanted if number not in known]:
+        raise ConfigError(f"--only {' '.join(missing)}: no such notebook; known: {list(known)}")
+    if not wanted:
+        raise ConfigError(f"no numbered notebook (NN_name.ipynb) in {folder}")
+    return [known[number] for number in wanted]
+
+
+def assign(notebooks: Sequence[Path], requested: Mapping[str, str]) -> dict[Path, Parameters]:
+    """The parameters of each notebook: of the requested ones those it declares, typed as declared.
+
+    Raises:
+        ConfigError: a name that no notebook declares, a value of another type, or a notebook
+            without the parameter `profile`.
+    """
+    import papermill
+
+    declared = {path: papermill.inspect_notebook(str(path)) for path in notebooks}
+    everything = sorted({name for of_notebook in declared.values() for name in of_notebook})
+    for name in requested:
+        if name not in everything:
+            close = difflib.get_close_matches(name, everything, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"no selected notebook has {name!r}{hint}; declared: {everything}")
+    for path, parameters in declared.items():
+        if "profile" not in parameters:
+            raise ConfigError(f"{path.name}: its `parameters` cell does not declare `profile`")
+    return {
+        path: {
+            name: _typed(name, text, parameters[name]["inferred_type_name"])
+            for name, text in requested.items()
+            if name in parameters
+        }
+        for path, parameters in declared.items()
+    }
+
+
+def _typed(name: str, text: str, kind: str) -> Any:
+    """A command-line value as the type that the notebook declares (1e-4 is a float, not text)."""
+    choices = {"true": True, "false": False, "1": True, "0": False}
+    try:
+        if kind == "bool":
+            return choices[text.lower()]
+        return {"int": int, "float": float}.get(kind, str)(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"parameter {name}: expected {kind}, got {text!r}") from None
+
+
+def run_notebook(
+    notebook: Path, parameters: Parameters, config: Config, force: bool = False
+) -> Outcome:
+    """Execute a notebook into `runs/<profile>/notebooks/`, unless its stamp is up to date."""
+    out = config.run_dir / "notebooks"
+    stamp = out / f"{notebook.stem}.json"
+    key = identity(notebook, parameters, config)
+    if not force and (kept := _read_stamp(stamp)) and kept["key"] == key:
+        made = tuple(kept["artefacts"])
+        if all((config.figure_dir / name).exists() for name in made):
+            return Outcome("up to date", key, parameters, kept["seconds"], kept["memory"], made)
+
+    out.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    before = _modified(config.figure_dir)
+    copy, started = out / notebook.name, time.monotonic()
+    copy.unlink(missing_ok=True)
+    code, memory = _papermill(notebook, copy, parameters)
+    seconds = round(time.monotonic() - started, 1)
+    after = _modified(config.figure_dir)
+    made = tuple(sorted(name for name in after if after[name] != before.get(name)))
+    error = describe_failure(copy, code)
+    outcome = Outcome("FAILED" if error else "done", key, parameters, seconds, memory, made, error)
+    if not error:
+        stamp.write_text(json.dumps(dataclasses.asdict(outcome), indent=2) + "\n")
+    return outcome
+
+
+def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
+    """Sixteen hex digits of everything that shapes a notebook's results."""
+    import nbformat
+    import papermill
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    inputs = [
+        *sorted((ROOT / "ec2face_core").rglob("*.py")),
+        *sorted((ROOT / "ec2face_lab").rglob("*.py")),
+        ROOT / "data/mini",
+        ROOT / "data/paper",
+    ]
+    if not config.data.procedural:
+        roots = (config.data.root, config.data.zero_shot_root)
+        inputs += [resolve(root) / "manifest.csv" for root in roots]
+    if "train" not in papermill.inspect_notebook(str(notebook)):
+        # one that trains writes these instead
+        kept = ("sweeps/sweeps.csv", "fairness/fairness.csv", "baselines")
+        inputs += [config.run_dir / "adapters", *(config.run_dir / name for name in kept)]
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    shaping = [code, parameters, config.digest(), [path_digest(path) for path in inputs]]
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe_failure(copy: Path, code: int) -> str:
+    """'' for a complete copy and exit code 0, else which cell failed and how."""
+    import nbformat
+
+    if not copy.exists():
+        return f"papermill ended with code {code} before the first cell; see the log"
+    cells = [
+        cell
+        for cell in nbformat.read(copy, as_version=4).cells
+        if not ADDED & set(cell.metadata.get("tags", ()))
+    ]
+    ran = [
+        i for i, cell in enumerate(cells, start=1)
+        if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time")
+    ]  # fmt: skip
+    if code == 0:
+        # `raise SystemExit(0)` ends a notebook silently: the cells after it were never started.
+        for i, cell in enumerate(cells, start=1):
+            if cell.cell_type == "code" and cell.source.strip() and i not in ran:
+                return f"cell {i} `{_first_line(cell.source)}` was not executed"
+        return ""
+    if not ran:
+        return f"papermill ended with code {code} before the first cell; see the log"
+    cell = cells[ran[-1] - 1]
+    errors = [output for output in cell.outputs if output.output_type == "error"]
+    reason = f"papermill ended with code {code}: the kernel was killed (out of memory?)"
+    if errors:
+        reason = f"{errors[-1].ename}: {errors[-1].evalue}"
+    return f"cell {ran[-1]} `{_first_line(cell.source)}`: {reason}"
+
+
+def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int, int]:
+    """Run papermill as a child; returns its exit code and the peak memory of its process tree."""
+    command = [sys.executable, "-m", "papermill", str(notebook), str(copy), "--cwd"]
+    command += [str(notebook.parent), "-k", "python3", "--no-progress-bar", "--log-output"]
+    for name, value in parameters.items():
+        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
+    environment = child_environment() | {"EC2FACE_NOTEBOOK": notebook.stem}
+    with copy.with_suffix(".log").open("w") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        memory = 0
+        try:
+            while True:
+                ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+                if ended:
+                    child.returncode = os.waitstatus_to_exitcode(status)
+                    break
+                memory = max(memory, _tree_memory(child.pid))
+                time.sleep(0.5)
+        except BaseException:  # interrupted: papermill takes its kernel along when it is asked to
+            child.terminate()
+            child.wait()
+            raise
+    # The kernel's own count (of its largest process) where /proc does not exist.
+    largest = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return child.returncode, max(memory, largest)
+
+
+def _tree_memory(pid: int) -> int:
+    """Resident bytes of a process and its descendants now, shared pages counted once (Linux)."""
+    process, total = Path(f"/proc/{pid}"), 0
+    try:
+        for line in (process / "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total = 1024 * int(line.split()[1])
+        children = [c for f in process.glob("task/*/children") for c in f.read_text().split()]
+    except OSError:  # ended meanwhile, or no /proc here
+        return total
+    return total + sum(_tree_memory(int(child)) for child in children)
+
+
+def _read_stamp(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _modified(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
+
+
+def _line(outcome: Outcome) -> str:
+    """`done  34 s  1.2 GB  fig2, table1`"""
+    made = ", ".join(sorted({Path(name).stem for name in outcome.artefacts}))
+    return f"{outcome.status:10}  {outcome.seconds:6.0f} s  {outcome.memory / 1e9:5.1f} GB  {made}"
+
+
+def _first_line(source: str) -> str:
+    return source.strip().partition("\n")[0]
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running kernel ends too
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Adapters from a notebook: the latent cache, short runs, retraining, and where each comes from.
+
+Training happens in a child process (`launch.run`) on as many processes as the profile names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ec2face_core.config import VARIANTS, Config, adapter_dir, adapter_name, resolve
+from ec2face_core.data import open_dataset
+from ec2face_core.latents import LatentCache, cache_folder, encode_dataset
+from ec2face_core.mask_branch import LORA_FILE
+from ec2face_core.runs import read_metrics, whole_folder
+
+from ..launch import run
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def cache_latents(config: Config) -> LatentCache:
+    """Encode the training faces and masks that are not cached yet; captions follow in training."""
+    import torch
+
+    from ec2face_core.backbone import load_backbone
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return encode_dataset(
+        open_dataset(config, "train"),
+        lambda: load_backbone(config.backbone, ("vae", "text")).to(device),
+        config,
+        cache_folder(config),
+        captions=lambda cache: (),
+    )
+
+
+def short_run(config: Config, steps: int, variant: str = "both") -> Path:
+    """Train a variant for a few steps in a child process; returns its run folder.
+
+    The folder is named by the configuration, so another one begins anew, and the same one resumes.
+    """
+    steps = min(steps, config.trainer.steps)
+    config = config.replace(trainer={"steps": steps})
+    folder = config.run_dir / "training" / f"short-{variant}-{config.digest()}"
+    _train(config, variant, folder)
+    return folder
+
+
+def retrain(config: Config, variants: Sequence[str] = tuple(VARIANTS), seeds: int = 1) -> None:
+    """Train every variant to its end and put the adapters where `adapter_dir` finds them first.
+
+    Stopped, the same call resumes; what is trained already is only looked at.
+
+    Args:
+        seeds: trainings of each variant, with the seeds `config.seed`, + 1, + 2 ...
+    """
+    for k, variant in itertools.product(range(seeds), variants):
+        seeded = config.replace(seed=config.seed + k)
+        name = adapter_name(seeded, variant)
+        folder, target = seeded.run_dir / "training" / name, seeded.run_dir / "adapters" / name
+        _train(seeded, variant, folder)
+        if not target.exists() or _content(target) != _content(folder / "final"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with whole_folder(target) as part:
+                _copy(folder / "final", part)
+
+
+def _train(config: Config, variant: str, folder: Path) -> None:
+    settings = folder.with_suffix(".yaml")
+    config.save(settings)
+    run(
+        "ec2face_core.train", "--config", str(settings), "--variant", variant,
+        "--run-dir", str(folder), num_processes=config.trainer.num_processes, logs=folder / "logs",
+    )  # fmt: skip
+
+
+def _content(folder: Path) -> bytes:
+    return (folder / LORA_FILE).read_bytes()
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def adapter_table(config: Config) -> DataFrame:
+    """Where each variant's adapter lies and what it was trained on, one row a variant."""
+    import pandas as pd
+
+    rows = []
+    for variant, differences in VARIANTS.items():
+        folder = adapter_dir(config, variant)
+        path = folder / "provenance.json"
+        about = json.loads(path.read_text()) if path.is_file() else {}
+        made = about.get("parameters", {})
+        rows.append(
+            {
+                "variant": variant,
+                "differs in": ", ".join(f"{k} {v}" for k, v in differences.get("loss", {}).items()),
+                "folder": folder.relative_to(resolve("")).as_posix(),
+                "steps": made.get("steps"),
+                "samples": made.get("samples"),
+                "minutes": round((about.get("seconds") or 0) / 60, 1),
+                "LoRA (MB)": round((folder / LORA_FILE).stat().st_size / 2**20, 2),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def about_training(run_dir: Path) -> str:
+    """From a run's log: flow matching at its start and end."""
+    flow = np.array([row["unweighted_flow"] for row in read_metrics(run_dir)])
+    few = max(1, len(flow) // 4)
+    return (
+        f"Flow matching without weights: {flow[:few].mean():.3f} over the first {few} steps, "
+        f"{flow[-few:].mean():.3f} over the last {few}."
+    )

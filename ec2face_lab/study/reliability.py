@@ -1,0 +1,394 @@
+"""Reverse estimation along t (Figs. 2, notebooks 02 and 03), and the facts of Fig. 1.
+
+Chosen here: the critics of the curves are those that guide training, since it is their reading of
+the estimate that Eq. 9 uses; faces are test faces; the noise is the same at every t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ec2face_core.attributes import CLASSES, pixel_counts
+from ec2face_core.backbone import decode_latents, encode_images, encode_text, load_backbone
+from ec2face_core.config import Config, adapter_dir
+from ec2face_core.data import FaceDataset, open_dataset
+from ec2face_core.flow import interpolate, reverse_estimate
+from ec2face_core.losses import class_weights, long_tail_weights
+from ec2face_core.mask_branch import load_mask_lora, mask_latents_of, predict_velocity
+from ec2face_core.metrics import psnr
+
+from ..cache import code_digest, write_frame
+from ..plots.charts import beta_values
+from ..plots.style import CYCLE, mask_picture, new_figure, picture, styled
+from .intervals import bootstrap_accuracy, bootstrap_interval
+from .pictures import BASE, picture_key
+from .scores import CRITICS, critics_digest, load_critics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+TIMES = tuple(i / 10 for i in range(11))
+
+GUIDING = CRITICS[1]
+
+
+def reliability_curves(config: Config, variant: str, faces: int = 48) -> DataFrame:
+    """Fig. 2's curves for a variant, or for the base model (`base`, text alone).
+
+    Kept in `runs/<profile>/reliability/` and read from there when nothing changed.
+
+    Returns:
+        Rows t, metric (latent error (MSE), PSNR (dB), LPIPS, mask OAA (%), CLIP similarity), value,
+        ci_low, ci_high, n.
+    """
+    import pandas as pd
+
+    dataset = open_dataset(config, "test")
+    ids = dataset.ids[:faces]
+    code = code_digest(
+        ("ec2face_lab.study.reliability", "ec2face_core.flow", "ec2face_lab.study.intervals")
+    )
+    key = picture_key(config, variant, dataset, f"{faces} {critics_digest(config)} {code}")
+    cache = config.run_dir / "reliability" / f"{variant}-{key}.csv"
+    if cache.is_file():
+        return pd.read_csv(cache)
+    model = Estimator(config, variant, dataset)
+    critics = load_critics(config)
+    curves = reliability(
+        (model.batch(ids[i : i + 16]) for i in range(0, len(ids), 16)),
+        model.velocity,
+        model.decode,
+        TIMES,
+        critics.lpips,
+        critics.parsers[GUIDING],
+        critics.clips[GUIDING],
+        config.evaluation.bootstrap,
+        config.seed,
+    )
+    names = {"latent_mse": "latent error (MSE)", "psnr": "PSNR (dB)", "lpips": "LPIPS",
+             "OAA": "mask OAA (%)", "clip_similarity": "CLIP similarity"}  # fmt: skip
+    curves = curves[curves["metric"].isin(names)].assign(metric=lambda c: c["metric"].map(names))
+    curves = curves.sort_values(["metric", "t"], ignore_index=True)
+    write_frame(cache, curves)
+    return curves
+
+
+def reverse_examples(
+    config: Config, variant: str, ids: Sequence[str], times: Sequence[float]
+) -> Tensor:
+    """Decoded reverse estimates of test faces: `faces times 3 h w` in [-1, 1]."""
+    model = Estimator(config, variant, open_dataset(config, "test"))
+    batch = model.batch(ids)
+    noise = torch.randn(batch["z"].shape, generator=torch.Generator().manual_seed(config.seed))
+    noise = noise.to(batch["z"])
+    columns = [
+        reverse_estimation(batch, t, noise, model.velocity, model.decode)[1].cpu() for t in times
+    ]
+    return torch.stack(columns, 1)
+
+
+class Estimator:
+    """A variant's velocity on faces of a dataset, in the form that `statistics` asks for."""
+
+    def __init__(self, config: Config, variant: str, dataset: FaceDataset) -> None:
+        self.config, self.dataset, self.masked = config, dataset, variant != BASE
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.backbone = load_backbone(config.backbone).to(self.device)
+        if self.masked:
+            load_mask_lora(self.backbone.transformer, adapter_dir(config, variant))
+
+    @torch.no_grad()
+    def batch(self, ids: Sequence[str]) -> dict[str, Any]:
+        """z, image, label_map, z_mask and the embedded manifest captions of these faces."""
+        maps = torch.stack([self.dataset.label_map(name) for name in ids]).to(self.device)
+        image = torch.stack([self.dataset.image(name) for name in ids]).to(self.device)
+        captions = [self.dataset.manifest_caption(name) for name in ids]
+        return {
+            "z": encode_images(self.backbone.vae, image),
+            "z_mask": mask_latents_of(self.backbone.vae, maps) if self.masked else None,
+            "text": encode_text(self.backbone, captions, self.config.backbone.text_length),
+            "image": image,
+            "label_map": maps,
+        }
+
+    def velocity(self, z_t: Tensor, t: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        guidance = self.config.sampling.guidance
+        return predict_velocity(
+            self.backbone.transformer, z_t, t, batch["text"], batch["z_mask"], guidance=guidance
+        )
+
+    def decode(self, z: Tensor) -> Tensor:
+        return decode_latents(self.backbone.vae, z)
+
+
+def scaled_curves(curves: DataFrame) -> DataFrame:
+    """Each metric brought to [0, 1] with 1 at its reliable end, as `plotting.beta_curves` wants."""
+    import pandas as pd
+
+    parts = []
+    for _, rows in curves.groupby("metric"):
+        rows = rows.sort_values("t")
+        first, last = rows["value"].iloc[0], rows["value"].iloc[-1]
+        worst = rows["value"].min() if first > last else rows["value"].max()
+        best = rows["value"].max() if first > last else rows["value"].min()
+        span = best - worst if best != worst else 1.0
+        parts.append(rows.assign(value=(rows["value"] - worst) / span)[["t", "metric", "value"]])
+    return pd.concat(parts, ignore_index=True)
+
+
+def describe_curves(curves: DataFrame) -> str:
+    """Each metric at both ends, and the t at which half of the way between is passed."""
+    scaled, lines = scaled_curves(curves), []
+    for metric, rows in curves.groupby("metric"):
+        ends = rows.sort_values("t")["value"].iloc[[0, -1]].tolist()
+        way = scaled[scaled["metric"] == metric].sort_values("t")
+        below = way.loc[way["value"] < 0.5, "t"]
+        half = f"half of the way is passed before t = {below.min():g}" if len(below) else "no fall"
+        lines.append(f"{metric}: {ends[0]:.3g} at t = 0, {ends[1]:.3g} at t = 1; {half}")
+    return "\n".join(lines)
+
+
+def fitted_beta(curves: DataFrame, config: Config) -> DataFrame:
+    """The β(t) that follows each reliability curve, below the configured one.
+
+    Rows: source, steepness, center, and strongest_at, the t at which t · β(t) is largest.
+    """
+    import pandas as pd
+
+    settings = {"configured (Eq. 8)": (config.loss.steepness, config.loss.center)}
+    for metric, rows in curves.groupby("metric"):
+        if rows["value"].nunique() >= 3:
+            settings[f"fitted to {metric}"] = suggest_center(rows)
+    t, rows = np.linspace(0, 1, 1001), []
+    for source, (steepness, center) in settings.items():
+        strongest = float(t[(t * beta_values(t, steepness, center)).argmax()])
+        rows.append((source, steepness, center, strongest))
+    return pd.DataFrame(rows, columns=["source", "steepness", "center", "strongest_at"])
+
+
+@styled
+def gradient_weights(settings: Sequence[tuple[float, float]]) -> Figure:
+    """β(t), and t · β(t): what the consistency losses' gradient at x̃ weighs in that of v.
+
+    The estimate is z_t - t v, so that its derivative by v is -t.
+
+    settings: pairs (steepness, center), the configured one first.
+    """
+    t = np.linspace(0, 1, 201)
+    fig = new_figure(7.6, 2.7)
+    left, right = fig.subplots(1, 2)
+    for k, (steepness, center) in enumerate(settings):
+        style = {"color": CYCLE[k], "lw": 2.4 if k == 0 else 1.4}
+        label = f"$\\gamma_s$ = {steepness:g}, $t_c$ = {center:g}"
+        left.plot(t, beta_values(t, steepness, center), label=label, **style)
+        right.plot(t, t * beta_values(t, steepness, center), **style)
+    left.set(title="β(t)", xlabel="t  (0 data, 1 noise)", xlim=(0, 1))
+    right.set(title="t · β(t)", xlabel="t  (0 data, 1 noise)", xlim=(0, 1))
+    for ax in (left, right):
+        ax.grid(axis="y")
+    fig.legend(loc="outside upper center", ncols=len(settings))
+    return fig
+
+
+# --------------------------------------------------------------------------- the framework (Fig. 1)
+
+
+def framework_facts(
+    config: Config, name: str, variant: str = "both", t: float = 0.3
+) -> dict[str, Any]:
+    """What `diagram.framework_diagram` draws, read off the loaded modules.
+
+    Args:
+        name: a training face, whose pictures are shown.
+        t: time of the shown estimate.
+    """
+    from matplotlib import colormaps
+
+    dataset, test = open_dataset(config, "train"), [name]
+    model, critics = Estimator(config, variant, dataset), load_critics(config)
+    b, batch = model.backbone, model.batch(test)
+    z, noise = batch["z"], torch.randn(batch["z"].shape, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(z)
+    _, estimate = reverse_estimation(batch, t, noise, model.velocity, model.decode)
+
+    counts = dataset.label_counts()
+    weights = long_tail_weights(batch["label_map"].cpu(), counts)[0].log()
+    heat = (weights - weights.min()) / (weights.max() - weights.min())
+    every = class_weights(counts)
+    parts = {
+        "text_encoder": b.text_encoder, "text_encoder_2": b.text_encoder_2, "vae": b.vae,
+        "transformer": b.transformer, "clip": critics.clips[GUIDING].model,
+        "parser": critics.parsers[GUIDING].net,
+    }  # fmt: skip
+    sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
+    named = b.transformer.named_parameters()
+    sizes["lora"] = sum(p.numel() for key, p in named if ".lora_" in key)
+    sizes["transformer"] -= sizes["lora"]
+    tokens = z.shape[-2] * z.shape[-1] // 4
+    return {
+        "names": {
+            part: getattr(module, "original_name", type(module).__name__)
+            for part, module in parts.items()
+        },
+        "parameters": sizes,
+        "tokens": {"text": config.backbone.text_length, "noise": tokens, "mask": tokens},
+        "blocks": (b.transformer.config.num_layers, b.transformer.config.num_single_layers),
+        "rank": config.lora.rank,
+        "loss": config.loss,
+        "weights": {c: float(w) for c, w, n in zip(CLASSES, every, counts, strict=True) if n},
+        "caption": dataset.manifest_caption(name),
+        "pictures": {
+            "image": picture(batch["image"][0]),
+            "mask": mask_picture(batch["label_map"][0]),
+            "estimate": picture(estimate[0]),
+            "weights": colormaps["magma"](heat.numpy())[..., :3],
+        },
+    }
+
+
+def about_fits(fits: DataFrame) -> str:
+    """From `estimation.fitted_beta`: where the measured knees lie, and what trains the model."""
+    set_, fitted = fits.iloc[0], fits.iloc[1:]
+    return (
+        f"Fitted centers {fitted['center'].min():.2f} to {fitted['center'].max():.2f} (configured "
+        f"{set_['center']:g}), slopes {fitted['steepness'].min():.1f} to "
+        f"{fitted['steepness'].max():.1f} (configured {set_['steepness']:g})."
+    )
+
+
+Decoder = Callable[[Tensor], Tensor]  # latents b c h w -> images b 3 h w in [-1, 1]
+
+Velocity = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]  # (z_t, t, batch) -> v
+
+
+# --- reliability of reverse estimation ------------------------------------------------------------
+
+
+@torch.no_grad()
+def reverse_estimation(
+    batch: Mapping[str, Any], t: float, noise: Tensor, velocity: Velocity, decode: Decoder
+) -> tuple[Tensor, Tensor]:
+    """Noise a batch to time t and step straight back (Eq. 5).
+
+    Returns:
+        z_tilde, the estimated latents, and x_tilde, their image in [-1, 1].
+    """
+    z = batch["z"]
+    times = torch.full((len(z),), t, device=z.device)
+    z_t = interpolate(z, noise, times)
+    z_tilde = reverse_estimate(z_t, velocity(z_t, times, batch), times)
+    return z_tilde, decode(z_tilde).clamp(-1, 1)
+
+
+@torch.no_grad()
+def reliability(
+    batches: Iterable[Mapping[str, Any]],
+    velocity: Velocity,
+    decode: Decoder,
+    times: Sequence[float] = tuple(i / 10 for i in range(11)),
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    parser: Any = None,
+    clip: Any = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> DataFrame:
+    """How good reverse estimation is at each time (Fig. 2).
+
+    Args:
+        batches: mappings with `z` (latents `b c h w`), with `image` (`b 3 h w` in [-1, 1]; without
+            it the decoded z is the reference) and, for the parser, `label_map` (`b h w`).
+        velocity: the model, called as `velocity(z_t, t, batch)`.
+        decode: latents to images.
+        times: the grid, in [0, 1].
+        lpips: distance of images to references, `(b,)`.
+        parser: a `FaceParser`; the label map is its target.
+        clip: a `ClipScorer`; compares estimated and real image.
+        seed: of the noise, which is the same at every time, and of the bootstrap.
+
+    Returns:
+        Rows t, metric, value, ci_low, ci_high, n. Metrics: latent_mse, psnr (dB), and as given
+        lpips, pixel_accuracy and OAA (percent), clip_similarity (cosine).
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    scores: dict[tuple[float, str], list[Tensor]] = {}
+    for index, batch in enumerate(tqdm(batches, desc="reliability", leave=False, mininterval=1)):
+        z = batch["z"]
+        generator = torch.Generator().manual_seed(1_000_003 * seed + index)
+        noise = torch.randn(z.shape, generator=generator).to(z)
+        reference = batch["image"].to(z) if "image" in batch else decode(z).clamp(-1, 1)
+        real_features = clip.image_features(reference) if clip else None
+        for t in times:
+            z_tilde, x_tilde = reverse_estimation(batch, t, noise, velocity, decode)
+            found = {
+                "latent_mse": (z_tilde - z).square().flatten(1).mean(1),
+                "psnr": psnr(x_tilde, reference),
+            }
+            if lpips:
+                found["lpips"] = lpips(x_tilde, reference)
+            if parser:
+                target = batch["label_map"].to(z.device)
+                correct = pixel_counts(target, where=parser.parse(x_tilde) == target)
+                found["counts"] = torch.stack([correct, pixel_counts(target)], 1)
+            if clip:
+                found["clip_similarity"] = (clip.image_features(x_tilde) * real_features).sum(1)
+            for metric, values in found.items():
+                scores.setdefault((t, metric), []).append(values.double().cpu())
+
+    rows = []
+    for (t, metric), parts in scores.items():
+        values = torch.cat(parts).numpy()
+        if metric != "counts":
+            interval = bootstrap_interval(values, resamples, seed)
+            rows.append({"t": t, "metric": metric, **interval._asdict()})
+            continue
+        correct, support = values[:, 0], values[:, 1]
+        share = bootstrap_interval(100 * correct.sum(1) / support.sum(1), resamples, seed)
+        rows.append({"t": t, "metric": "pixel_accuracy", **share._asdict()})
+        overall = bootstrap_accuracy(correct, support, resamples, seed).iloc[0]
+        rows.append({"t": t, **overall.drop("pixels")})
+    return pd.DataFrame(rows)
+
+
+def normalised(curves: DataFrame) -> DataFrame:
+    """Reliability curves with value, ci_low and ci_high brought to [0, 1], metric by metric.
+
+    1 is the reliable end: the best value of a metric that falls with t (PSNR), as of one that rises
+    (LPIPS); the direction is read off the curve's two ends.
+    """
+    curves = curves.copy()
+    for _, rows in curves.groupby("metric"):
+        value = rows.sort_values("t")["value"].astype(float)
+        best, worst = value.max(), value.min()
+        if value.iloc[0] < value.iloc[-1]:
+            best, worst = worst, best
+        columns = [name for name in ("value", "ci_low", "ci_high") if name in curves]
+        curves.loc[rows.index, columns] = (rows[columns] - worst) / (best - worst)
+    return curves
+
+
+def suggest_center(curve: DataFrame) -> tuple[float, float]:
+    """The beta(t) of Eq. 8 that follows one metric of `reliability`: its (steepness, center)."""
+    from scipy.optimize import curve_fit
+
+    if curve["metric"].nunique() != 1 or curve["value"].nunique() < 3:
+        raise ValueError(
+            "a curve has one metric and three values or more: curves[curves.metric == 'psnr']"
+        )
+    t, reliable = normalised(curve)[["t", "value"]].to_numpy(dtype=float).T
+
+    def logistic(t: np.ndarray, steepness: float, center: float) -> np.ndarray:
+        return 1 / (1 + np.exp(steepness * (t - center)))
+
+    (steepness, center), _ = curve_fit(
+        logistic, t, reliable, p0=(10.0, 0.5), bounds=([0.0, 0.0], [200.0, 1.0])
+    )
+    return float(steepness), float(center)

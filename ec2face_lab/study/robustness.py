@@ -1,0 +1,306 @@
+"""Masks that no face was parsed from: drawn by hand, at odds with the text, or never seen together.
+
+What a user of the model will give it, and what reviewers of the paper asked for. Accuracy is
+measured against the mask that was *given*. Lengths are in pixels of a 64 px face and grow with the
+mask.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ec2face_core.attributes import CLASS_ID, display_name, pixel_counts
+from ec2face_core.config import Config
+from ec2face_core.data import FaceDataset, open_dataset
+
+from .faces import faces
+from .intervals import bootstrap_interval
+from .pictures import evaluated_ids, sample_grid
+from .scores import CRITICS, load_critics
+from .unimodal import score_pictures
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+
+# class -> the words that say it in a caption
+SAID = {"eye_g": ("glasses",), "hat": ("hat",), "ear_r": ("earring",)}
+
+LARGE = ("background", "skin")  # what a hand fills last
+
+
+# ----------------------------------------------------------------------------------------- edits
+
+
+def edited(label_map: Tensor, edit: str) -> Tensor:
+    """A label map `h w` as one of `EDITS` leaves it; drawn at 256 pixels and more."""
+    fine = max(1, -(-256 // len(label_map)))
+    ids = np.kron(label_map.numpy(), np.ones((fine, fine), np.int64))
+    return torch.from_numpy(EDITS[edit](ids)[fine // 2 :: fine, fine // 2 :: fine].copy())
+
+
+def dilate(ids: np.ndarray, radius: float = 1.0) -> np.ndarray:
+    """Every part drawn with a brush that is too thick, small parts on top of large ones."""
+    from scipy.ndimage import binary_dilation
+
+    out, disk = ids.copy(), _disk(radius * len(ids) / 64)
+    for c in _by_area(ids):
+        if c != CLASS_ID["background"]:
+            out[binary_dilation(ids == c, disk)] = c
+    return out
+
+
+def erode(ids: np.ndarray, radius: float = 0.5) -> np.ndarray:
+    """Every part but the skin drawn too small; what lies next to it fills the gap."""
+    from scipy.ndimage import binary_erosion
+
+    out, disk = ids.copy(), _disk(radius * len(ids) / 64)
+    for c in _by_area(ids):
+        if c not in [CLASS_ID[name] for name in LARGE]:
+            rim = (ids == c) & ~binary_erosion(ids == c, disk, border_value=1)
+            out[rim] = _fill(ids, ids != c)[rim]
+    return out
+
+
+def jitter(ids: np.ndarray, amplitude: float = 1.5, seed: int = 0) -> np.ndarray:
+    """A trembling hand: outlines moved by up to about `amplitude`, smoothly along them."""
+    from scipy.ndimage import gaussian_filter, map_coordinates
+
+    size, scale = len(ids), len(ids) / 64
+    noise = np.random.default_rng(seed).standard_normal((2, size, size))
+    moves = np.stack([gaussian_filter(part, 3 * scale) for part in noise])
+    moves *= amplitude * scale / np.abs(moves).max()
+    at = np.indices(ids.shape) + moves
+    return map_coordinates(ids, at, order=0, mode="nearest")
+
+
+def polygonise(ids: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
+    """Every outline replaced by straight strokes that stay within `tolerance` of it."""
+    from skimage.draw import polygon2mask
+    from skimage.measure import approximate_polygon, find_contours
+
+    out, filled = ids.copy(), np.zeros(ids.shape, bool)
+    for c in _by_area(ids):
+        inside = np.zeros(ids.shape, bool)
+        for outline in find_contours(np.pad(ids == c, 1).astype(float), 0.5):
+            strokes = approximate_polygon(outline - 1, tolerance * len(ids) / 64)
+            inside ^= polygon2mask(ids.shape, strokes)  # an outline within an outline is a hole
+        out[inside], filled = c, filled | inside
+    return _fill(out, filled)
+
+
+EDITS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "as parsed": np.copy,
+    "dilated": dilate,
+    "eroded": erode,
+    "jittered": jitter,
+    "polygons": polygonise,
+}
+
+
+def _by_area(ids: np.ndarray) -> list[int]:
+    """The classes of a mask, the largest first."""
+    found, areas = np.unique(ids, return_counts=True)
+    return found[np.argsort(-areas, kind="stable")].tolist()
+
+
+def _disk(radius: float) -> np.ndarray:
+    r = int(np.ceil(radius))
+    y, x = np.mgrid[-r : r + 1, -r : r + 1]
+    return x**2 + y**2 <= radius**2
+
+
+def _fill(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The class of the nearest known pixel."""
+    from scipy.ndimage import distance_transform_edt
+
+    _, at = distance_transform_edt(~known, return_indices=True)
+    return ids[tuple(at)]
+
+
+# ----------------------------------------------------------------------------------- experiments
+
+
+def hand_drawn(
+    config: Config, variant: str, count: int = 48
+) -> tuple[DataFrame, dict[str, tuple[Tensor, Tensor]]]:
+    """The first test faces with altered masks, captions and noise the same.
+
+    Returns:
+        Long rows by critic, method = edit, of the scores against the mask given; and
+        edit -> (label maps `b h w`, images `b 3 h w` in [-1, 1]).
+    """
+    import pandas as pd
+
+    dataset = open_dataset(config, "test")
+    texts, maps, _ = faces(dataset, evaluated_ids(config, dataset, count)[:count])
+    shown, parts = {}, []
+    for name in EDITS:
+        given = torch.stack([edited(label_map, name) for label_map in maps])
+        images = sample_grid(config, variant, "hand_drawn", texts, given, seeds=1)[:, 0]
+        shown[name] = (given, images)
+        parts.append(score_pictures(config, images, texts, given).assign(method=name))
+    rows = pd.concat(parts, ignore_index=True)
+    return rows.assign(table="hand_drawn", dataset=dataset.root.name), shown
+
+
+def conflicts(
+    config: Config, variant: str, count: int = 16
+) -> tuple[DataFrame, dict[tuple[str, bool, bool], tuple[str, Tensor, Tensor]]]:
+    """Who wins where text and mask disagree? Masks with and without a thing, captions likewise.
+
+    A picture *shows* a class if the independent parser finds half of the area that its masks have
+    in the median.
+
+    Returns:
+        Rows class, mask, text (whether they have it), value (% of the pictures that show it),
+        ci_low, ci_high, n; and for each cell its first (caption, label map, image).
+    """
+    import pandas as pd
+
+    dataset = open_dataset(config, "test")
+    texts, maps, _ = faces(dataset, evaluated_ids(config, dataset))
+    areas, rows, shown = pixel_counts(maps), [], {}
+    parser, how = load_critics(config).parsers[CRITICS[0]], (config.evaluation.bootstrap, 0)
+    for name, words in SAID.items():
+        area = areas[:, CLASS_ID[name]]
+        if not (area > 0).any():
+            continue
+        enough = float(area[area > 0].float().median()) / 2
+        said = torch.tensor([any(word in text.lower() for word in words) for text in texts])
+        for has, says in itertools.product((True, False), repeat=2):
+            masks = torch.nonzero((area >= enough) if has else (area == 0)).flatten()[:count]
+            sentences = torch.nonzero(said if says else ~said & (area == 0)).flatten()[:count]
+            if not len(masks) or not len(sentences):
+                continue
+            n = min(count, max(len(masks), len(sentences)))
+            given = maps[masks[torch.arange(n) % len(masks)]]
+            prompts = [texts[sentences[i % len(sentences)]] for i in range(n)]
+            images = sample_grid(config, variant, f"conflict_{name}", prompts, given, seeds=1)[:, 0]
+            parsed = parser.parse(images.to(parser.device)).cpu()
+            found = (parsed == CLASS_ID[name]).flatten(1).sum(1) >= enough
+            interval = bootstrap_interval(100 * found.double(), *how)
+            rows.append({"class": name, "mask": has, "text": says, **interval._asdict()})
+            shown[name, has, says] = (prompts[0], given[0], images[0])
+    return pd.DataFrame(rows), shown
+
+
+def conflict_rows(rows: DataFrame) -> DataFrame:
+    """The rows of `conflicts` in the long form: metric `shown`, a method for each cell."""
+    yes = {True: "yes", False: "no"}
+    cells = [
+        f"{display_name(CLASS_ID[row['class']])}: mask {yes[row['mask']]}, text {yes[row['text']]}"
+        for _, row in rows.iterrows()
+    ]
+    long = rows[["value", "ci_low", "ci_high", "n"]]
+    return long.assign(table="conflicts", method=cells, metric="shown", critic=CRITICS[0])
+
+
+def rarest_pairs(dataset: FaceDataset, classes: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Pairs of classes and how many faces of a data set have both, the fewest first."""
+    maps = torch.stack([dataset.label_map(name) for name in dataset.ids])
+    has = {name: pixel_counts(maps)[:, CLASS_ID[name]] > 0 for name in classes}
+    pairs = [(a, b, int((has[a] & has[b]).sum())) for a, b in itertools.combinations(classes, 2)]
+    return sorted(pairs, key=lambda pair: pair[2])
+
+
+def unseen_pairs(
+    config: Config, variant: str, count: int = 16, pairs: int = 3
+) -> tuple[DataFrame, dict[tuple[str, str], tuple[Tensor, Tensor]]]:
+    """Things that training hardly ever saw together: one face's thing laid into another's mask.
+
+    Returns:
+        Rows class, beside (the other class), together (training faces that have both), alone and
+        value (accuracy of the class in its own faces' masks and in the composed ones, percent), n;
+        and pair -> (label maps, images) of the composed masks.
+    """
+    import pandas as pd
+
+    dataset = open_dataset(config, "test")
+    texts, maps, _ = faces(dataset, evaluated_ids(config, dataset))
+    areas, rows, shown = pixel_counts(maps), [], {}
+    parser = load_critics(config).parsers[CRITICS[0]]
+
+    def accuracy(images: Tensor, given: Tensor, name: str) -> float:
+        wanted = given == CLASS_ID[name]
+        hit = (parser.parse(images.to(parser.device)).cpu() == given) & wanted
+        return 100 * float(hit.sum() / wanted.sum().clamp(min=1))
+
+    known = rarest_pairs(open_dataset(config, "train"), ("eye_g", "hat", "ear_r", "neck_l"))
+    for first, second, together in known:
+        hosts = torch.nonzero(areas[:, CLASS_ID[first]] > 0).flatten()
+        donors = torch.nonzero(areas[:, CLASS_ID[second]] > 0).flatten()
+        if not len(hosts) or not len(donors) or len(shown) == pairs:
+            continue
+        at = torch.arange(count)
+        own, prompts = maps[hosts[at % len(hosts)]], [texts[i] for i in hosts[at % len(hosts)]]
+        other = maps[donors[at % len(donors)]]
+        both = torch.where(other == CLASS_ID[second], other, own)
+        pictures = {}
+        for what, given in (("own", own), ("donor", other), ("both", both)):
+            drawn = sample_grid(config, variant, f"pair_{first}_{second}", prompts, given, seeds=1)
+            pictures[what] = drawn[:, 0]
+        cells = ((first, second, "own", own), (second, first, "donor", other))
+        for name, beside, alone, given in cells:
+            rows.append({
+                "class": name, "beside": beside, "together": together,
+                "alone": accuracy(pictures[alone], given, name),
+                "value": accuracy(pictures["both"], both, name), "n": count,
+            })  # fmt: skip
+        shown[first, second] = (both, pictures["both"])
+    columns = ["class", "beside", "together", "alone", "value", "n"]
+    return pd.DataFrame(rows, columns=columns), shown
+
+
+# ----------------------------------------------------------------------------------- in words
+
+
+def common_accuracy(rows: DataFrame, critic: str = "independent") -> Series:
+    """Accuracy by edit, the mean over the classes that every edit leaves in the masks (percent).
+
+    A class that an edit wipes out (a necklace of one pixel's width) would else leave its mean, too.
+    """
+    own = rows[(rows["critic"] == critic) & rows["metric"].isin(CLASS_ID)]
+    classes = own.pivot(index="metric", columns="method", values="value").dropna()
+    return classes.mean()
+
+
+def describe_hand_drawn(rows: DataFrame) -> str:
+    """What each edit costs, from the rows of `hand_drawn`."""
+    accuracy, first = common_accuracy(rows), next(iter(EDITS))
+    parts = [f"{edit} {accuracy[edit] - accuracy[first]:+.1f}" for edit in EDITS if edit != first]
+    return (
+        f"Accuracy over the classes that every edit keeps, against {accuracy[first]:.1f} with "
+        f"masks as parsed: {', '.join(parts)}."
+    )
+
+
+def describe_conflicts(rows: DataFrame) -> str:
+    """Which condition decides, class by class, from the rows of `conflicts`."""
+    shown = rows.set_index(["class", "mask", "text"])["value"]
+    lines = []
+    for name in dict.fromkeys(rows["class"]):
+        mask, text = (shown.get((name, *cell)) for cell in ((True, False), (False, True)))
+        if mask is not None and text is not None:
+            lines.append(
+                f"{display_name(CLASS_ID[name])}: in the mask alone {mask:.0f} % of the pictures "
+                f"show it, in the text alone {text:.0f} %"
+            )
+    return "; ".join(lines) + "."
+
+
+def describe_pairs(rows: DataFrame) -> str:
+    """How much accuracy the composition costs, from the rows of `unseen_pairs`."""
+    parts = [
+        f"{display_name(CLASS_ID[row['class']])} beside {display_name(CLASS_ID[row['beside']])} "
+        f"{row['value'] - row['alone']:+.0f}"
+        for _, row in rows.iterrows()
+    ]
+    said = ", ".join(parts) or "no two things among these faces"
+    return f"Accuracy in composed masks, points more than in the thing's own: {said}."

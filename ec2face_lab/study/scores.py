@@ -1,0 +1,380 @@
+"""What the tables measure: mask accuracy, LPIPS, NIQE and PSNR (the CLIP score is `ClipScorer`).
+
+Mask accuracy of a class = its correct pixels / its pixels, pooled over the test set. OAA is the
+unweighted mean over the classes that occur, HFA, NFA and RFA the same within a group: this is what
+the numbers of Tables 1-4 satisfy. Metrics are computed without gradients; images are `b 3 h w` in
+[-1, 1] and scores `(b,)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ec2face_core.attributes import CLASSES
+from ec2face_core.config import Config, ConfigError, resolve
+from ec2face_core.data import (
+    IMAGE_SUFFIXES,
+    DataError,
+    FaceDataset,
+    Report,
+    files_by_id,
+    open_dataset,
+    read_image,
+)
+from ec2face_core.metrics import mask_counts
+from ec2face_core.perception import LOCAL_DIR, ClipScorer, FaceParser
+from ec2face_core.runs import parallel, path_digest
+
+from ..cache import code_digest, data_digest, write_frame
+from .pictures import evaluated_ids, read_picture
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class Lpips:
+    """LPIPS with AlexNet, calibrated heads included in the package.
+
+    `evaluation.lpips: alex` uses the trunk trained on ImageNet. `alex-random` draws the trunk's
+    weights from a fixed seed, for places where the trained ones cannot be had: its values rank
+    distortions but are not comparable with published ones.
+    """
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu"):
+        name = config.evaluation.lpips
+        if name not in ("alex", "alex-random"):
+            raise ConfigError(f"evaluation.lpips: {name!r} is none of alex, alex-random")
+        import lpips
+
+        generator = torch.default_generator  # torchvision's initialisers know no other
+        state = generator.get_state()
+        try:
+            generator.manual_seed(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # lpips calls torchvision in an old manner
+                self.net = lpips.LPIPS(net="alex", pnet_rand=name == "alex-random", verbose=False)
+        except OSError as error:
+            raise RuntimeError(
+                "evaluation.lpips: the trunk 'alex' needs torchvision's AlexNet weights "
+                "(alexnet-owt-7be5be79.pth in $TORCH_HOME/hub/checkpoints); put the file there, "
+                "or choose 'alex-random'"
+            ) from error
+        finally:
+            generator.set_state(state)
+        self.net.requires_grad_(False).to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def score(self, images: Tensor, references: Tensor) -> Tensor:
+        """Distance of each image to its reference, `(b,)`; at least 31 px wide and high."""
+        return self.net(images.to(self.device), references.to(self.device)).flatten()
+
+    __call__ = score
+
+
+class Niqe:
+    """NIQE: how far the statistics of an image's blocks are from those of pristine images.
+
+    The published model has blocks of 96 px and wants images of 192 px or more. For others, say the
+    miniature's 64 px, `fit` takes the statistics from pristine images at `evaluation.niqe_block`
+    px: the same formula, on a scale of its own, to be labelled so and never set beside published
+    values. Features are pyiqa's; double precision, on the CPU.
+    """
+
+    def __init__(self, config: Config, pristine: Tensor | None = None):
+        """Fit to pristine images `n 3 h w` if given, else load the published model.
+
+        With `evaluation.niqe_refit` and no pristine images, `fit` has to be called before `score`.
+        """
+        self.block = config.evaluation.niqe_block
+        self.mean: Tensor | None = None
+        self.covariance: Tensor | None = None
+        if pristine is not None:
+            self.fit(pristine)
+        elif not config.evaluation.niqe_refit:
+            self._load_published()
+
+    def fit(self, images: Tensor) -> Niqe:
+        """Take the pristine model from the sharp blocks of `n 3 h w` images (n of 100 or more)."""
+        rows = []
+        for chunk in images.split(64):
+            y = self._luminance(chunk)
+            features, sharpness = self._features(y), self._sharpness(y)
+            sharp = sharpness > 0.75 * sharpness.amax(1, keepdim=True)
+            rows.append(features[sharp & features.isfinite().all(-1)])
+        pristine = torch.cat(rows)
+        if len(pristine) <= pristine.shape[1]:
+            raise ValueError(
+                f"NIQE: {len(pristine)} sharp blocks cannot give a covariance of "
+                f"{pristine.shape[1]} features; fit to more images"
+            )
+        self.mean, self.covariance = pristine.mean(0), pristine.T.cov()
+        return self
+
+    def score(self, images: Tensor) -> Tensor:
+        """NIQE of each image, `(b,)` float64, lower is better; NaN where no block has structure."""
+        if self.mean is None:
+            raise RuntimeError("NIQE has no pristine model yet: call fit(training images) first")
+        luminance = (self._luminance(chunk) for chunk in images.split(64))
+        return torch.cat([self._distance(self._features(y)) for y in luminance])
+
+    __call__ = score
+
+    def _distance(self, features: Tensor) -> Tensor:
+        """Eq. 10 of Mittal et al. (2012) for block features `b n 36`."""
+        usable = features.isfinite().all(-1, keepdim=True)
+        count = usable.sum(1)
+        features = features.where(usable, 0)
+        mean = features.sum(1) / count.clamp(min=1)
+        centred = (features - mean[:, None]) * usable
+        covariance = centred.mT @ centred / (count - 1).clamp(min=1)[..., None]
+
+        difference = (mean - self.mean)[:, None]
+        inverse = torch.linalg.pinv((self.covariance + covariance) / 2)
+        distance = (difference @ inverse @ difference.mT).flatten().clamp(min=0).sqrt()
+        return distance.where(count[:, 0] > 0, torch.nan)
+
+    def _luminance(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] -> luminance `b 1 h w` in whole numbers 0-255, cut to whole blocks."""
+        from pyiqa.utils.color_util import to_y_channel
+
+        rows, columns = (side // self.block * self.block for side in images.shape[-2:])
+        if 0 in (rows, columns):
+            raise ConfigError(
+                f"evaluation.niqe_block: images of {tuple(images.shape[-2:])} px hold no block of "
+                f"{self.block} px; set a smaller block together with evaluation.niqe_refit"
+            )
+        y = to_y_channel((images.detach().cpu().float().clamp(-1, 1) + 1) / 2, 255, "yiq")
+        return y.round().double()[..., :rows, :columns]
+
+    def _features(self, y: Tensor) -> Tensor:
+        """The 36 features of each of the n blocks, `b n 36`; not finite where a block is flat."""
+        from pyiqa.archs.func_util import normalize_img_with_gauss
+        from pyiqa.archs.niqe_arch import compute_feature
+        from pyiqa.matlab_utils import blockproc, imresize
+
+        half = imresize(y / 255, scale=0.5, antialiasing=True) * 255
+        features = []
+        for size, scaled in ((self.block, y), (self.block // 2, half)):
+            normalised = normalize_img_with_gauss(scaled, padding="replicate")
+            features.append(blockproc(normalised, [size, size], fun=compute_feature))
+        return torch.cat(features, -1)
+
+    def _sharpness(self, y: Tensor) -> Tensor:
+        """Mean local deviation of each block, `b n`, in the order of the features."""
+        from pyiqa.matlab_utils import fspecial, imfilter
+
+        kernel = fspecial(7, 7 / 6, 1).to(y)
+        mean = imfilter(y, kernel, padding="replicate")
+        deviation = (imfilter(y**2, kernel, padding="replicate") - mean**2).abs().sqrt()
+        return F.avg_pool2d(deviation, self.block).mT.flatten(1)  # blocks run column first
+
+    def _load_published(self) -> None:
+        if self.block != 96:
+            raise ConfigError(
+                f"evaluation.niqe_block: {self.block} px needs evaluation.niqe_refit, since the "
+                "published model is for 96 px"
+            )
+        from pyiqa.archs.niqe_arch import NIQE
+
+        try:
+            published = NIQE()
+        except OSError as error:
+            raise RuntimeError(
+                "NIQE's published model could not be loaded; put niqe_modelparameters.mat into "
+                "$TORCH_HOME/hub/pyiqa, or set evaluation.niqe_refit"
+            ) from error
+        self.mean, self.covariance = published.mu_pris_param, published.cov_pris_param
+
+
+CRITICS = ("independent", "guiding")
+
+BATCH = 32  # pictures scored at once
+
+PRISTINE = 1000  # training faces that NIQE is refitted to
+
+SCORING = (  # modules that decide a score
+    "ec2face_core.attributes",
+    "ec2face_core.metrics",
+    "ec2face_core.perception",
+    "ec2face_lab.study.scores",
+)
+
+
+@dataclass(frozen=True)
+class Critics:
+    """Everything that scores, loaded once; parsers and CLIPs by name of `CRITICS`."""
+
+    parsers: Mapping[str, FaceParser]
+    clips: Mapping[str, ClipScorer]
+    lpips: Lpips
+    niqe: Niqe
+    device: torch.device
+
+
+def load_critics(config: Config) -> Critics:
+    """The critics of a configuration; the same ones at every call in this process.
+
+    Raises:
+        FileNotFoundError: weights are missing; the message says where they come from.
+    """
+    return _critics(
+        Config(data=config.data, perception=config.perception, evaluation=config.evaluation)
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _critics(config: Config) -> Critics:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose = {critic: critic == "independent" for critic in CRITICS}
+    niqe = Niqe(config)
+    if config.evaluation.niqe_refit:
+        train = open_dataset(config, "train")
+        niqe.fit(torch.stack(list(parallel(train.image, train.ids[:PRISTINE]))))
+    return Critics(
+        {k: FaceParser.from_config(config.perception, s, device) for k, s in choose.items()},
+        {k: ClipScorer.from_config(config.perception, s, device) for k, s in choose.items()},
+        Lpips(config, device),
+        niqe,
+        device,
+    )
+
+
+def score_folder(
+    images_dir: Path | str,
+    dataset: FaceDataset,
+    config: Config,
+    limit: int = 0,
+    progress: bool = True,
+) -> DataFrame:
+    """Score the pictures `{id}.*` of a folder against their faces.
+
+    Args:
+        images_dir: pictures as large as the dataset's; other files than pictures are ignored.
+        dataset: gives masks, manifest captions and the real images.
+        limit: the first faces only; 0 takes `evaluation.limit`, and 0 there means all.
+
+    Returns:
+        One row a picture: id; text_<critic> (percent); lpips (against the real image); niqe;
+        support_<class> and correct_<critic>_<class> (pixels).
+
+    Raises:
+        DataError: pictures are missing, unreadable, of another size or of unknown faces; one
+            report names them all.
+    """
+    import pandas as pd
+
+    folder = resolve(images_dir)
+    ids = evaluated_ids(config, dataset, limit)
+    files, report = _named_files(folder, dataset, ids)
+    if report.problems:  # say at once what else is wrong
+        _check_pictures(report, files, config.data.size)
+    cache = config.run_dir / "scores" / f"{folder.name}-{_score_key(files, dataset, config)}.csv"
+    if cache.is_file():
+        return pd.read_csv(cache, dtype={"id": str}, float_precision="round_trip")
+    _check_pictures(report, files, config.data.size)
+
+    from tqdm.auto import tqdm
+
+    critics, parts = load_critics(config), []
+    starts = range(0, len(ids), BATCH)
+    for start in tqdm(starts, f"scoring {folder.name}", mininterval=1, disable=not progress):
+        parts.append(_score(critics, files, ids[start : start + BATCH], dataset))
+    table = pd.DataFrame(torch.cat(parts).numpy(), columns=_columns())
+    table = table.astype({name: int for name in _columns() if name.startswith(("sup", "cor"))})
+    table.insert(0, "id", ids)
+    write_frame(cache, table)
+    return table
+
+
+def counts(per_image: DataFrame, critic: str) -> tuple[Any, Any]:
+    """(correct, support) of the rows of `score_folder`, each `(n, 19)`."""
+    correct = per_image[[f"correct_{critic}_{c}" for c in CLASSES]]
+    return correct.to_numpy(), per_image[[f"support_{c}" for c in CLASSES]].to_numpy()
+
+
+def _columns() -> list[str]:
+    names = [f"text_{critic}" for critic in CRITICS] + ["lpips", "niqe"]
+    names += [f"support_{c}" for c in CLASSES]
+    return names + [f"correct_{critic}_{c}" for critic in CRITICS for c in CLASSES]
+
+
+@torch.no_grad()
+def _score(
+    critics: Critics,
+    files: Mapping[str, Path],
+    ids: Sequence[str],
+    dataset: FaceDataset,
+) -> Tensor:
+    """Scores of a few pictures in the order of `_columns`, float64."""
+    images = torch.stack([read_picture(files[name]) for name in ids]).to(critics.device)
+    real = torch.stack([dataset.image(name) for name in ids]).to(critics.device)
+    target = torch.stack([dataset.label_map(name) for name in ids]).to(critics.device)
+    captions = [dataset.manifest_caption(name) for name in ids]
+    columns = [critics.clips[critic].score(images, captions) for critic in CRITICS]
+    columns += [critics.lpips(images, real), critics.niqe(images)]
+    found = [mask_counts(critics.parsers[critic].parse(images), target) for critic in CRITICS]
+    tables = [found[0][1], *(correct for correct, _ in found)]
+    columns = [column.double().cpu()[:, None] for column in columns]
+    return torch.cat(columns + [table.double().cpu() for table in tables], dim=1)
+
+
+def _named_files(
+    folder: Path, dataset: FaceDataset, ids: Sequence[str]
+) -> tuple[dict[str, Path], Report]:
+    """The picture of each id that has one, and a report of missing ones and of those of no face."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder of pictures")
+    report, known = Report(folder, len(ids)), set(dataset.ids)
+    files = files_by_id(folder, IMAGE_SUFFIXES, report)
+    for name in ids:
+        if name not in files:
+            report.add(folder / f"{name}.png", "missing")
+    for name, path in files.items():
+        if name not in known:
+            report.add(path, f"no face {name} in {dataset.root.name}, split {dataset.split}")
+    return {name: files[name] for name in ids if name in files}, report
+
+
+def _check_pictures(report: Report, files: Mapping[str, Path], size: int) -> None:
+    """Add every unreadable picture and every one that is not `size` pixels wide; then raise."""
+
+    def check(path: Path) -> str:
+        try:
+            width = read_image(path).width
+        except DataError as error:
+            return str(error)
+        return "" if width == size else f"wrong size {width}, data.size is {size}"
+
+    for path, reason in zip(files.values(), parallel(check, files.values()), strict=True):
+        if reason:
+            report.add(path, reason)
+    report.raise_if_bad()
+
+
+def _score_key(files: Mapping[str, Path], dataset: FaceDataset, config: Config) -> str:
+    """Twelve hex digits of pictures, faces, critics, settings and code."""
+    about = [critics_digest(config), data_digest(dataset), list(files)]
+    about.append(list(parallel(path_digest, files.values())))
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+
+
+def critics_digest(config: Config) -> str:
+    """Twelve hex digits of the critics' weights and settings, and of the code that scores."""
+    p, e = config.perception, config.evaluation
+    names = (p.parser, p.scoring_parser, p.clip, p.scoring_clip)
+    about: list[Any] = [names, [path_digest(resolve(n.removeprefix(LOCAL_DIR))) for n in names]]
+    about += [p.parser_size, e.lpips, e.niqe_block, e.niqe_refit, code_digest(SCORING)]
+    about += [data_digest(open_dataset(config, "train")) if e.niqe_refit else ""]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]

@@ -1,0 +1,248 @@
+"""EC2FacePipeline: FluxPipeline's sampler, three modes, every form of mask, save and load."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ec2face_core.attributes import PALETTE, palette_image
+from ec2face_core.backbone import save_backbone
+from ec2face_core.config import ConfigError, LoraConfig, load_profile
+from ec2face_core.mask_branch import add_mask_lora, save_mask_lora
+from ec2face_core.pipeline import EC2FacePipeline
+from ec2face_lab.world.networks import tiny_backbone
+
+LORA = LoraConfig(rank=4, alpha=8.0)
+CORPUS = ["she has wavy hair.", "a man with a hat and glasses."]
+FAST = {"num_inference_steps": 2, "output_type": "pt"}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone(CORPUS)
+
+
+@pytest.fixture(scope="module")
+def pipe(backbone) -> EC2FacePipeline:
+    import copy
+
+    transformer = copy.deepcopy(backbone.transformer)
+    torch.manual_seed(0)
+    for p in add_mask_lora(transformer, LORA):
+        nn.init.normal_(p, std=0.2)
+    parts = {**backbone.components(), "transformer": transformer}
+    pipe = EC2FacePipeline(**parts, text_length=24, image_size=32, guidance=1.0)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def label_map() -> torch.Tensor:
+    """Every class, in blocks of 4 x 4 pixels."""
+    blocks = torch.arange(64).reshape(8, 8) % 19
+    return blocks.repeat_interleave(4, 0).repeat_interleave(4, 1)
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw(pipe, *args, seed=1, **kwargs) -> torch.Tensor:
+    return pipe(*args, generator=seeded(seed)[0], **{**FAST, **kwargs}).images
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for the last bits, which depend on how loaded weights lie in memory."""
+    return torch.allclose(a, b, atol=1e-6, rtol=0)
+
+
+def test_text_only_is_flux_pipeline(backbone, pipe):
+    """Same noise, same text, no mask: FluxPipeline's own picture, though the LoRA is installed."""
+    from diffusers import FluxPipeline
+
+    flux = FluxPipeline(**backbone.components())
+    flux.set_progress_bar_config(disable=True)
+    expected = flux(
+        CORPUS[0], height=32, width=48, num_inference_steps=5, guidance_scale=2.0,
+        max_sequence_length=24, generator=seeded(3)[0], output_type="pt",
+    ).images  # fmt: skip
+    images = draw(
+        pipe, CORPUS[0], seed=3, height=32, width=48, num_inference_steps=5, guidance_scale=2.0
+    )
+    torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
+
+
+def test_text_guidance_is_flux_pipeline_s_true_guidance(backbone, pipe):
+    from diffusers import FluxPipeline
+
+    flux = FluxPipeline(**backbone.components())
+    flux.set_progress_bar_config(disable=True)
+    expected = flux(
+        CORPUS[0], negative_prompt="", true_cfg_scale=2.5, height=32, width=32,
+        num_inference_steps=3, guidance_scale=1.0, max_sequence_length=24,
+        generator=seeded(3)[0], output_type="pt",
+    ).images  # fmt: skip
+    images = draw(pipe, CORPUS[0], seed=3, num_inference_steps=3, text_guidance=2.5)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("s_t, s_m", [(1.0, 1.0), (1.0, 3.0), (2.0, 2.0), (2.5, 0.5)])
+def test_guidance_towards_both_conditions(pipe, label_map, s_t, s_m):
+    """Each of the three velocities by itself, then the sum as it stands in the docstring."""
+    from ec2face_core.backbone import encode_text
+    from ec2face_core.mask_branch import guided_velocity, mask_latents_of, predict_velocity
+
+    z, t = torch.randn(2, 8, 8, 8, generator=seeded(0)[0]), torch.tensor([0.3, 0.8])
+    text, null = encode_text(pipe, CORPUS, 24), encode_text(pipe, ["", ""], 24)
+    mask, keep = mask_latents_of(pipe.vae, label_map.expand(2, -1, -1)), torch.tensor([True, False])
+    with torch.no_grad():
+        v_0 = predict_velocity(pipe.transformer, z, t, null)
+        v_text = predict_velocity(pipe.transformer, z, t, text)
+        v_both = predict_velocity(pipe.transformer, z, t, text, mask, keep)
+        v = guided_velocity(pipe.transformer, z, t, text, null, mask, keep, 1.0, s_t, s_m)
+    expected = v_0 + s_t * (v_text - v_0) + s_m * (v_both - v_text)
+    torch.testing.assert_close(v, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(v[1], (v_0 + s_t * (v_text - v_0))[1], atol=2e-5, rtol=1e-4)
+
+
+def test_three_modes_differ_and_are_deterministic(pipe, label_map):
+    modes = [
+        {"prompt": CORPUS[0], "mask": label_map},
+        {"prompt": CORPUS[0]},
+        {"mask": label_map},
+        {},
+    ]
+    images = [draw(pipe, **mode) for mode in modes]
+    for mode, image in zip(modes, images, strict=True):
+        assert image.shape == (1, 3, 32, 32) and image.min() >= 0 and image.max() <= 1
+        assert torch.equal(draw(pipe, **mode), image)
+    for i in range(4):
+        assert all((images[i] - images[j]).abs().max() > 1e-4 for j in range(i))
+    assert not torch.equal(draw(pipe, **modes[0], seed=2), images[0])
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe, label_map):
+    prompts, masks = [CORPUS[0], CORPUS[1], ""], [label_map, None, label_map.flip(0)]
+    batch = pipe(prompts, masks, generator=seeded(1, 2, 3), **FAST).images
+    for i in range(3):
+        alone = draw(pipe, prompts[i], masks[i], seed=i + 1)
+        torch.testing.assert_close(batch[i : i + 1], alone, atol=2e-5, rtol=0)
+
+
+def test_one_generator_gives_the_same_pictures_in_any_grouping(pipe, label_map):
+    g = seeded(7)[0]
+    together = pipe([CORPUS[0]] * 3, label_map, generator=seeded(7)[0], **FAST).images
+    apart = [pipe([CORPUS[0]] * n, label_map, generator=g, **FAST).images for n in (1, 2)]
+    torch.testing.assert_close(torch.cat(apart), together, atol=2e-5, rtol=0)
+
+
+def test_prompts_masks_and_images_per_prompt_pair_up(pipe, label_map):
+    one = draw(pipe, CORPUS[1], torch.stack([label_map, label_map.T]), num_images_per_prompt=2)
+    assert one.shape[0] == 4
+    g = seeded(1)[0]
+    apart = [
+        pipe(CORPUS[1], m, generator=g, num_images_per_prompt=2, **FAST).images
+        for m in (label_map, label_map.T)
+    ]
+    torch.testing.assert_close(one, torch.cat(apart), atol=2e-5, rtol=0)
+
+
+def test_mask_forms_agree(pipe, label_map, tmp_path):
+    ids = label_map.numpy().astype(np.uint8)
+    palette = Image.fromarray(ids, mode="P")
+    palette.putpalette(np.array(PALETTE, dtype=np.uint8).ravel().tolist())
+    colours = ((palette_image(label_map[None])[0] + 1) * 127.5).round().byte()
+    rgb = Image.fromarray(colours.permute(1, 2, 0).numpy())
+    palette.save(tmp_path / "palette.png")
+    Image.fromarray(ids).save(tmp_path / "ids.png")
+    rgb.save(tmp_path / "rgb.png")
+    doubled = label_map.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    expected = draw(pipe, mask=label_map)
+    forms = [
+        label_map[None], label_map.int(), ids, ids.astype(np.int64), palette, rgb, doubled, [ids],
+        tmp_path / "palette.png", str(tmp_path / "ids.png"), [tmp_path / "rgb.png"],
+    ]  # fmt: skip
+    for form in forms:
+        assert torch.equal(draw(pipe, mask=form), expected)
+
+
+def test_output_types_latents_and_sizes(pipe):
+    noise = torch.randn(1, 8, 8, 8, generator=seeded(4)[0])
+    images = draw(pipe, latents=noise)
+    assert torch.equal(images, draw(pipe, seed=4))
+    array = pipe(latents=noise, num_inference_steps=2, output_type="np").images
+    np.testing.assert_array_equal(array[0], images[0].permute(1, 2, 0).numpy())
+    (pil,) = pipe(latents=noise, num_inference_steps=2).images
+    np.testing.assert_array_equal(np.array(pil), (array[0] * 255).round().astype(np.uint8))
+    assert draw(pipe, height=40, width=24).shape == (1, 3, 40, 24)
+
+
+def test_save_and_load(pipe, backbone, label_map, tmp_path):
+    expected = draw(pipe, CORPUS[0], label_map)
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert same(draw(pipe, CORPUS[0], label_map), expected)  # still usable
+    loaded = EC2FacePipeline.from_pretrained(tmp_path / "pipe")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.config.text_length == 24 and loaded.config.image_size == 32
+    assert same(draw(loaded, CORPUS[0], label_map), expected)
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert same(draw(EC2FacePipeline.from_pretrained(again), CORPUS[0], label_map), expected)
+
+
+def test_from_config_and_from_a_flux_folder(pipe, backbone, label_map, tmp_path):
+    save_backbone(backbone, tmp_path / "flux", dtype=torch.float32)
+    save_mask_lora(pipe.transformer, tmp_path / "adapters" / "both", LORA, text_length=24)
+    config = load_profile(
+        "smoke",
+        backbone={"path": str(tmp_path / "flux"), "text_length": 24},
+        data={"size": 32},
+        adapters=str(tmp_path / "adapters"),
+        profile="test-pipeline",  # no retrained adapters under runs/
+    )
+    full = EC2FacePipeline.from_config(config)
+    assert same(draw(full, CORPUS[0], label_map), draw(pipe, CORPUS[0], label_map))
+    plain = EC2FacePipeline.from_config(config, variant=None)
+    assert same(draw(plain, CORPUS[0]), draw(pipe, CORPUS[0]))
+    assert not same(draw(plain, mask=label_map), draw(pipe, mask=label_map))
+    stock = EC2FacePipeline.from_pretrained(tmp_path / "flux", guidance=1.0)
+    assert stock.config.image_size == 64 and stock.config.text_length == 32
+    stock.load_mask_lora(tmp_path / "adapters" / "both")
+    assert same(draw(stock, mask=label_map, height=32, width=32), draw(pipe, mask=label_map))
+
+    with pytest.raises(ConfigError, match=r"trained with 24: set backbone\.text_length to 24"):
+        EC2FacePipeline.from_config(config.replace(backbone={"text_length": 32}))
+    with pytest.raises(FileNotFoundError, match=r"ec2face_core\.train"):
+        EC2FacePipeline.from_config(config, variant="mask")
+    with pytest.raises(ConfigError, match="did you mean"):
+        EC2FacePipeline.from_config(config, variant="bothe")
+
+
+def test_errors_name_what_is_wrong(pipe, label_map, tmp_path):
+    with pytest.raises(ValueError, match="2 prompts and 3 masks"):
+        pipe(CORPUS, [label_map] * 3)
+    with pytest.raises(ValueError, match=r"must be 0-18, found 0-19"):
+        pipe(mask=label_map.clone().fill_(19).triu())
+    with pytest.raises(ValueError, match="expected integer label ids"):
+        pipe(mask=label_map.float())
+    with pytest.raises(ValueError, match="palette"):
+        pipe(mask=Image.effect_noise((32, 32), 90).convert("RGB"))
+    with pytest.raises(ValueError, match="empty list"):
+        pipe(mask=[])
+    with pytest.raises(ValueError, match="a float is no mask"):
+        pipe(mask=1.5)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        pipe(height=30)
+    with pytest.raises(ValueError, match="at least 1"):
+        pipe(num_inference_steps=0)
+    with pytest.raises(ValueError, match="use pil, np or pt"):
+        pipe(output_type="jpg")
+    with pytest.raises(ValueError, match="2 generators for 1 pictures"):
+        pipe(generator=seeded(1, 2))
+    with pytest.raises(ValueError, match="expected"):
+        pipe(latents=torch.randn(1, 8, 4, 4))
+    with pytest.raises(FileNotFoundError):
+        pipe(mask=tmp_path / "no.png")

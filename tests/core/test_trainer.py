@@ -1,0 +1,437 @@
+"""The trainer, tested by training it, killing it and resuming it; and its parts against algebra."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ec2face_core import train
+from ec2face_core import trainer as trainer_module
+from ec2face_core.backbone import load_backbone
+from ec2face_core.config import ROOT, Config, ConfigError, load_profile, resolve
+from ec2face_core.consistency import PixelConsistency
+from ec2face_core.flow import interpolate, reverse_estimate, velocity
+from ec2face_core.losses import flow_matching_loss, total_loss
+from ec2face_core.mask_branch import load_mask_lora, predict_velocity, read_mask_lora
+from ec2face_core.perception import FaceParser
+from ec2face_core.runs import newest_checkpoint, read_metrics, save_checkpoint
+from ec2face_core.stream import SampleStream
+from ec2face_core.trainer import Trainer, learning_rate
+from ec2face_lab import launch
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def final_lora(run_dir) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "final" / LORA)
+
+
+def assert_bitwise(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys() and left
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_config: Config, tmp_path_factory):
+    """Four uninterrupted steps of full EC2Face: the trainer, after fit."""
+    trainer = Trainer(tiny_config, "both", tmp_path_factory.mktemp("run") / "straight")
+    trainer.fit()
+    return trainer
+
+
+# ----------------------------------------------------------------------------------- draws
+
+
+def test_draws_are_a_function_of_seed_and_index(straight):
+    cache = straight.cache
+    stream = SampleStream(cache, 42, 0.1)
+    whole = stream.draw(range(40, 48))
+    again = SampleStream(cache, 42, 0.1)  # as after a restart, on two ranks
+    halves = again.draw(range(44, 48)), again.draw(range(40, 44))
+    for name in ("t", "noise", "keep_text", "keep_mask"):
+        parts = torch.cat([getattr(halves[1], name), getattr(halves[0], name)])
+        assert torch.equal(getattr(whole, name), parts)
+    assert whole.ids == halves[1].ids + halves[0].ids
+    assert whole.captions == halves[1].captions + halves[0].captions
+    # ranks draw different noise, and so do other seeds
+    flat = torch.cat([whole.noise, SampleStream(cache, 43, 0.1).draw(range(40, 48)).noise])
+    similarity = torch.corrcoef(flat.flatten(1)) - torch.eye(16)
+    assert similarity.abs().max() < 0.15
+
+
+def test_draws_have_the_stated_distribution(straight):
+    stream, n = SampleStream(straight.cache, 1, 0.25), len(straight.cache.ids)
+    draws = stream.draw(range(200 * n))
+    epochs = [tuple(draws.ids[i : i + n]) for i in range(0, len(draws.ids), n)]
+    assert all(sorted(epoch) == sorted(straight.cache.ids) for epoch in epochs)
+    assert len(set(epochs)) == len(epochs)  # each in an order of its own
+    assert set(Counter(draws.captions)) == set(range(10))
+    b = len(draws.t)
+    assert abs(draws.t.mean() - 0.5) < 4 / (12 * b) ** 0.5
+    for keep in (draws.keep_text, draws.keep_mask):
+        assert abs(keep.float().mean() - 0.75) < 4 * (0.25 * 0.75 / b) ** 0.5
+    both = (draws.keep_text & draws.keep_mask).float().mean()
+    assert abs(both - 0.75**2) < 4 * (0.5625 * 0.4375 / b) ** 0.5  # dropped independently
+    assert abs(draws.noise.mean()) < 1e-2 and abs(draws.noise.std() - 1) < 1e-2
+
+
+# ------------------------------------------------------------------------------------ loss
+
+
+def test_two_stage_gradient_is_the_end_to_end_gradient(exact):
+    """Against Eqs. 5, 9, 11, 12 written out and differentiated in one piece."""
+    draws = exact.stream.draw(range(4))
+    assert not draws.keep_text.all() and not draws.keep_mask.all()  # dropping is in the test
+    weights = exact._weights(range(4))
+    assert abs(weights.square().mean() - 1) < 1e-5
+    loss, means = exact.loss(draws, weights)
+    two_stage = torch.autograd.grad(loss, exact.parameters)
+
+    config = exact.config
+    batch = exact.cache.batch(draws.ids, draws.captions)
+    z_t = interpolate(batch["z"], draws.noise, draws.t)
+    text = batch["text"].where(draws.keep_text, exact.cache.text([""]))
+    v = predict_velocity(
+        exact.transformer, z_t, draws.t, text, batch["z_mask"], draws.keep_mask, guidance=1.0
+    )
+    flow = flow_matching_loss(v, velocity(batch["z"], draws.noise), weights)
+    z_hat = reverse_estimate(z_t, v, draws.t)
+    text_loss, mask_loss = exact.guidance.losses(z_hat, batch["captions"], batch["label_map"])
+    parts = total_loss(
+        flow, text_loss, mask_loss, draws.t, config.loss, draws.keep_text, draws.keep_mask
+    )
+    end_to_end = torch.autograd.grad(parts.total.mean(), exact.parameters, retain_graph=True)
+    only_flow = torch.autograd.grad(flow.mean(), exact.parameters)
+
+    def flat(gradient):
+        return torch.cat([g.flatten() for g in gradient])
+
+    def error(left, right):
+        return (flat(left) - flat(right)).norm() / flat(right).norm()
+
+    assert error(two_stage, end_to_end) < 1e-4
+    assert error(only_flow, end_to_end) > 0.1  # so the pixel losses were in the comparison
+    for name, value in parts.mean().items():
+        torch.testing.assert_close(means[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_conditions_reach_the_transformer_as_null(exact, monkeypatch):
+    seen = {}
+
+    def spy(model, z_t, t, text, mask_latents, keep_mask, **rest):
+        seen.update(text=text, keep_mask=keep_mask)
+        return predict_velocity(model, z_t, t, text, mask_latents, keep_mask, **rest)
+
+    monkeypatch.setattr(trainer_module, "predict_velocity", spy)
+    draws = exact.stream.draw(range(8))
+    exact.loss(draws)
+    null = exact.cache.text([""]).tokens[0]
+    told = exact.cache.batch(draws.ids, draws.captions)["text"].tokens
+    for i, keep in enumerate(draws.keep_text):
+        assert torch.equal(seen["text"].tokens[i], told[i] if keep else null)
+    assert torch.equal(seen["keep_mask"], draws.keep_mask)
+
+
+@pytest.mark.parametrize(
+    ("variant", "clip", "parser"), [("none", 0, 0), ("text", 1, 0), ("mask", 0, 1)]
+)
+def test_only_the_critics_that_a_variant_needs(
+    straight, tiny_config, tmp_path, monkeypatch, variant, clip, parser
+):
+    opened = Counter()
+
+    class Stop(Exception):
+        pass
+
+    def note(name):
+        return lambda *_, **__: opened.update([name])
+
+    for critic, name in (
+        (trainer_module.ClipScorer, "clip"),
+        (trainer_module.FaceParser, "parser"),
+    ):
+        monkeypatch.setattr(critic, "from_config", note(name))
+    monkeypatch.setattr(
+        trainer_module,
+        "load_backbone",
+        lambda c, parts: opened.update(parts) or load_backbone(c, parts),
+    )
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        Trainer(tiny_config, variant, tmp_path).setup()
+    wanted = {"transformer": 1, "clip": clip, "parser": parser, "vae": clip or parser}
+    assert opened == {name: n for name, n in wanted.items() if n}
+
+
+def test_long_tail_weights_only_where_the_variant_says_so(tiny_config):
+    assert Trainer(tiny_config, "without_ltal")._weights(range(2)) is None
+
+
+def test_accumulation_and_batch_size_do_not_change_the_step(tiny_config, tmp_path):
+    """4 x 1 = 2 x 2: also the normalisation of the weights sees the whole step."""
+    loras = []
+    for batch, accumulation in ((4, 1), (2, 2)):
+        config = tiny_config.replace(
+            trainer={
+                "batch_size": batch, "accumulation": accumulation,
+                "mixed_precision": "no", "steps": 2,
+            }
+        )  # fmt: skip
+        trainer = Trainer(config, "none", tmp_path / f"{batch}x{accumulation}")
+        trainer.fit()
+        loras.append(final_lora(trainer.run_dir))
+    for name in loras[0]:
+        torch.testing.assert_close(loras[0][name], loras[1][name], rtol=1e-3, atol=2e-5)
+
+
+# --------------------------------------------------------------------------------- the run
+
+
+def test_a_run_trains_the_lora_only_and_explains_itself(straight, tiny_config, tmp_path):
+    run = straight.run_dir
+    original = load_backbone(tiny_config.backbone, ("transformer",)).transformer
+    before = original.state_dict()
+    after = {k.replace(".base_layer", ""): v for k, v in straight.transformer.state_dict().items()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(float(v.abs().max()) > 0 for k, v in final_lora(run).items() if "lora_B" in k)
+
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["samples"] for row in rows] == [2, 4, 6, 8]
+    assert [row["lr"] for row in rows] == [5e-4, 1e-3, 1e-3, 1e-3]  # two steps of warm-up
+    for row in rows:  # Eq. 12 holds in the log; beta is a mean, hence only bounds
+        guided = row["total"] - row["flow"]
+        assert 0 < guided <= 0.5 * 2 * (row["text"] + row["mask"])
+        assert row["seconds"] > 0 and row["grad_norm"] > 0
+    saved = load_profile("mini", **json.loads(json.dumps(_yaml(run / "config.yaml"))))
+    assert saved == straight.config
+
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "step_000002",
+        "step_000004",
+    ]
+    about = json.loads((run / "final" / "provenance.json").read_text())
+    assert about["parameters"]["variant"] == "both" and about["parameters"]["steps"] == 4
+    assert read_mask_lora(run / "final") == (tiny_config.lora, tiny_config.backbone.text_length)
+    load_mask_lora(original, run / "final")
+    loaded = {n: p for n, p in original.named_parameters() if "lora_" in n}
+    trained = {n: p for n, p in straight.transformer.named_parameters() if "lora_" in n}
+    assert_bitwise(dict(loaded), dict(trained))
+
+
+def test_a_finished_run_is_left_alone(straight, tiny_config, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "setup", lambda self: pytest.fail("set up again"))
+    assert Trainer(tiny_config, "both", straight.run_dir).fit() == straight.run_dir / "final"
+    assert "done already" in capsys.readouterr().out
+
+
+def test_resumed_after_a_truncated_checkpoint_ends_bit_for_bit_alike(
+    straight, tiny_config, tmp_path
+):
+    begun = tiny_config.replace(trainer={"steps": 3, "checkpoint_every": 1})
+    Trainer(begun, "both", tmp_path).fit()
+    newest = tmp_path / "checkpoints" / "step_000003"
+    content = (newest / "state.safetensors").read_bytes()
+    (newest / "state.safetensors").write_bytes(content[: len(content) // 2])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "tot')  # killed while writing
+
+    torch.manual_seed(random.randrange(2**31))  # no global generator may matter
+    with pytest.warns(RuntimeWarning, match="step_000003 is damaged"):
+        Trainer(tiny_config, "both", tmp_path).fit()
+    assert_bitwise(final_lora(tmp_path), final_lora(straight.run_dir))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    kept = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
+    assert kept == ["step_000003", "step_000004"] or kept == ["step_000004"]
+
+
+def test_another_configuration_is_refused_by_name(straight, tiny_config):
+    other = tiny_config.replace(**{"loss.alpha_mask": 1.0, "trainer.steps": 9})
+    with pytest.raises(ConfigError, match=r"loss\.alpha_mask 0\.5 -> 1\.0\)"):
+        Trainer(other, "both", straight.run_dir).fit()
+    with pytest.raises(ConfigError, match="variant both -> mask"):
+        Trainer(tiny_config, "mask", straight.run_dir).fit()
+
+
+def test_a_diverged_loss_stops_and_no_checkpoint_is_kept_of_it(tiny_config, tmp_path, monkeypatch):
+    loss = Trainer.loss
+
+    def diverges(self, draws, weights=None):
+        value, means = loss(self, draws, weights)
+        return (value * float("nan"), means) if self.step == 1 else (value, means)
+
+    monkeypatch.setattr(Trainer, "loss", diverges)
+    config = tiny_config.replace(trainer={"checkpoint_every": 1})
+    with pytest.raises(FloatingPointError, match="step 2 is not finite"):
+        Trainer(config, "none", tmp_path).fit()
+    assert newest_checkpoint(tmp_path / "checkpoints")[1]["step"] == 1
+
+
+def test_wrong_launches_are_named(tiny_config, tmp_path):
+    with pytest.raises(ConfigError, match="num_processes is 2"):
+        Trainer(tiny_config.replace(**{"trainer.num_processes": 2}), "none", tmp_path).setup()
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        config = tiny_config.replace(**{"trainer.mixed_precision": "fp16"})
+        Trainer(config, "none", tmp_path, device="cpu").setup()
+    with pytest.raises(ConfigError, match="variant 'bth' does not exist"):
+        Trainer(tiny_config, "bth", tmp_path)
+
+
+def test_a_full_disk_leaves_the_checkpoints_valid(tmp_path, monkeypatch):
+    tensors = {"a": torch.arange(3.0)}
+    save_checkpoint(tmp_path, 1, tensors, {}, keep=2)
+
+    def full(_, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"No space left.*resumes"):
+        save_checkpoint(tmp_path, 2, tensors, {}, keep=2)
+    found, about = newest_checkpoint(tmp_path)
+    assert about["step"] == 1 and torch.equal(found["a"], tensors["a"])
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_the_critics_round_alike_from_the_first_call_on(exact):
+    """What the resume rests on: a fresh process's first gradient is a warm one's hundredth."""
+    draws = exact.stream.draw(range(2))
+    batch = exact.cache.batch(draws.ids, draws.captions)
+    fresh = FaceParser.from_config(exact.config.perception)
+    guidance = PixelConsistency(exact.guidance.vae, exact.guidance.clip, fresh, exact.config.loss)
+    gradients = [
+        guidance.gradient(batch["z"], batch["captions"], batch["label_map"], draws.t)[0]
+        for _ in range(4)
+    ]
+    assert all(torch.equal(gradients[0], g) for g in gradients)
+
+
+def test_learning_rates(tiny_config):
+    """The paper's constant rate, and the miniature's cosine that ends at 0."""
+    constant = tiny_config.replace(trainer={"warmup": 4, "steps": 20}).trainer
+    rates = [learning_rate(constant, step) for step in range(20)]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4] + [1e-3] * 17)
+    cosine = tiny_config.replace(trainer={"warmup": 4, "steps": 20, "schedule": "cosine"}).trainer
+    rates = [learning_rate(cosine, step) for step in range(21)]
+    assert rates[:5] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+    assert rates[12] == pytest.approx(5e-4) and rates[20] == pytest.approx(0, abs=1e-12)
+    assert all(left >= right for left, right in itertools.pairwise(rates[4:]))
+
+
+# -------------------------------------------------------------------------- command line
+
+
+def test_command_line(tiny_config, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    tiny_config.save(path)
+    options = train.build_parser().parse_args(
+        ["--config", str(path), "--set", "loss.alpha_text=2", "--steps", "7"]
+    )
+    config = train.read_config(options)
+    assert config == tiny_config.replace(**{"loss.alpha_text": 2.0, "trainer.steps": 7})
+
+    for arguments, message in (
+        (["--set", "trainer.stepz=3"], "did you mean 'steps'"),
+        (["--profile", "minni"], "did you mean 'mini'"),
+        (["--config", str(tmp_path / "absent.yaml")], "no such file"),
+        (["--config", str(path), "--set", f"data.root={tmp_path / 'nothing'}",
+          "--set", "data.procedural=false", "--run-dir", str(tmp_path)], "does not exist"),
+        (["--config", str(path), "--set", f"backbone.path={tmp_path / 'nothing'}",
+          "--run-dir", str(tmp_path)], "backbone.path"),
+    ):  # fmt: skip
+        assert train.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error
+
+
+# ---------------------------------------------------------------- processes (minutes, not seconds)
+
+
+def _child(config: Config, run_dir, *more: str) -> list[str]:
+    path = run_dir.with_suffix(".yaml")
+    config.save(path)
+    arguments = ["--config", str(path), "--run-dir", str(run_dir), *more]
+    return launch.command_line("ec2face_core.train", *arguments)
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_step_and_resumed_ends_bit_for_bit_alike(tiny_config, tmp_path):
+    config = tiny_config.replace(trainer={"steps": 8, "checkpoint_every": 3})
+    kill_after = random.randrange(4, 8)  # so that there is something to resume from
+    command = _child(config, tmp_path / "killed")
+    start = {"cwd": ROOT, "env": launch.child_environment()}
+    straight = subprocess.Popen(_child(config, tmp_path / "straight"), **start)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **start) as process:
+        for line in process.stdout:
+            if line.startswith(f"step {kill_after}/"):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "final").exists()
+    subprocess.run(command, check=True, **start)
+    assert straight.wait() == 0
+    assert_bitwise(final_lora(tmp_path / "killed"), final_lora(tmp_path / "straight"))
+    assert [row["step"] for row in read_metrics(tmp_path / "killed")] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one_with_the_joined_batch(tiny_config, tmp_path):
+    shared = {"mixed_precision": "no", "steps": 2, "checkpoint_every": 1}
+    one = tiny_config.replace(trainer={**shared, "batch_size": 4})
+    two = tiny_config.replace(trainer={**shared, "batch_size": 2, "num_processes": 2})
+    Trainer(one, "both", tmp_path / "one").fit()
+    path = tmp_path / "two.yaml"
+    two.save(path)
+    launch.run(
+        "ec2face_core.train", "--config", str(path), "--run-dir", str(tmp_path / "two"),
+        num_processes=2, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+    )  # fmt: skip
+    states = [
+        load_file(tmp_path / name / "checkpoints" / "step_000001" / "state.safetensors")
+        for name in ("one", "two")
+    ]
+    for name, value in states[0].items():
+        if name.endswith("exp_avg"):  # after one step 0.1 x the clipped, averaged gradient
+            torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-6)
+    for left, right in zip(
+        final_lora(tmp_path / "one").values(), final_lora(tmp_path / "two").values(), strict=True
+    ):
+        torch.testing.assert_close(right, left, rtol=1e-3, atol=2e-5)
+    for left, right in zip(
+        read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True
+    ):  # the log is of all ranks
+        for name in ("t", "flow", "text", "mask", "grad_norm", "samples"):
+            assert left[name] == pytest.approx(right[name], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_smoke_profile_trains_on_the_bundle(tmp_path):
+    profile = load_profile("smoke")
+    bundle = resolve(profile.backbone.path)
+    parser, clip = resolve(profile.perception.parser), resolve("data/mini/clip_guiding")
+    if not all(path.exists() for path in (bundle / "model_index.json", parser, clip)):
+        pytest.skip(f"the bundle is incomplete: {bundle.parent} (make foundation)")
+    config = load_profile(
+        "smoke",
+        profile=str(tmp_path / "runs"),
+        data={"root": str(tmp_path / "faces"), "train": 8, "test": 2},
+        trainer={"steps": 2, "batch_size": 2},
+    )
+    final = Trainer(config).fit()
+    assert (final / LORA).is_file()
+    rows = read_metrics(final.parent)
+    assert len(rows) == 2 and rows[0]["unweighted_flow"] < 3
+
+
+def _yaml(path):
+    import yaml
+
+    return yaml.safe_load(path.read_text())

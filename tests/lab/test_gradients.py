@@ -1,0 +1,63 @@
+"""Gradient norms of the losses against a derivation by hand."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from ec2face_core.backbone import load_backbone
+from ec2face_core.config import Config
+from ec2face_core.losses import beta
+from ec2face_core.mask_branch import add_mask_lora, save_mask_lora
+from ec2face_lab.study import gradients
+from ec2face_lab.study.gradients import FLOW, MASK, TEXT
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: Config, tmp_path_factory) -> Config:
+    """With an adapter that is not zero, and batches of two."""
+    folder = tmp_path_factory.mktemp("adapters")
+    transformer = load_backbone(tiny_config.backbone, ("transformer",)).transformer
+    generator = torch.Generator().manual_seed(0)
+    for p in add_mask_lora(transformer, tiny_config.lora):
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    length = tiny_config.backbone.text_length
+    save_mask_lora(transformer, folder / "both", tiny_config.lora, length)
+    return tiny_config.replace(adapters=str(folder))
+
+
+def wide(table: pd.DataFrame, modulated: bool) -> pd.DataFrame:
+    return table[table["modulated"] == modulated].pivot(index="t", columns="loss", values="norm")
+
+
+def test_norms_follow_the_equations(config):
+    """d z_hat / d v = -t: nothing at t = 0; alpha and beta(t) are factors; kept and read again."""
+    table = gradients.gradient_norms(config, batches=1)
+    plain, faded = wide(table, False), wide(table, True)
+    assert (plain[FLOW] > 0).all()
+    for name in (TEXT, MASK):
+        assert plain.loc[0.0, name] == 0 and (plain.loc[0.1:, name] > 0).all()
+        t = torch.tensor(plain.index.to_numpy())
+        expected = plain[name].to_numpy() * beta(t, 10.0, 0.4).numpy()
+        assert faded[name].to_numpy() == pytest.approx(expected, rel=1e-4)
+    double = config.replace(loss={"alpha_mask": 2 * config.loss.alpha_mask})
+    more = wide(gradients.gradient_norms(double, batches=1), False)
+    assert more[MASK].to_numpy() == pytest.approx(2 * plain[MASK].to_numpy(), rel=1e-3)
+    assert more[TEXT].to_numpy() == pytest.approx(plain[TEXT].to_numpy(), rel=1e-3)
+
+
+def test_the_sentence_and_the_figure():
+    t = [0.2, 0.4]
+    rows = [
+        {"t": at, "loss": name, "modulated": modulated, "norm": norm * at}
+        for at in t
+        for name, norm in ((FLOW, 2.0), (TEXT, 1.0), (MASK, 0.5))
+        for modulated in ((False,) if name == FLOW else (False, True))
+    ]
+    rows[-1]["norm"] = 0.4
+    said = gradients.describe_gradients(pd.DataFrame(rows))
+    assert f"{TEXT}, β ≡ 1: at most 50 % of flow matching's gradient, at t = 0.2" in said
+    assert f"{MASK}, with β(t): at most 50 % of flow matching's gradient, at t = 0.4" in said
+    fig = gradients.gradient_figure(pd.DataFrame(rows))
+    assert len(fig.axes[0].lines) == 5

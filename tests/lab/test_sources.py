@@ -1,0 +1,114 @@
+"""The faces of a foundation, and that every stage of it trains on a folder of photographs."""
+
+import json
+
+import pytest
+import torch
+
+from ec2face_core.attributes import CLASS_ID, flip_labels
+from ec2face_core.data import FaceDataset
+from ec2face_lab.world import pretrain as foundation
+from ec2face_lab.world import pretrain_perception as critics
+from ec2face_lab.world.sources import FolderWorld, ProceduralWorld, sentence, write_dataset
+
+
+@pytest.fixture(scope="module")
+def faces_dir(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world") / "faces"
+    write_dataset(root, seed=8, splits={"train": 80, "test": 2}, size=64, progress=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(faces_dir) -> FolderWorld:
+    return FolderWorld(faces_dir)
+
+
+def test_a_folder_shows_each_face_once_an_epoch_and_mirrors_some(folder, faces_dir):
+    dataset = FaceDataset(faces_dir, "train", 64)
+    known = {}
+    for i in range(len(dataset)):
+        face = dataset[i]
+        known[face.image.numpy().tobytes()] = (i, False, face.label_map)
+        known[face.image.flip(-1).numpy().tobytes()] = (i, True, flip_labels(face.label_map))
+    n = len(dataset) - len(range(0, len(dataset), 20))
+    shown, told = folder.scenes(3, 0, 3 * n)
+    found = [known[image.numpy().tobytes()] for image in shown.image]
+    for label_map, (_, _, expected) in zip(shown.label_map, found, strict=True):
+        assert torch.equal(label_map, expected)
+    for epoch in range(3):
+        faces = [i for i, _, _ in found[epoch * n : (epoch + 1) * n]]
+        assert len(set(faces)) == n
+        assert not any(i % 20 == 0 for i in faces), "these are held out"
+    assert {mirrored for _, mirrored, _ in found} == {True, False}
+    for (i, _, _), telling in zip(found, told, strict=True):
+        assert sentence(telling, 11) in dataset[i].captions
+
+
+@pytest.mark.parametrize("world", ["procedural", "folder"])
+def test_a_face_depends_on_its_number_alone(world, folder):
+    world = folder if world == "folder" else ProceduralWorld()
+    together, told = world.scenes(5, 64, 32)
+    again, told_again = world.scenes(5, 64, 32)
+    assert torch.equal(together.image, again.image)
+    assert told == told_again
+    faces = world.faces(5, 32, 16)
+    assert torch.equal(faces.image, world.faces(5, 32, 16).image)
+    assert faces.captions == world.faces(5, 32, 16).captions
+    other = world.faces(6, 32, 16)
+    assert not torch.equal(faces.image, other.image)
+
+
+def test_critics_see_rare_accessories_more_often(folder):
+    rare = [CLASS_ID[name] for name in ("ear_r", "neck_l", "eye_g", "hat")]
+
+    def share(label_maps: torch.Tensor) -> float:
+        return (
+            torch.stack([(label_maps == c).flatten(1).any(1) for c in rare]).any(0).float().mean()
+        )
+
+    assert share(folder.faces(1, 0, 300).label_map) > 1.3 * share(
+        folder.scenes(1, 0, 300)[0].label_map
+    )
+
+
+def test_the_bundle_of_procedural_faces_is_not_overwritten(faces_dir, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["foundation", "vae", "--data", str(faces_dir)])
+    with pytest.raises(SystemExit):
+        foundation.main()
+    assert "--data needs --out" in capsys.readouterr().err
+
+
+def test_every_stage_trains_on_a_folder(faces_dir, tmp_path, monkeypatch):
+    from ec2face_core.backbone import load_backbone
+    from ec2face_core.config import load_profile
+    from ec2face_core.perception import ClipScorer, FaceParser
+
+    place = ["--data", str(faces_dir), "--out", str(tmp_path)]
+    for module, arguments in (
+        (foundation, ["vae", "--samples", "16"]),
+        (foundation, ["latents", "--samples", "64"]),
+        (foundation, ["flux", "--samples", "16"]),
+        (critics, ["parser", "--role", "guiding", "--samples", "128"]),
+        (critics, ["clip", "--role", "guiding", "--samples", "128"]),
+    ):
+        monkeypatch.setattr("sys.argv", ["command", *arguments, *place])
+        module.main()
+    config = load_profile(
+        "photos64",
+        backbone={"path": str(tmp_path / "flux")},
+        perception={
+            "parser": str(tmp_path / "parser_guiding.pt"),
+            "clip": f"local-dir:{tmp_path / 'clip_guiding'}",
+        },
+    )
+    record = json.loads((tmp_path / "flux" / "provenance.json").read_text())["parameters"]
+    assert record["faces"] == faces_dir.name
+    assert load_backbone(config.backbone).vae.config.scaling_factor == pytest.approx(
+        record["autoencoder"]["scale"]
+    )
+    faces = FaceDataset(faces_dir, "test", 64)
+    parsed = FaceParser.from_config(config.perception).parse(faces[0].image[None])
+    assert parsed.shape == (1, 64, 64) and len(parsed.unique()) > 1
+    score = ClipScorer.from_config(config.perception).score(faces[0].image[None], ["A person."])
+    assert score.isfinite().all()

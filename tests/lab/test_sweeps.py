@@ -1,0 +1,139 @@
+"""One setting at a time: what a point is, what is scored, what may be said of it."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from ec2face_core.config import adapter_name, load_profile
+from ec2face_core.losses import beta
+from ec2face_lab.plots import save as results
+from ec2face_lab.study import sweeps
+from ec2face_lab.study.sweeps import SWEEPS, Point, point_config
+
+
+@pytest.mark.parametrize("profile", ["smoke", "mini", "paper"])
+def test_every_point_is_a_configuration_with_a_folder_of_its_own(profile):
+    config = load_profile(profile)
+    folders = []
+    for sweep, points in SWEEPS.items():
+        for name in points:
+            other = point_config(config, sweep, name)
+            if other is not config:
+                folders.append(other.run_dir)
+                assert config.run_dir in other.run_dir.parents
+                assert other.data == config.data and other.seed == config.seed
+    assert len(folders) == len(set(folders))
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_a_sweep_is_compared_with_the_miniature_as_it_is(sweep):
+    config, first = load_profile("mini"), next(iter(SWEEPS[sweep]))
+    assert point_config(config, sweep, first) is config
+
+
+def test_always_is_a_schedule_that_never_fades():
+    import torch
+
+    c = load_profile("mini", **SWEEPS["beta"]["always"].settings).loss
+    assert beta(torch.linspace(0, 1, 5), c.steepness, c.center).eq(1).all()
+
+
+@pytest.fixture
+def swept(tiny_config, tmp_path_factory):
+    """A sweep of two points, trained, sampled and scored; kept adapters of two seeds."""
+    from ec2face_core.trainer import Trainer
+    from ec2face_lab.study.ablation import _copy
+
+    config = tiny_config.replace(
+        profile=str(tmp_path_factory.mktemp("runs") / "sweeps"),
+        adapters=str(tmp_path_factory.mktemp("bundle") / "adapters"),
+        data={"procedural": True, "validation": 2},
+        sampling={"steps": 1, "num_processes": 1},
+        evaluation={"bootstrap": 20},
+        trainer={"steps": 2},
+    )
+    points = {
+        "own": Point("as it is", "none", {"loss.clip": config.loss.clip}),
+        "raw": Point("raw", "none", {"loss.clip": 0.0}),
+    }
+
+    def train(other, variants, seeds=1):
+        for variant in variants:
+            final = Trainer(
+                other, variant, other.run_dir / "training" / adapter_name(other, variant)
+            ).fit()
+            target = other.run_dir / "adapters" / adapter_name(other, variant)
+            target.mkdir(parents=True)
+            _copy(final, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps, "SWEEPS", {"dropout": points})
+        patch.setattr(sweeps, "retrain", train)
+        patch.setattr(sweeps, "trained_seeds", lambda config: 2)
+        for seed in (config.seed, config.seed + 1):
+            train(config.replace(seed=seed), ("none", "both"))
+        earlier = dict.fromkeys(results.COLUMNS, "") | {
+            "metric": "RFA",
+            "value": 1.0,
+            "method": "16",
+        }
+        kept = [{**earlier, "table": t} for t in ("lora", "lora, minus 16", "dropout", "seeds")]
+        file = config.run_dir / "sweeps" / "sweeps.csv"
+        file.parent.mkdir(parents=True)
+        pd.DataFrame(kept).to_csv(file, index=False)
+        path = sweeps.run_sweeps(config, ["dropout"])
+        yield *sweeps.kept_sweeps(config), path
+
+
+def test_rows_of_a_sweep(swept):
+    rows, source, path = swept
+    assert source == path and path.with_suffix(".json").is_file()
+    scores = rows[rows["table"] == "dropout"].set_index(["method", "critic", "metric"])["value"]
+    for name in ("own", "raw"):
+        assert scores[name, "", "LoRA parameters"] == scores["own", "", "LoRA parameters"] > 0
+        assert scores[name, "", "minutes"] > 0 and scores[name, "", "gradient spread"] >= 1
+        assert 0 <= scores[name, "independent", "OAA, mask alone"] <= 100
+    differences = rows[rows["table"] == "dropout, minus own"].set_index("method")
+    assert set(differences.index) == {"raw"} and (differences["n"] <= 2).all()
+    of = differences[differences["critic"] == "guiding"].set_index("metric")["value"]
+    expected = scores["raw", "guiding", "OAA"] - scores["own", "guiding", "OAA"]
+    assert of["OAA"] == pytest.approx(expected, abs=1e-3)
+    assert {"none, seed 43", "both, seed 43"} == set(rows[rows["table"] == "seeds"]["method"])
+    table = sweeps.sweep_table(rows, "dropout")
+    assert list(table.index) == ["as it is", "raw"] and "Text, text alone" in table
+
+
+def test_rows_of_other_sweeps_stay_and_those_of_this_one_are_made_anew(swept):
+    earlier = swept[0][swept[0]["method"] == "16"]
+    assert sorted(earlier["table"]) == ["lora", "lora, minus 16"]
+
+
+def test_a_missing_sweep_names_the_remedy(tmp_path):
+    config = load_profile("mini", profile=str(tmp_path), adapters=str(tmp_path / "a" / "adapters"))
+    with pytest.raises(FileNotFoundError, match="SWEEPS=1"):
+        sweeps.kept_sweeps(config)
+
+
+def test_a_conclusion_needs_more_than_another_seed_brings(monkeypatch):
+    points = {"own": Point("own"), "a": Point("A"), "b": Point("B")}
+    monkeypatch.setattr(sweeps, "SWEEPS", {"s": points})
+
+    def row(table, method, value, low, high):
+        cell = {"table": table, "method": method, "metric": "RFA", "critic": "independent"}
+        return cell | {"value": value, "ci_low": low, "ci_high": high}
+
+    rows = pd.DataFrame(
+        [
+            row("s, minus own", "a", 3.0, 1.0, 5.0),
+            row("s, minus own", "b", 1.0, 0.5, 1.5),  # the faces show it, another seed as well
+            row("seeds", "none, seed 43", 1.2, 0.0, 2.0),
+        ]
+    )
+    said = sweeps.conclusion(rows, "s", ["RFA"])
+    assert said == "Against own, beyond faces and other seeds: RFA: A +3.0."
+
+
+def test_command_line_lists_the_points(capsys):
+    assert sweeps.main(["--list", "--only", "attention"]) == 0
+    assert "attention-decoupled" in capsys.readouterr().out
