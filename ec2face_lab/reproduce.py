@@ -1,6 +1,6 @@
 """Reproduce the paper: every numbered notebook in order through papermill, strict and resumable.
 
-    python -m ec2face_lab.reproduce --profile mini [--only 05 06] [--force] [--train] [--sweeps]
+    python -m ec2face_lab reproduce --profile mini [--only 05 06] [--force] [--train] [--sweeps]
 
 A notebook is skipped while nothing that shapes it has changed: its code, its parameters, the
 package, the profile, the bundle, the adapters and the manifests, and while its artefacts are there.
@@ -12,13 +12,11 @@ says "up to date" is written last.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ec2face_core.config import ROOT, Config, ConfigError, load_profile, resolve
+from ec2face_core.config import ROOT, Config, ConfigError, resolve
 from ec2face_core.runs import path_digest, provenance
 
 from .launch import child_environment
@@ -50,60 +48,40 @@ class Outcome:
     error: str = ""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, 1 if a notebook failed, 2 if the request makes no sense."""
-    args = _parser().parse_args(argv)
-    requested = {"profile": args.profile, **dict(args.parameter)}
-    requested |= {"train": "True"} if args.train else {}
-    requested |= {"seeds": str(args.seeds)} if args.seeds else {}
-    requested |= {"sweeps": "True"} if args.sweeps else {}
-    try:
-        config = load_profile(args.profile)
-        selected = select(args.notebooks, args.only)
-        assigned = assign(selected, requested)
-    except ConfigError as error:
-        print(f"reproduce: {error}", file=sys.stderr)
-        return 2
+def run_notebooks(
+    assigned: Mapping[Path, Parameters],
+    config: Config,
+    force: bool = False,
+    keep_going: bool = False,
+) -> bool:
+    """Run notebooks in order, one line of report each; returns whether all of them succeeded.
 
+    Args:
+        assigned: each notebook's parameters, from `assign`.
+        config: names the output folders, and is part of every notebook's identity.
+        force: run also notebooks that are up to date.
+        keep_going: run the other notebooks after a failure.
+    """
     out = config.run_dir / "notebooks"
-    print(f"{len(selected)} notebooks, profile {args.profile}; logs in {_shown(out)}", flush=True)
-    started, failed = time.monotonic(), []
-    width = max(len(notebook.stem) for notebook in selected)
-    for notebook in selected:
+    print(f"{len(assigned)} notebooks, profile {config.profile}; logs in {_shown(out)}", flush=True)
+    started = time.monotonic()
+    failed: list[str] = []
+    width = max(len(notebook.stem) for notebook in assigned)
+    for notebook, parameters in assigned.items():
         print(f"{notebook.stem:{width}}  ", end="", flush=True)
-        outcome = run_notebook(notebook, assigned[notebook], config, force=args.force)
+        outcome = run_notebook(notebook, parameters, config, force=force)
         print(_line(outcome), flush=True)
         if outcome.error:
             failed.append(notebook.stem)
             print(f"{outcome.error}\nexecuted copy and log: {_shown(out / notebook.stem)}.*")
-            if not args.keep_going:
+            if not keep_going:
                 break
     if provenance(config)["dirty"]:
         print("note: uncommitted changes; the provenance of new results says `dirty`")
     print(f"figures and tables: {_shown(config.figure_dir)}; executed notebooks: {_shown(out)}")
     verdict = f"FAILED: {', '.join(failed)}" if failed else "all up to date"
     print(f"{verdict} after {time.monotonic() - started:.0f} s", flush=True)
-    return 1 if failed else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ec2face_lab.reproduce", description=__doc__.splitlines()[0]
-    )
-    add = parser.add_argument
-    add("--profile", default="mini", help="smoke, mini or paper (default: mini)")
-    add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 05 06")
-    add("--force", action="store_true", help="run even what is up to date")
-    add("--train", action="store_true", help="retrain every adapter instead of using the kept ones")
-    add("--seeds", type=int, default=0, metavar="N", help="trainings of each variant that count")
-    add("--sweeps", action="store_true", help="train and score every point of every sweep (hours)")
-    add("--keep-going", action="store_true", help="run the other notebooks after a failure")
-    add("--notebooks", type=Path, default=ROOT / "notebooks", help="folder of numbered notebooks")
-    add(
-        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-        help="a parameter for every notebook that declares it; may be repeated",
-    )  # fmt: skip
-    return parser
+    return not failed
 
 
 def select(folder: Path, only: Iterable[str] = ()) -> list[Path]:
@@ -304,8 +282,3 @@ def _first_line(source: str) -> str:
 
 def _shown(path: Path) -> str:
     return os.path.relpath(path)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running kernel ends too
-    sys.exit(main())

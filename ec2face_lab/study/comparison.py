@@ -1,17 +1,10 @@
-"""The comparison systems as experiments: training all, who leads by how much, what each costs.
-
-    python -m ec2face_lab.study.comparison --profile mini [--only UaC] [--keep DIR]
-
-trains all in miniature, as many at a time as there are cores; the same call again resumes.
-"""
+"""The comparison systems as experiments: training all, who leads by how much, what each costs."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ec2face_core.config import Config, ConfigError, adapter_dir, cli, load_profile, resolve
+from ec2face_core.config import Config, ConfigError, adapter_dir, resolve
 from ec2face_core.data import open_dataset
 from ec2face_core.mask_branch import LORA_FILE
 from ec2face_core.pipeline import EC2FacePipeline
@@ -61,7 +54,7 @@ def retrain_systems(
         out = folder / SYSTEMS[name].partition(".")[0]
         if not (_shared_there(config, name, out) if shared else _finished(config, name, out)):
             run(
-                "ec2face_lab.baselines.train", "--config", str(settings), "--system", name,
+                "ec2face_lab", "baselines", "--config", str(settings), "--system", name,
                 "--out", str(out), *(["--shared"] if shared else []),
             )  # fmt: skip
 
@@ -258,24 +251,3 @@ def _own_facts(config: Config) -> tuple[float, float, float]:
         about = folder / "provenance.json"
         minutes.append(json.loads(about.read_text())["seconds"] / 60 if about.is_file() else 0.0)
     return count / 1e6, *minutes
-
-
-@cli
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; returns 0, or 2 for settings or data that cannot work."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ec2face_lab.study.comparison",
-        description="Train the comparison systems in miniature. Run again to resume.",
-    )
-    parser.add_argument("--profile", default="mini", help="smoke, mini or photos64 (default: mini)")
-    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), help="some of the systems")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the weights there")
-    options = parser.parse_args(arguments)
-    names = options.only or list(SYSTEMS)
-    config = load_profile(options.profile)
-    retrain_systems(config, names, options.keep and resolve(options.keep))
-    print(config.run_dir / "baselines")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

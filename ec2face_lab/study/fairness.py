@@ -1,6 +1,6 @@
 """Is the comparison fair? The systems trained otherwise, and seen through EC²Face's autoencoder.
 
-    python -m ec2face_lab.study.fairness --profile mini [--only UaC] [--ways half double]
+    python -m ec2face_lab baselines --fairness [--only UaC] [--ways half double]
 
 trains each comparison system with half and with twice its own time, and with masks as its authors
 feed them where those differ; the same call again resumes. What two systems share (30 of 45 minutes
@@ -12,10 +12,8 @@ are not asked: they share its foundation, its autoencoder and what it sees of a 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ec2face_core.backbone import decode_latents, encode_images, load_backbone
-from ec2face_core.config import Config, adapter_dir, cli, load_profile, resolve
+from ec2face_core.config import Config, adapter_dir, resolve
 from ec2face_core.data import open_dataset
 from ec2face_core.mask_branch import LORA_FILE
 from ec2face_core.runs import path_digest
@@ -203,22 +201,3 @@ def draw_fairness(rows: DataFrame) -> Figure:
     own = rows[rows["critic"] == "independent"]
     names = [name for name in PAPER if f"{name}, once" in set(own["method"])]
     return fairness_figure(own, {name: MINUS.format(name) for name in names}, MARKS)
-
-
-@cli
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; returns 0, or 2 for settings or data that cannot work."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ec2face_lab.study.fairness",
-        description="Train and score the comparison systems otherwise. Run again to resume.",
-    )
-    parser.add_argument("--profile", default="mini", help="smoke, mini or photos64 (default: mini)")
-    parser.add_argument("--only", nargs="+", choices=list(PAPER), help="some of the systems")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="some of the ways")
-    options = parser.parse_args(arguments)
-    names = options.only or list(PAPER)
-    print(run_fairness(load_profile(options.profile), names, options.ways))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """`REPORT.md`: claim by claim the paper's number, ours with its interval, and whether it holds.
 
-    python -m ec2face_lab.study.report --profile mini
+    python -m ec2face_lab report --profile mini
 
 Made from the tables that the notebooks wrote (`figures/<profile>/*.csv`) and the paper's own
 (`data/paper/*.csv`), so it says what they say. A claim holds if the 95 % interval of the difference
@@ -10,14 +10,12 @@ seen` is an interval that holds 0.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ec2face_core.config import Config, cli, load_profile
+from ec2face_core.config import Config
 
 from ..plots.save import paper_table, read_rows
 from .robustness import common_accuracy
@@ -68,7 +66,7 @@ Profile `{profile}`, {n} test faces, training seeds {seeds}. Ours: the differenc
 the same faces, the mean over the seeds, with its 95 % interval over faces; then each seed alone.
 Scored by the critics that did not guide training, and once more by those that did: a gain that only
 the guiding critics see is not a gain. Made from the CSVs of this folder by
-`python -m ec2face_lab.study.report`.
+`python -m ec2face_lab report`.
 
 | claim | paper | ours | each seed | guiding critics | |
 |---|---:|---:|---:|---:|---|
@@ -246,19 +244,3 @@ def _table(config: Config, name: str) -> DataFrame:
             f'{path} is missing: `make reproduce PROFILE={config.profile} ONLY="05 06 10"` makes it'
         )
     return read_rows(path)
-
-
-@cli
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write `figures/<profile>/REPORT.md`; 0, or 2 if a table is missing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ec2face_lab.study.report",
-        description="Write figures/<profile>/REPORT.md from the tables that the notebooks made.",
-    )
-    parser.add_argument("--profile", default="mini", help="profile (default: mini)")
-    options = parser.parse_args(arguments)
-    print(save_report(load_profile(options.profile)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """One setting varied at a time: what is trained, and how it scores on validation faces.
 
-    python -m ec2face_lab.study.sweeps --profile mini [--only weights beta] [--list]
+    python -m ec2face_lab sweeps --profile mini [--only weights beta] [--list]
 
 A point is a variant of Tables 3 and 4 with some settings replaced, trained with the first seed. Its
 run, adapter and pictures lie in `runs/<profile>/sweeps/<sweep>-<point>`; a point whose settings are
@@ -10,14 +10,12 @@ these numbers.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ec2face_core.config import Config, adapter_dir, adapter_name, cli, load_profile, trained_seeds
+from ec2face_core.config import Config, adapter_dir, adapter_name, trained_seeds
 from ec2face_core.data import open_dataset
 from ec2face_core.mask_branch import LORA_FILE
 from ec2face_core.runs import read_metrics
@@ -328,27 +326,3 @@ def run_sweeps(config: Config, sweeps: Sequence[str] = tuple(SWEEPS)) -> Path:
     ]
     save_rows(pd.concat(parts, ignore_index=True), path, config, inputs=adapters)
     return path
-
-
-@cli
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; returns 0, or 2 for settings or data that cannot work."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ec2face_lab.study.sweeps",
-        description="Train and score every point of the sweeps. Run again to resume.",
-    )
-    parser.add_argument("--profile", default="mini", help="smoke, mini or paper (default: mini)")
-    parser.add_argument("--only", nargs="+", choices=list(SWEEPS), help="some of the sweeps")
-    parser.add_argument("--list", action="store_true", help="name the points and end")
-    options = parser.parse_args(arguments)
-    sweeps = options.only or list(SWEEPS)
-    if options.list:
-        for sweep in sweeps:
-            for name, point in SWEEPS[sweep].items():
-                print(f"{sweep}-{name:20} {point.variant:13} {point.settings}")
-        return
-    print(run_sweeps(load_profile(options.profile), sweeps))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

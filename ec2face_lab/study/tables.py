@@ -96,8 +96,8 @@ def draw_missing(config: Config, variants: Sequence[str], split: str) -> None:
         settings = config.run_dir / "images" / f"{split}-{config.seed}.yaml"
         config.save(settings)
         run(
-            "ec2face_lab.study.evaluate", "--config", str(settings), "--variant", *wanted,
-            "--split", split, "--sample-only", num_processes=config.sampling.num_processes,
+            "ec2face_lab", "generate", "--config", str(settings), "--method", *wanted,
+            "--split", split, num_processes=config.sampling.num_processes,
         )  # fmt: skip
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ec2face_core import data as datasets
 from ec2face_core.attributes import CLASS_ID, PALETTE, pixel_counts
 from ec2face_core.config import load_profile
 from ec2face_core.data import DataError, FaceDataset, collate, labels_from_palette, open_dataset
+from ec2face_lab.__main__ import main
 from ec2face_lab.prepare.captions import celeba_attributes
 from ec2face_lab.prepare.convert import from_celebamask_hq, from_merged, paint_parts
 from ec2face_lab.prepare.validate import validate
@@ -160,7 +160,7 @@ def damage_all(root: Path) -> dict[str, str]:
 
 def test_one_report_of_everything(root, capsys):
     assert not validate(root).problems
-    assert datasets.main(["validate", str(root)]) == 0
+    assert main(["prepare", "validate", str(root)]) == 0
     expected = damage_all(root)
     report = validate(root)
     found = dict(report.problems)
@@ -171,7 +171,7 @@ def test_one_report_of_everything(root, capsys):
         report.raise_if_bad()
     assert caught.value.report is report
     capsys.readouterr()
-    assert datasets.main(["validate", str(root)]) == 2
+    assert main(["prepare", "validate", str(root)]) == 2
     printed = capsys.readouterr().err
     assert all(where in printed for where in expected)
 
@@ -257,7 +257,7 @@ def test_conversion_reports_all_then_resumes(raw, tmp_path, capsys):
     (images / "7.jpg").write_bytes(good)
     out = tmp_path / "out"
     arguments = ["convert-celebamask", str(raw), str(out), "--size", "16", "--train", "2000"]
-    assert datasets.main(arguments) == 2
+    assert main(["prepare", *arguments]) == 2
     printed = capsys.readouterr().err
     for words in (
         "1.jpg: unreadable",
@@ -271,7 +271,7 @@ def test_conversion_reports_all_then_resumes(raw, tmp_path, capsys):
     (images / "1.jpg").write_bytes(good)
     (images / "7.jpg").unlink()
     shutil.move(annotation / "1" / "02001_hare.png", annotation / "1" / "02001_hair.png")
-    assert datasets.main(arguments) == 0
+    assert main(["prepare", *arguments]) == 0
     assert "'train': 2, 'test': 1" in capsys.readouterr().out
     assert (out / "image" / "0.png").stat().st_mtime_ns == before  # was not converted again
     assert not (tmp_path / ".out.partial").exists()

@@ -22,10 +22,10 @@ from ec2face_core.config import ROOT, Config, load_profile
 from ec2face_core.data import FaceDataset
 from ec2face_core.runs import read_metrics
 from ec2face_lab import launch
+from ec2face_lab.__main__ import main
+from ec2face_lab.commands.prepare import prepare
 from ec2face_lab.plots.save import read_rows, save_table
-from ec2face_lab.prepare.cli import prepare
 from ec2face_lab.prepare.inventory import CLIP, FARL, FLUX, MM_CELEBA
-from ec2face_lab.study.evaluate import main as evaluate
 from ec2face_lab.study.tables import table_rows
 
 FACES, TRAIN = 16, 14
@@ -101,15 +101,13 @@ def test_from_raw_downloads_to_a_table(downloads, config, tmp_path):
     shutil.copytree(training / "final", Path(config.adapters) / "both")
 
     # generation sharded over two ranks, then scoring by one process that samples nothing anew
-    sampling = ("--config", str(path), "--variant", "both", "--split", "test")
-    command = launch.command_line(
-        "ec2face_lab.study.evaluate", *sampling, "--sample-only", num_processes=2
-    )
+    sampling = ("--config", str(path), "--method", "both", "--split", "test")
+    command = launch.command_line("ec2face_lab", "generate", *sampling, num_processes=2)
     subprocess.run(command, check=True, **start)
     pictures = sorted(config.run_dir.glob("images/test-both-*/*.png"))
     assert [picture.stem for picture in pictures] == ["14", "15"]
     made = [picture.stat().st_mtime_ns for picture in pictures]
-    assert evaluate(sampling) == 0
+    assert main(["evaluate", *sampling]) == 0
     assert [picture.stat().st_mtime_ns for picture in pictures] == made
     rows = read_rows(config.run_dir / "evaluation" / "test-both.csv")
     assert set(rows[rows["critic"] != "guiding"]["metric"]) >= {"Text", "OAA", "LPIPS", "NIQE"}

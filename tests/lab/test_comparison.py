@@ -14,11 +14,12 @@ from ec2face_core.backbone import load_backbone
 from ec2face_core.config import Config, ConfigError, resolve
 from ec2face_core.data import open_dataset
 from ec2face_core.runs import path_digest
-from ec2face_lab.baselines import SYSTEMS, WEIGHTS, build, load, systems, train, weights_dir
+from ec2face_lab.__main__ import main
+from ec2face_lab.baselines import SYSTEMS, WEIGHTS, build, load, systems, weights_dir
 from ec2face_lab.plots import save as results
 from ec2face_lab.plots.render_tables import METHODS
 from ec2face_lab.plots.save import read_rows
-from ec2face_lab.study import comparison, evaluate, fairness
+from ec2face_lab.study import comparison, fairness
 from ec2face_lab.study import pictures as draw
 from ec2face_lab.study import tables as experiments
 from ec2face_lab.study.comparison import describe_lead
@@ -77,7 +78,7 @@ def test_a_training_does_not_go_on_with_another_time(config, kept, tmp_path, cap
     out = config.run_dir / "baselines" / "mm2latent"
     before = (out / WEIGHTS).read_bytes()
     arguments = ["--config", str(tmp_path / "config.yaml"), "--system", NAME, "--out", str(out)]
-    assert train.main(arguments) == 2
+    assert main(["baselines", *arguments]) == 2
     assert "seconds 0.1 instead of 5.0" in capsys.readouterr().err
     assert (out / WEIGHTS).read_bytes() == before
 
@@ -122,7 +123,7 @@ def test_a_training_on_another_clip_is_not_gone_on_with(config, kept, tmp_path, 
     other.save(tmp_path / "config.yaml")
     out = config.run_dir / "baselines" / "mm2latent"
     arguments = ["--config", str(tmp_path / "config.yaml"), "--system", NAME, "--out", str(out)]
-    assert train.main(arguments) == 2
+    assert main(["baselines", *arguments]) == 2
     assert "delete it" in capsys.readouterr().err
 
 
@@ -265,10 +266,10 @@ def test_pictures_of_an_official_repository_take_their_place(config, kept, tmp_p
     assert available(other, "test") == []
     settings = tmp_path / "config.yaml"
     other.save(settings)
-    arguments = ["--config", str(settings), "--images", str(folder), "--adapter", "uac"]
-    assert evaluate.main(arguments) == 2, "the folder is not in that repository's naming"
+    arguments = ["evaluate", "--config", str(settings), "--images", str(folder), "--layout", "uac"]
+    assert main(arguments) == 2, "the folder is not in that repository's naming"
     assert available(other, "test") == []
-    assert evaluate.main([*arguments[:-1], "mm2latent"]) == 0
+    assert main([*arguments[:-1], "mm2latent"]) == 0
     assert available(other, "test") == [NAME] and available(other, "zero_shot") == []
     shown = experiments.scored(other, NAME, "test")
     assert list(shown["id"]) == dataset.ids

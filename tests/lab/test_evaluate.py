@@ -13,9 +13,9 @@ from ec2face_core.attributes import CLASSES, pixel_counts
 from ec2face_core.config import Config, ConfigError, adapter_dir
 from ec2face_core.data import DataError, open_dataset
 from ec2face_core.metrics import accuracy_from_counts
+from ec2face_lab.__main__ import main
 from ec2face_lab.plots.save import COLUMNS
 from ec2face_lab.study import scores as scoring
-from ec2face_lab.study.evaluate import main
 from ec2face_lab.study.intervals import summarise, summarise_difference
 from ec2face_lab.study.pictures import (
     NOTICE,
@@ -166,7 +166,7 @@ def test_one_report_names_every_bad_picture(config, faces, pictures, tmp_path, c
     assert "no face stranger" in reasons["stranger.png"]
 
     config.save(tmp_path / "config.yaml")
-    arguments = ["--config", str(tmp_path / "config.yaml")]
+    arguments = ["evaluate", "--config", str(tmp_path / "config.yaml")]
     assert main([*arguments, "--images", str(folder)]) == 2
     assert "stranger.png" in capsys.readouterr().err
     assert main([*arguments, "--images", str(tmp_path / "nowhere")]) == 2
@@ -175,7 +175,7 @@ def test_one_report_names_every_bad_picture(config, faces, pictures, tmp_path, c
     assert main(arguments) == 0
     assert "RFA (%) ↑" in capsys.readouterr().out
     assert (config.run_dir / "evaluation" / "test-both.csv").is_file()
-    assert main([*arguments, "--variant", "real", "vae_round_trip"]) == 0, "several at once"
+    assert main([*arguments, "--method", "real", "vae_round_trip"]) == 0, "several at once"
     for name in ("real", "vae_round_trip"):
         assert (config.run_dir / "evaluation" / f"test-{name}.csv").is_file()
 

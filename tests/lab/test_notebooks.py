@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ec2face_core.config import ROOT, load_profile
-from ec2face_lab import reproduce
+from ec2face_lab.__main__ import main
 
 FIGURES = [*(f"fig{i}" for i in range(1, 9)), "newer"]
 TABLES = [*(f"table{i}" for i in range(1, 5)), "table1_lead", "table2_lead"]
@@ -17,7 +17,7 @@ PROMISED += [f"{name}.{suffix}" for name in TABLES for suffix in ("csv", "md", "
 
 @pytest.mark.slow
 def test_all_notebooks_run_in_the_smoke_profile_and_keep_every_figure_and_table(capsys):
-    code = reproduce.main(["--profile", "smoke", "--keep-going"])
+    code = main(["reproduce", "--profile", "smoke", "--keep-going"])
     report = capsys.readouterr().out
     assert code == 0, report
 
@@ -30,7 +30,7 @@ def test_all_notebooks_run_in_the_smoke_profile_and_keep_every_figure_and_table(
         assert record["profile"] == "smoke" and record["notebook"] in notebooks, name
         assert "absent" not in record["inputs"].values(), name
 
-    assert reproduce.main(["--profile", "smoke"]) == 0
+    assert main(["reproduce", "--profile", "smoke"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line[:2].isdigit()]
     lines = [line for line in lines if line.split()[0] in notebooks]
     assert len(lines) == len(notebooks)

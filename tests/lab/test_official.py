@@ -10,7 +10,7 @@ from PIL import Image
 
 from ec2face_core.data import MANIFEST_COLUMNS, DataError, Row, open_dataset
 from ec2face_lab.baselines.official import ADAPTERS, adopt, find_pictures
-from ec2face_lab.study import evaluate
+from ec2face_lab.__main__ import main
 
 SIZE = 16
 FACES = [str(i) for i in range(12)]
@@ -199,11 +199,11 @@ def test_command_line(tiny_config, tmp_path, monkeypatch, capsys):
         seen.append((folder, dataset.ids))
         raise DataError("seen")
 
-    monkeypatch.setattr(evaluate, "score_folder", score_folder)
-    arguments = ["--config", str(config), "--images", str(tmp_path / "out"), "--adapter"]
-    assert evaluate.main([*arguments, "codiffusion"]) == 2
+    monkeypatch.setattr("ec2face_lab.commands.evaluate.score_folder", score_folder)
+    arguments = ["evaluate", "--config", str(config), "--images", str(tmp_path / "out"), "--layout"]
+    assert main([*arguments, "codiffusion"]) == 2
     assert f"{faces.ids[0]}.png" in capsys.readouterr().err and not seen
-    assert evaluate.main([*arguments, "plain"]) == 2 and not seen
+    assert main([*arguments, "plain"]) == 2 and not seen
 
     def manifest(captions: dict[str, str]) -> list[str]:
         with open(tmp_path / "list.csv", "w", newline="") as file:
@@ -214,13 +214,13 @@ def test_command_line(tiny_config, tmp_path, monkeypatch, capsys):
         return ["--manifest", str(tmp_path / "list.csv")]
 
     own = {name: faces.manifest_caption(name) for name in faces.ids[1:]}
-    assert evaluate.main([*arguments, "codiffusion", *manifest(own)]) == 2
+    assert main([*arguments, "codiffusion", *manifest(own)]) == 2
     ((folder, ids),) = seen
     assert ids == faces.ids[1:]
     assert Image.open(folder / f"{ids[1]}.png").getpixel((0, 0)) == colour("2")
     wrong = own | {ids[0]: "Another."}
     capsys.readouterr()
-    assert evaluate.main([*arguments, "codiffusion", *manifest(wrong)]) == 2
+    assert main([*arguments, "codiffusion", *manifest(wrong)]) == 2
     assert "Another." in capsys.readouterr().err and len(seen) == 1
-    assert evaluate.main(["--config", str(config), "--adapter", "uac"]) == 2
+    assert main(["evaluate", "--config", str(config), "--layout", "uac"]) == 2
     assert "--images" in capsys.readouterr().err

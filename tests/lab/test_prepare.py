@@ -19,7 +19,7 @@ from ec2face_core.attributes import CLASS_ID, CLASSES, FACER_TO_CELEBAMASK, FLIP
 from ec2face_core.config import Config, load_profile
 from ec2face_core.data import DataError, FaceDataset
 from ec2face_core.perception import FaceParser, WeightsError
-from ec2face_lab.prepare import cli as prepare
+from ec2face_lab.__main__ import main
 from ec2face_lab.prepare import inventory, photos, weights
 from ec2face_lab.prepare.convert import from_celebamask_hq
 from ec2face_lab.prepare.validate import validate
@@ -164,7 +164,7 @@ def config(tmp_path, monkeypatch) -> Config:
 def run(config: Config, downloads: Path, *options: str) -> int:
     path = downloads.parent / "config.yaml"
     config.save(path)
-    return prepare.main(["--config", str(path), "--downloads", str(downloads), *options])
+    return main(["prepare", "--config", str(path), "--downloads", str(downloads), *options])
 
 
 def files(root: Path) -> dict[str, int]:
@@ -213,10 +213,10 @@ def test_a_report_of_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    arguments = ["--dry-run", "--downloads", str(tmp_path)]
+    arguments = ["prepare", "--dry-run", "--downloads", str(tmp_path)]
     for key in ("data.root", "data.zero_shot_root", "perception.parser"):
         arguments += ["--set", f"{key}={tmp_path / 'none'}"]
-    assert prepare.main(arguments) == 2
+    assert main(arguments) == 2
     printed = capsys.readouterr().out
     for words in (
         "CelebA-HQ-img", "CelebAMask-HQ-mask-anno", "MM-CelebA-HQ captions", "FFHQ-Text",
@@ -228,7 +228,7 @@ def test_a_report_of_what_is_missing(tmp_path, monkeypatch, capsys):
         assert words in printed, words
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
-    prepare.main(arguments)
+    main(arguments)
     assert "hf auth login" not in capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ec2face_core.config import ConfigError, load_profile
 from ec2face_lab import reproduce
+from ec2face_lab.__main__ import main
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
@@ -84,7 +85,7 @@ def test_a_senseless_command_line_ends_with_2_before_anything_runs(
     folder, arguments, message, capsys, monkeypatch
 ):
     monkeypatch.setattr(reproduce, "run_notebook", lambda *_, **__: pytest.fail("it ran"))
-    assert reproduce.main(["--notebooks", str(folder), *arguments]) == 2
+    assert main(["reproduce", "--notebooks", str(folder), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -95,14 +96,14 @@ def test_main_reports_each_notebook_and_stops_at_a_failure(folder, capsys, monke
         return reproduce.Outcome("x", "k", parameters, 61.0, 1_500_000_000, made, error)
 
     monkeypatch.setattr(reproduce, "run_notebook", run_notebook)
-    arguments = ["--notebooks", str(folder), "--profile", "smoke"]
-    assert reproduce.main([*arguments, "--only", "02"]) == 0
+    arguments = ["reproduce", "--notebooks", str(folder), "--profile", "smoke"]
+    assert main([*arguments, "--only", "02"]) == 0
     line = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("02_second"))
     assert line.split() == ["02_second", "x", "61", "s", "1.5", "GB", "fig1,", "table1"]
-    assert reproduce.main(arguments) == 1
+    assert main(arguments) == 1
     out = capsys.readouterr().out
     assert "cell 3 `1/0`" in out and "FAILED: 01_first" in out and "02_second  x" not in out
-    assert reproduce.main([*arguments, "--keep-going"]) == 1
+    assert main([*arguments, "--keep-going"]) == 1
     assert "02_second  x" in capsys.readouterr().out
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from ec2face_core.config import adapter_name, load_profile
 from ec2face_core.losses import beta
+from ec2face_lab.__main__ import main
 from ec2face_lab.plots import save as results
 from ec2face_lab.study import sweeps
 from ec2face_lab.study.sweeps import SWEEPS, Point, point_config
@@ -135,5 +136,5 @@ def test_a_conclusion_needs_more_than_another_seed_brings(monkeypatch):
 
 
 def test_command_line_lists_the_points(capsys):
-    assert sweeps.main(["--list", "--only", "attention"]) == 0
+    assert main(["sweeps", "--list", "--only", "attention"]) == 0
     assert "attention-decoupled" in capsys.readouterr().out

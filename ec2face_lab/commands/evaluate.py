@@ -1,0 +1,90 @@
+"""Generate a split and score it, or score a folder of pictures that exists.
+
+    python -m ec2face_lab evaluate --profile mini --method both --split test
+    python -m ec2face_lab evaluate --profile mini --split test --images DIR --layout uac
+
+What is there already is neither generated nor scored again. Summaries have 95 % intervals,
+bootstrapped over images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ec2face_core.config import VARIANTS, Config, ConfigError, config_from_args, user_path
+from ec2face_core.data import FaceDataset, Report, open_dataset, read_manifest
+
+from ..baselines.official import ADAPTERS, SYSTEM_OF, adopt
+from ..cache import write_frame
+from ..plots.render_tables import METHODS, render_markdown
+from ..study.intervals import summarise
+from ..study.pictures import evaluated_ids, official_pictures
+from ..study.scores import score_folder
+from . import generate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `generate`, and those for pictures that exist."""
+    generate.add_arguments(parser)
+    parser.add_argument(
+        "--images", type=user_path, metavar="DIR", help="score these pictures; generate none"
+    )
+    parser.add_argument(
+        "--layout", choices=ADAPTERS,
+        help="the official repository that wrote --images; plain ({id}.png) if it is not given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--manifest", type=user_path, metavar="FILE",
+        help="the manifest that the repository was given, if not the data root's own",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> None:
+    """Score, write `runs/<profile>/evaluation/<split>-<method>.csv` and print its table."""
+    config = config_from_args(options)
+    if options.images is None and (options.layout or options.manifest):
+        raise ConfigError("--layout and --manifest describe pictures: name them by --images DIR")
+    if options.images is None:
+        folders = generate.generate(config, options)
+        dataset = open_dataset(config, options.split)
+    else:
+        dataset = open_dataset(config, options.split)
+        method = SYSTEM_OF.get(options.layout) or options.images.name
+        folders = {method: _adopt(config, dataset, options)}
+    for method, folder in folders.items():
+        per_image = score_folder(folder, dataset, config, options.limit)
+        seeds = str(config.sampling.seed) if method in VARIANTS else ""
+        rows = summarise(per_image, "evaluation", method, dataset.root.name, config, seeds)
+        target = config.run_dir / "evaluation" / f"{options.split}-{method}.csv"
+        write_frame(target, rows)
+        print(render_markdown(rows, f"{METHODS.get(method, method)}, {len(per_image)} faces."))
+        print(f"rows: {target}")
+
+
+def _adopt(config: Config, dataset: FaceDataset, options: argparse.Namespace) -> Path:
+    """The pictures of --images as `{id}.png`; leaves `dataset` with the faces of --manifest."""
+    rows = read_manifest(dataset.root)
+    if options.manifest:
+        known = rows
+        rows = read_manifest(options.manifest)
+        report = Report(options.manifest, len(rows))
+        for name in sorted(rows.keys() & set(dataset.ids)):
+            if rows[name] != known[name]:
+                report.add(
+                    f"id {name}", f"{tuple(rows[name])}, but {tuple(known[name])} in {dataset.root}"
+                )
+        dataset.ids = [name for name in dataset.ids if name in rows]
+        if not dataset.ids:
+            report.add("ids", f"none is a face of {dataset.root}, split {options.split}")
+        report.raise_if_bad()
+    ids = evaluated_ids(config, dataset, options.limit)
+    layout = options.layout or "plain"
+    work = config.run_dir / "images"
+    folder = adopt(options.images, layout, rows, ids, config.data.size, work)
+    if layout in SYSTEM_OF and not (options.limit or options.manifest):
+        link = official_pictures(config, SYSTEM_OF[layout], options.split)  # Tables 1 and 2
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+    return folder

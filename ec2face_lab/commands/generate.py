@@ -1,0 +1,63 @@
+"""Generate the pictures of a split; a picture that is there already is not generated again.
+
+    python -m ec2face_lab generate --profile mini --method both --split test
+
+Several processes share the work: torchrun --nproc-per-node=8 -m ec2face_lab generate ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+from pathlib import Path
+
+import torch
+
+from ec2face_core.config import Config, add_config_options, config_from_args, user_path
+from ec2face_core.train import leave_group
+
+from ..baselines import SYSTEMS
+from ..study.pictures import SOURCES, draw_split, generate_split
+
+SPLITS = ("test", "zero_shot", "validation", "train")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is generated, and where to."""
+    add_config_options(parser)
+    parser.add_argument(
+        "--method", nargs="+", default=["both"], choices=(*SOURCES, *SYSTEMS), metavar="METHOD",
+        help=f"some of {', '.join((*SOURCES, *SYSTEMS))}; both if it is not given",
+    )  # fmt: skip
+    parser.add_argument("--split", default="test", choices=SPLITS, help="the faces")
+    parser.add_argument(
+        "--out", type=user_path, metavar="DIR",
+        help="folder of the pictures; inside runs/<profile> if it is not given",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, default=0, help="the first faces only; 0: all")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Generate and print the folders."""
+    generate(config_from_args(options), options)
+
+
+def generate(config: Config, options: argparse.Namespace) -> dict[str, Path]:
+    """Generate this process's share of the pictures; returns the folder of each method."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    folders = {}
+    for method in options.method:
+        split = draw_split if method in SYSTEMS else generate_split
+        folders[method] = split(
+            config, method, options.split, options.out, options.limit, (rank, world)
+        )
+        gc.collect()  # at paper scale two models do not fit
+    if world > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+        leave_group()
+    print("pictures:", *folders.values(), sep="\n", flush=True)
+    return folders

@@ -1,0 +1,54 @@
+"""Reproduce the paper: every numbered notebook in order, strict and resumable.
+
+    python -m ec2face_lab reproduce --profile mini [--only 05 06] [--force] [--train] [--sweeps]
+
+A notebook is skipped while nothing that shapes it has changed and its figures and tables exist.
+
+Exit code 0: all up to date. 1: a notebook failed. 2: the request cannot be met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from ec2face_core.config import ROOT, load_profile, user_path
+
+from ..reproduce import assign, run_notebooks, select
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which notebooks, and their parameters."""
+    add = parser.add_argument
+    add("--profile", default="mini", help="smoke, mini, paper or photos64")
+    add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 05 06")
+    add("--force", action="store_true", help="run also what is up to date")
+    add("--train", action="store_true", help="retrain every LoRA instead of using the kept ones")
+    add("--seeds", type=int, default=0, metavar="N", help="trainings of each method that count")
+    add("--sweeps", action="store_true", help="train and score every point of every sweep (hours)")
+    add("--keep-going", action="store_true", help="run the other notebooks after a failure")
+    add(
+        "--notebooks", type=user_path, default=ROOT / "notebooks", metavar="DIR",
+        help="folder of numbered notebooks",
+    )  # fmt: skip
+    add(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="a parameter for every notebook that declares it; repeatable",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Return 0, or 1 if a notebook failed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running kernel ends too
+    requested = {"profile": options.profile, **dict(options.parameter)}
+    if options.train:
+        requested["train"] = "True"
+    if options.seeds:
+        requested["seeds"] = str(options.seeds)
+    if options.sweeps:
+        requested["sweeps"] = "True"
+    config = load_profile(options.profile)
+    assigned = assign(select(options.notebooks, options.only), requested)
+    complete = run_notebooks(assigned, config, options.force, options.keep_going)
+    return 0 if complete else 1
