@@ -12,8 +12,8 @@ from ec2face_core.data import open_dataset
 from ec2face_core.runs import provenance, read_metrics
 
 from . import build
-from .origin import claim, origin, shared_origin
-from .storage import shared_file
+from .int8_weights import shared_file
+from .training_inputs import claim, origin, shared_origin
 
 
 def spent(run_dir: Path) -> dict[str, dict[str, float]]:

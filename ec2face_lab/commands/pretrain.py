@@ -19,7 +19,7 @@ import torch
 from ec2face_core.config import UserError, resolve, user_path
 
 from ..world import pretrain, pretrain_perception
-from ..world.sources import FolderWorld, ProceduralWorld
+from ..world.sources import FolderFaces, ProceduralFaces
 
 STAGES = {
     "vae": "the autoencoder",
@@ -65,25 +65,25 @@ def run(options: argparse.Namespace) -> None:
     """Train one stage; resumes if it was stopped."""
     out = options.out
     if options.data is None:
-        world = ProceduralWorld()
+        source = ProceduralFaces()
     elif out == BUNDLE:
         raise UserError("--data needs --out DIR: data/mini is trained on procedural faces alone")
     else:
-        world = FolderWorld(options.data)
+        source = FolderFaces(options.data)
     work = pretrain.work_folder(out)
     work.mkdir(parents=True, exist_ok=True)
     if options.stage == "vae":
-        pretrain.train_vae(world, work, options.samples, options.batch)
+        pretrain.train_vae(source, work, options.samples, options.batch)
     elif options.stage == "latents":
-        pretrain.encode_pool(world, work, options.samples, options.part, options.parts)
+        pretrain.encode_pool(source, work, options.samples, options.part, options.parts)
     elif options.stage == "flux":
-        pretrain.train_flux(world, out, options.samples, options.batch, options.lr)
+        pretrain.train_flux(source, out, options.samples, options.batch, options.lr)
     else:
         torch.set_num_threads(1)
         role = pretrain_perception.ROLES[options.role]
         if options.stage == "parser":
             target = out / f"parser_{options.role}.pt"
-            pretrain_perception.train_parser(role, target, options.samples, world)
+            pretrain_perception.train_parser(role, target, options.samples, source)
         else:
             target = out / f"clip_{options.role}"
-            pretrain_perception.train_clip(role, target, options.samples, world)
+            pretrain_perception.train_clip(role, target, options.samples, source)

@@ -7,8 +7,7 @@ import torch
 
 from ec2face_core.attributes import CLASS_ID, flip_labels
 from ec2face_core.data import FaceDataset
-from ec2face_lab.world import pretrain as foundation
-from ec2face_lab.world import pretrain_perception as critics
+from ec2face_lab.__main__ import main
 from ec2face_lab.world.sources import FolderWorld, ProceduralWorld, sentence, write_dataset
 
 
@@ -72,28 +71,25 @@ def test_critics_see_rare_accessories_more_often(folder):
     )
 
 
-def test_the_bundle_of_procedural_faces_is_not_overwritten(faces_dir, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["foundation", "vae", "--data", str(faces_dir)])
-    with pytest.raises(SystemExit):
-        foundation.main()
+def test_the_bundle_of_procedural_faces_is_not_overwritten(faces_dir, capsys):
+    assert main(["pretrain", "vae", "--data", str(faces_dir)]) == 2
     assert "--data needs --out" in capsys.readouterr().err
 
 
-def test_every_stage_trains_on_a_folder(faces_dir, tmp_path, monkeypatch):
+def test_every_stage_trains_on_a_folder(faces_dir, tmp_path):
     from ec2face_core.backbone import load_backbone
     from ec2face_core.config import load_profile
     from ec2face_core.perception import ClipScorer, FaceParser
 
     place = ["--data", str(faces_dir), "--out", str(tmp_path)]
-    for module, arguments in (
-        (foundation, ["vae", "--samples", "16"]),
-        (foundation, ["latents", "--samples", "64"]),
-        (foundation, ["flux", "--samples", "16"]),
-        (critics, ["parser", "--role", "guiding", "--samples", "128"]),
-        (critics, ["clip", "--role", "guiding", "--samples", "128"]),
+    for arguments in (
+        ["vae", "--samples", "16"],
+        ["latents", "--samples", "64"],
+        ["flux", "--samples", "16"],
+        ["parser", "--role", "guiding", "--samples", "128"],
+        ["clip", "--role", "guiding", "--samples", "128"],
     ):
-        monkeypatch.setattr("sys.argv", ["command", *arguments, *place])
-        module.main()
+        assert main(["pretrain", *arguments, *place]) == 0
     config = load_profile(
         "photos64",
         backbone={"path": str(tmp_path / "flux")},
