@@ -1,11 +1,10 @@
-"""Attribute lists -> captions, in the manner of MM-CelebA-HQ and of FFHQ-Text.
+"""Captions from lists of attributes, in the manner of MM-CelebA-HQ and of FFHQ-Text.
 
-A face is described by a plain mapping (`FaceAttributes`): an absent or false key is never
-mentioned, so a caption states only what holds. A small probabilistic grammar draws which facts to
-mention and how to order them. Chosen here: accessories are mentioned with probability 1/2 when
-present, hair colour 0.6, other facts 0.4-0.6; at most six facts and 28 words a caption, 12-14 on
-average (the real captions: 13.5). `captions_from_mask` describes faces that come with a label map
-only.
+A face is described by a mapping (`FaceAttributes`). An absent or false key is never mentioned, so a
+caption states only what holds. A small probabilistic grammar samples which facts to mention and in
+which order. Accessories are mentioned with probability 1/2 when present, hair colour with 0.6,
+other facts with 0.4-0.6; a caption has at most six facts and 28 words, 12-14 on average (the real
+captions: 13.5). `captions_from_mask` describes faces that come with a label map only.
 """
 
 from __future__ import annotations
@@ -24,29 +23,20 @@ from ec2face_core.attributes import CLASS_ID
 FaceAttributes = Mapping[str, "bool | str"]
 
 STYLES: tuple[str, ...] = ("mm-celeba-hq", "ffhq-text")
-
 HAIR_COLOURS: tuple[str, ...] = ("black", "brown", "blond", "red", "gray")
-
 HAIR_STYLES: tuple[str, ...] = ("straight", "wavy", "curly")
-
 HAIR_LENGTHS: tuple[str, ...] = ("short", "medium", "long")
-
-_WORDS = {"hair_colour": HAIR_COLOURS, "hair_style": HAIR_STYLES, "hair_length": HAIR_LENGTHS}
-
 MAX_FACTS = 6
-
-# Without hair none of these can be seen.
-_HAIR = frozenset({"hair_length", "hair_style", "hair_colour", "bangs", "receding_hairline"})
 
 
 class _Fact(NamedTuple):
-    kind: str  # which clause says it: wears | has | is | hair | age
+    kind: str  # of its clause: wears | has | is | hair | age
     phrase: str  # mm-celeba-hq wording
     detailed: str  # ffhq-text wording
     probability: float  # of being mentioned where it holds
 
 
-# In order of priority: where a face has too much to say, the last ones go.
+# In order of priority: a face with too many facts loses the last ones.
 _FACTS: dict[str, _Fact] = {
     "earrings": _Fact("wears", "earrings", "earrings", 0.5),
     "necklace": _Fact("wears", "necklace", "a necklace", 0.5),
@@ -73,13 +63,22 @@ _FACTS: dict[str, _Fact] = {
     "oval_face": _Fact("has", "oval face", "an oval face", 0.45),
 }
 
-_ACCESSORIES = ("earrings", "necklace", "eyeglasses", "hat")  # said before hair and age
-
-_HAIR_PROBABILITY = {"hair_length": 0.4, "hair_style": 0.5, "hair_colour": 0.6}
-
+_ACCESSORIES = ("earrings", "necklace", "eyeglasses", "hat")  # take precedence over hair and age
+_HAIR = {  # in the order of the adjectives: words, probability of being mentioned
+    "hair_length": (HAIR_LENGTHS, 0.4),
+    "hair_style": (HAIR_STYLES, 0.5),
+    "hair_colour": (HAIR_COLOURS, 0.6),
+}
 _AGE_PROBABILITY = 0.4
+_NEEDS_HAIR = {*_HAIR, "bangs", "receding_hairline"}  # invisible on a bald head
 
-ATTRIBUTES: frozenset[str] = frozenset(_FACTS) | frozenset(_WORDS) | {"male", "young"}
+ATTRIBUTES: frozenset[str] = frozenset(_FACTS) | frozenset(_HAIR) | {"male", "young"}
+
+_CELEBA = {  # our key -> CelebA's name
+    **{key: key.title() for key in (*_FACTS, "male", "young") if key != "beard"},
+    **{key: f"Wearing_{key.title()}" for key in ("hat", "earrings", "necklace", "lipstick")},
+    "mouth_open": "Mouth_Slightly_Open",
+}
 
 
 def captions(
@@ -87,15 +86,18 @@ def captions(
 ) -> list[str]:
     """`count` true captions of one face.
 
-    Deterministic by (attributes, seed, style); fewer captions are the first of more. Captions of
-    one face may repeat where there is little to say, as the real ones do.
+    They are a function of (attributes, seed, style); fewer captions are the first of more. Captions
+    of one face may repeat where there are few facts, as the real ones do.
 
     Args:
         attributes: keys of `ATTRIBUTES`; bool, or a word of `HAIR_COLOURS`, `HAIR_STYLES`,
             `HAIR_LENGTHS`. Absent keys are not mentioned; `medium` hair is not mentioned either.
+        count: number of captions.
+        seed: another one gives other captions.
         style: "mm-celeba-hq" or "ffhq-text" (other wording, same key words).
 
-    Raises ValueError naming an unknown key, word or style.
+    Raises:
+        ValueError: an unknown key, word or style, which the message names.
     """
     if style not in STYLES:
         raise ValueError(f"caption style {style!r} does not exist; known: {STYLES}")
@@ -104,41 +106,66 @@ def captions(
     rng = random.Random((seed << 32) ^ key)  # so that faces do not share their sentence patterns
     write = _mm_celeba_hq if style == "mm-celeba-hq" else _ffhq_text
     male = attributes.get("male")
-    return [write(_mention(facts, rng), male, rng) for _ in range(count)]
+    return [write(_sample_phrases(facts, rng), male, rng) for _ in range(count)]
 
 
 def captions_from_mask(
     label_map: Tensor, image: Tensor | None = None, count: int = 10, seed: int = 0
 ) -> list[str]:
-    """Captions of what a label map shows, for data without captions: `h w` ids -> `count` strings.
+    """Captions of what a label map shows, for data without captions.
 
-    image: `3 h w` in [-1, 1]; adds the hair colour where the pixels are unambiguous.
+    Args:
+        label_map: ids `(h, w)`.
+        image: `(3, h, w)` in [-1, 1]; adds the hair colour where the pixels are unambiguous.
+        count: number of captions.
+        seed: another one gives other captions.
     """
     return captions(attributes_from_mask(label_map, image), count, seed)
 
 
 def attributes_from_mask(label_map: Tensor, image: Tensor | None = None) -> dict[str, bool | str]:
     """The attributes that a label map `h w` makes certain, and hair colour from `3 h w` pixels."""
-    share = torch.bincount(label_map.flatten(), minlength=len(CLASS_ID)) / label_map.numel()
-    seen = {name: bool(share[i] > 2e-4) for name, i in CLASS_ID.items()}
-    found: dict[str, bool | str] = {
-        "earrings": seen["ear_r"],
-        "necklace": seen["neck_l"],
-        "eyeglasses": seen["eye_g"],
-        "hat": seen["hat"],
-        "mouth_open": bool(share[CLASS_ID["mouth"]] > 1.5e-3),  # teeth or more, not a dark line
-        "bald": bool(share[CLASS_ID["hair"]] < 5e-3) and not seen["hat"] and seen["skin"],
+    pixels = torch.bincount(label_map.flatten(), minlength=len(CLASS_ID))
+    share = {name: pixels[i] / label_map.numel() for name, i in CLASS_ID.items()}
+    visible = {name for name in CLASS_ID if share[name] > 2e-4}
+    attributes: dict[str, bool | str] = {
+        "earrings": "ear_r" in visible,
+        "necklace": "neck_l" in visible,
+        "eyeglasses": "eye_g" in visible,
+        "hat": "hat" in visible,
+        "mouth_open": bool(share["mouth"] > 1.5e-3),  # teeth or more, not a dark line
+        "bald": bool(share["hair"] < 5e-3) and "hat" not in visible and "skin" in visible,
     }
-    if image is not None and share[CLASS_ID["hair"]] > 0.02:
+    if image is not None and share["hair"] > 0.02:
         colour = _hair_colour(image[:, label_map == CLASS_ID["hair"]])
-        found |= {"hair_colour": colour} if colour else {}
-    return found
+        attributes |= {"hair_colour": colour} if colour else {}
+    return attributes
+
+
+def celeba_attributes(path: Path) -> dict[str, FaceAttributes]:
+    """`CelebAMask-HQ-attribute-anno.txt` -> attributes in the words of `captions`, by id."""
+    _, header, *lines = path.read_text(encoding="utf-8").splitlines()
+    names = header.split()
+    faces = {}
+    for line in lines:
+        file, *values = line.split()
+        has = {name: value == "1" for name, value in zip(names, values, strict=True)}
+        colours = [c for c in ("black", "blond", "brown", "gray") if has[f"{c.title()}_Hair"]]
+        face: dict[str, bool | str] = {key: has[name] for key, name in _CELEBA.items()}
+        face["beard"] = not has["No_Beard"] and not has["5_o_Clock_Shadow"]
+        if len(colours) == 1:
+            face["hair_colour"] = colours[0]
+        if has["Wavy_Hair"] != has["Straight_Hair"]:
+            face["hair_style"] = "wavy" if has["Wavy_Hair"] else "straight"
+        faces[Path(file).stem] = face
+    return faces
 
 
 def _hair_colour(pixels: Tensor) -> str | None:
     """Name the median colour of hair pixels `(3, n)` in [-1, 1]; None between two names."""
     r, g, b = (float(channel.median() + 1) / 2 for channel in pixels)
-    high, low = max(r, g, b), min(r, g, b)
+    high = max(r, g, b)
+    low = min(r, g, b)
     saturation = (high - low) / max(high, 1e-6)
     if high < 0.16 or (high < 0.22 and saturation < 0.35):
         return "black"
@@ -155,100 +182,93 @@ def _hair_colour(pixels: Tensor) -> str | None:
 
 
 def _facts(attributes: FaceAttributes, detailed: bool) -> list[_Fact]:
-    """The facts that hold, with `phrase` in the chosen wording, in order of priority."""
+    """The facts that hold, with `phrase` in the requested wording, in order of priority."""
     unknown = sorted(set(attributes) - ATTRIBUTES)
     if unknown:
         raise ValueError(f"unknown face attributes {unknown}; known: {sorted(ATTRIBUTES)}")
     bald = attributes.get("bald", False)
-    hair = []
-    for key, probability in _HAIR_PROBABILITY.items():
+    others = []
+    for key, (words, probability) in _HAIR.items():
         word = attributes.get(key)
-        if word and word not in _WORDS[key]:
-            raise ValueError(f"{key}: {word!r} is unknown; known: {_WORDS[key]}")
+        if word and word not in words:
+            raise ValueError(f"{key}: {word!r} is unknown; known: {words}")
         if word and word != "medium" and not bald:
-            hair.append(_Fact("hair", str(word), str(word), probability))
+            others.append(_Fact("hair", str(word), str(word), probability))
     if "young" in attributes:
         age = "young" if attributes["young"] else "older"
-        hair.append(_Fact("age", age, age, _AGE_PROBABILITY))
-    true = [key for key in _FACTS if attributes.get(key) and not (bald and key in _HAIR)]
+        others.append(_Fact("age", age, age, _AGE_PROBABILITY))
+    true = [key for key in _FACTS if attributes.get(key) and not (bald and key in _NEEDS_HAIR)]
     worn = [_FACTS[key] for key in true if key in _ACCESSORIES]
-    facts = worn + hair + [_FACTS[key] for key in true if key not in _ACCESSORIES]
+    facts = worn + others + [_FACTS[key] for key in true if key not in _ACCESSORIES]
     return [fact._replace(phrase=fact.detailed) for fact in facts] if detailed else facts
 
 
-def _mention(facts: Sequence[_Fact], rng: random.Random) -> dict[str, list[str]]:
-    """Draw the facts of one caption: phrases by kind, each kind in random order."""
-    chosen = [fact for fact in facts if rng.random() < fact.probability][:MAX_FACTS]
-    if facts and not chosen:
-        chosen = [_pick(facts, rng)]
-    said: dict[str, list[str]] = {"wears": [], "has": [], "is": [], "hair": [], "age": []}
-    for fact in chosen:
-        said[fact.kind].append(fact.phrase)
-    if said["hair"]:  # long wavy brown hair: adjectives keep their order
-        said["has"].append(" ".join(said["hair"]) + " hair")
+def _sample_phrases(facts: Sequence[_Fact], rng: random.Random) -> dict[str, list[str]]:
+    """Sample the facts of one caption: phrases by kind, each kind in random order."""
+    selected = [fact for fact in facts if rng.random() < fact.probability][:MAX_FACTS]
+    if facts and not selected:
+        selected = [_pick(facts, rng)]
+    phrases: dict[str, list[str]] = {"wears": [], "has": [], "is": [], "hair": [], "age": []}
+    for fact in selected:
+        phrases[fact.kind].append(fact.phrase)
+    if phrases["hair"]:  # long wavy brown hair: adjectives keep their order
+        phrases["has"].append(" ".join(phrases["hair"]) + " hair")
     for kind in ("wears", "has", "is"):
-        rng.shuffle(said[kind])
-    return said
+        rng.shuffle(phrases[kind])
+    return phrases
 
 
-def _mm_celeba_hq(said: dict[str, list[str]], male: bool | None, rng: random.Random) -> str:
+def _mm_celeba_hq(phrases: dict[str, list[str]], male: bool | None, rng: random.Random) -> str:
     """'She has wavy hair and mouth slightly open. The woman is wearing earrings.'"""
     noun, pronoun = _names(male)
-    age = said["age"][0] if said["age"] else ""
     subject = _pick(("The", "This"), rng) + " "
-    if age and (said["has"] or said["wears"] or said["is"]) and rng.random() < 0.5:
-        subject += f"{age} {noun}"
+    age = phrases["age"]
+    if age and (phrases["has"] or phrases["wears"] or phrases["is"]) and rng.random() < 0.5:
+        subject += f"{age[0]} {noun}"
     else:
-        said["is"].extend(said["age"])
+        phrases["is"].extend(age)
         subject = _pick((pronoun, subject + noun, subject + noun, subject + "person"), rng)
-    clauses = [
-        f"{verb} {_join(said[kind])}"
-        for kind, verb in (
-            ("is", "is"),
-            ("has", "has"),
-            ("wears", _pick(("wears", "is wearing"), rng)),
-        )
-        if said[kind]
-    ]
+    verbs = {"is": "is", "has": "has", "wears": _pick(("wears", "is wearing"), rng)}
+    clauses = _clauses(phrases, verbs)
     if not clauses:
         return f"This is a {noun}."
     rng.shuffle(clauses)
-    first, rest = clauses[0], clauses[1:]
-    if rest and "," not in first and rng.random() < 0.5:
-        first += f" and {rest.pop(0)}"
-    return _end(f"{subject} {first}", rest, pronoun)
+    first = clauses.pop(0)
+    if clauses and "," not in first and rng.random() < 0.5:
+        first += f" and {clauses.pop(0)}"
+    return _sentences(f"{subject} {first}", clauses, pronoun)
 
 
-def _ffhq_text(said: dict[str, list[str]], male: bool | None, rng: random.Random) -> str:
+def _ffhq_text(phrases: dict[str, list[str]], male: bool | None, rng: random.Random) -> str:
     """'A young woman with long brown hair is smiling. She wears earrings.'"""
     noun, pronoun = _names(male)
-    subject = f"{said['age'][0]} {noun}" if said["age"] else noun
-    article = "an" if subject[0] == "o" else "a"
-    main = f"{article} {subject}"
-    form = _pick([kind for kind in ("has", "wears") if said[kind]] or [""], rng)
+    subject = " ".join([*phrases["age"], noun])
+    main = f"{'an' if subject[0] == 'o' else 'a'} {subject}"
+    form = _pick([kind for kind in ("has", "wears") if phrases[kind]] or [""], rng)
     if form:
-        main += (" with " if form == "has" else " wearing ") + _join(said[form])
-    rest = [
-        f"{verb} {_join(said[kind])}"
-        for kind, verb in (("is", "is"), ("has", "has"), ("wears", "wears"))
-        if said[kind] and kind != form
-    ]
-    rng.shuffle(rest)
-    if not rest or rng.random() < 0.3:
-        return _end(f"There is {main}", rest, pronoun)
-    return _end(f"{main[0].upper()}{main[1:]} {rest[0]}", rest[1:], pronoun)
+        main += (" with " if form == "has" else " wearing ") + _join(phrases[form])
+    verbs = {kind: kind for kind in ("is", "has", "wears") if kind != form}
+    clauses = _clauses(phrases, verbs)
+    rng.shuffle(clauses)
+    if not clauses or rng.random() < 0.3:
+        return _sentences(f"There is {main}", clauses, pronoun)
+    return _sentences(f"{main[0].upper()}{main[1:]} {clauses[0]}", clauses[1:], pronoun)
 
 
 def _names(male: bool | None) -> tuple[str, str]:
-    """Noun and pronoun; without the attribute the person stays a person."""
+    """Noun and pronoun; without the attribute `male` they are neutral."""
     if male is None:
         return "person", "The person"
     return ("man", "He") if male else ("woman", "She")
 
 
-def _end(first: str, rest: Sequence[str], pronoun: str) -> str:
-    """Close the first sentence and say the remaining clauses in a second one."""
-    return f"{first}. {pronoun} {' and '.join(rest)}." if rest else f"{first}."
+def _clauses(phrases: Mapping[str, list[str]], verbs: Mapping[str, str]) -> list[str]:
+    return [f"{verb} {_join(phrases[kind])}" for kind, verb in verbs.items() if phrases[kind]]
+
+
+def _sentences(first: str, clauses: Sequence[str], pronoun: str) -> str:
+    """Close the first sentence and put the remaining clauses into a second one."""
+    return f"{first}. {pronoun} {' and '.join(clauses)}." if clauses else f"{first}."
 
 
 def _join(items: Sequence[str]) -> str:
@@ -260,49 +280,3 @@ def _join(items: Sequence[str]) -> str:
 
 def _pick(items: Sequence, rng: random.Random):
     return items[int(rng.random() * len(items))]
-
-
-def celeba_attributes(path: Path) -> dict[str, FaceAttributes]:
-    """`CelebAMask-HQ-attribute-anno.txt` -> attributes in the words of `captions`, by id."""
-    _, header, *lines = path.read_text(encoding="utf-8").splitlines()
-    names, faces = header.split(), {}
-    for line in lines:
-        file, *values = line.split()
-        has = {name: value == "1" for name, value in zip(names, values, strict=True)}
-        colours = [c for c in ("black", "blond", "brown", "gray") if has[f"{c.title()}_Hair"]]
-        face: dict[str, bool | str] = {key: has[name] for key, name in _CELEBA.items()}
-        face["beard"] = not has["No_Beard"] and not has["5_o_Clock_Shadow"]
-        if len(colours) == 1:
-            face["hair_colour"] = colours[0]
-        if has["Wavy_Hair"] != has["Straight_Hair"]:
-            face["hair_style"] = "wavy" if has["Wavy_Hair"] else "straight"
-        faces[Path(file).stem] = face
-    return faces
-
-
-_CELEBA = {  # our key -> CelebA's name
-    "male": "Male",
-    "young": "Young",
-    "bald": "Bald",
-    "bangs": "Bangs",
-    "receding_hairline": "Receding_Hairline",
-    "smiling": "Smiling",
-    "mouth_open": "Mouth_Slightly_Open",
-    "eyeglasses": "Eyeglasses",
-    "hat": "Wearing_Hat",
-    "earrings": "Wearing_Earrings",
-    "necklace": "Wearing_Necklace",
-    "lipstick": "Wearing_Lipstick",
-    "mustache": "Mustache",
-    "heavy_makeup": "Heavy_Makeup",
-    "arched_eyebrows": "Arched_Eyebrows",
-    "bushy_eyebrows": "Bushy_Eyebrows",
-    "big_nose": "Big_Nose",
-    "big_lips": "Big_Lips",
-    "narrow_eyes": "Narrow_Eyes",
-    "bags_under_eyes": "Bags_Under_Eyes",
-    "pale_skin": "Pale_Skin",
-    "rosy_cheeks": "Rosy_Cheeks",
-    "chubby": "Chubby",
-    "oval_face": "Oval_Face",
-}

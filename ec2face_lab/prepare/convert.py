@@ -1,10 +1,10 @@
-"""Foreign folders of faces -> the layout of `validation.py`.
+"""Converters from other folders of faces to the layout of `ec2face_core.data`.
 
-Chosen here: a converter works in `.{name}.partial` beside the target, one process a core, writes
-each file under a temporary name and renames it, and skips faces that are valid there, so that an
+A converter works in `.{name}.partial` beside the target, with one process per core. It writes each
+file under a temporary name, renames it, and skips faces that are valid already, so that an
 interrupted conversion resumes. The target appears only when every face is good; otherwise one
-`DataError` lists every bad file. Masks are resized nearest only, images bicubic with antialiasing
-(after `read_image`'s halving of JPEGs).
+`DataError` lists every bad file. Masks are resized to the nearest pixel, images bicubically with
+antialiasing (after `read_image` has halved large JPEGs).
 """
 
 from __future__ import annotations
@@ -38,23 +38,22 @@ from ec2face_core.runs import parallel, whole_file
 
 from .captions import FaceAttributes, captions_from_mask, celeba_attributes
 from .captions import captions as compose
-from .validate import validate
+from .validate import Problems, try_read, validate
 
 PART_FOLDERS = ("CelebAMask-HQ-mask-anno", "CelebAMaskHQ-mask-anno")
-
-_PART = re.compile(r"(\d+)_(\w+)\.png")
+PART_NAME = re.compile(r"(\d+)_(\w+)\.png")
 
 # Of PNG images: run lengths alone, as zlib has them for PNG. Five times faster, 4 % larger.
-_FAST = {"compress_level": 1, "compress_type": Image.RLE}
+FAST_PNG = {"compress_level": 1, "compress_type": Image.RLE}
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one face comes from; picklable, for it travels to another process."""
+    """Where one face comes from. Picklable, because another process converts it."""
 
     id: str
-    image: Path | None
-    mask: Path | None  # the file that reports about the mask name
+    image: Path
+    mask: Path  # the file that reports name for problems of the mask
     ids: Callable[[], np.ndarray]  # paints or reads the `(h, w)` ids
     captions: Path | FaceAttributes | None  # a text file, attributes, or None: from the mask
 
@@ -67,13 +66,22 @@ def from_celebamask_hq(
     train: int = 27000,
     progress: bool = True,
 ) -> None:
-    """Convert the CelebAMask-HQ download, its part masks painted in `g_mask.py` order.
+    """Convert the CelebAMask-HQ download; part masks are painted in the order of `g_mask.py`.
 
-    raw holds `CelebA-HQ-img/{k}.jpg` and `CelebAMask-HQ-mask-anno/{k//2000}/{k:05d}_{part}.png`;
-    later classes are painted over earlier ones. captions: folder of MM-CelebA-HQ's `{k}.txt`, by
-    default `raw/text` where it exists, else captions are composed from
-    `CelebAMask-HQ-attribute-anno.txt`, else from the masks. Ids below `train` are the training
-    split, the others the test split (27000: the split of the paper).
+    Args:
+        raw: folder with `CelebA-HQ-img/{k}.jpg` and
+            `CelebAMask-HQ-mask-anno/{k//2000}/{k:05d}_{part}.png`.
+        out: new folder.
+        captions: folder of MM-CelebA-HQ's `{k}.txt`, by default `raw/text`. Where it does not
+            exist, captions are composed from `CelebAMask-HQ-attribute-anno.txt`, else from masks.
+        size: side of images and masks in pixels.
+        train: ids below this are the training split, the others the test split (27000 is the
+            paper's split).
+        progress: show a progress bar.
+
+    Raises:
+        DataError: one report of every bad file, or `out` exists already.
+        OSError: the disk is full; the same call resumes.
     """
     raw = Path(raw)
     report = Report(raw)
@@ -81,14 +89,14 @@ def from_celebamask_hq(
     texts = _caption_source(raw, captions)
     sources = []
     for name in sorted(images.keys() | parts.keys(), key=_natural):
-        own = parts.get(name, {})
+        masks = parts.get(name, {})
         folder = raw / PART_FOLDERS[0] / (str(int(name) // 2000) if name.isdigit() else "")
         sources.append(
             _Source(
                 id=name,
                 image=images.get(name, raw / "CelebA-HQ-img" / f"{name}.jpg"),
-                mask=next(iter(own.values()), folder / f"{name.zfill(5)}_skin.png"),
-                ids=partial(paint_parts, own),
+                mask=next(iter(masks.values()), folder / f"{name.zfill(5)}_skin.png"),
+                ids=partial(paint_parts, masks),
                 captions=texts(name),
             )
         )
@@ -106,29 +114,33 @@ def from_merged(
 ) -> None:
     """Convert folders of images and merged masks: `images/*.jpg` and `masks/*.png`.
 
-    Folders may be called images, image or face; masks or mask; captions or text. Masks hold ids
-    (palette or grey) or colours of `PALETTE`. Without a captions folder, captions are composed from
-    the masks. The first `train` faces in natural order of their ids (default: nine of ten) are the
-    training split, the others the test split.
+    Args:
+        source: its folders may be called images, image or face; masks or mask; captions or text.
+            Masks hold ids (palette or grey) or colours of `PALETTE`.
+        out: new folder.
+        captions: folder of `{id}.txt`; without one, captions are composed from the masks.
+        size: side of images and masks in pixels.
+        train: the first so many faces in natural order of their ids (default: nine of ten) are the
+            training split, the others the test split.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: one report of every bad file, or `out` exists already.
+        OSError: the disk is full; the same call resumes.
     """
     source = Path(source)
     report = Report(source)
-    pictures = _first_folder(source, ("images", "image", "face"))
-    folder = _first_folder(source, ("masks", "mask"))
-    images = files_by_id(pictures, IMAGE_SUFFIXES, report)
-    masks = files_by_id(folder, (".png",), report)
+    image_folder = _first_folder(source, ("images", "image", "face"))
+    mask_folder = _first_folder(source, ("masks", "mask"))
+    images = files_by_id(image_folder, IMAGE_SUFFIXES, report)
+    masks = files_by_id(mask_folder, (".png",), report)
     texts = _caption_source(source, captions)
     names = sorted(images.keys() | masks.keys(), key=_natural)
-    sources = [
-        _Source(
-            id=name,
-            image=images.get(name, pictures / f"{name}.jpg"),
-            mask=masks.get(name, folder / f"{name}.png"),
-            ids=partial(_read_ids_or_colours, masks.get(name, folder / f"{name}.png")),
-            captions=texts(name),
-        )
-        for name in names
-    ]
+    sources = []
+    for name in names:
+        image = images.get(name, image_folder / f"{name}.jpg")
+        mask = masks.get(name, mask_folder / f"{name}.png")
+        sources.append(_Source(name, image, mask, partial(_read_any_mask, mask), texts(name)))
     train = len(names) * 9 // 10 if train is None else train
     splits = {name: "train" if i < train else "test" for i, name in enumerate(names)}
     _convert(sources, splits, Path(out), size, report, progress)
@@ -139,11 +151,11 @@ def celebamask_files(
 ) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
     """Images and part files of the CelebAMask-HQ download by id: `{k: jpg}`, `{k: {part: png}}`.
 
-    What is no part file is added to `report`.
+    Other files among the parts are added to `report`.
     """
     parts: dict[str, dict[str, Path]] = {}
     for path in _first_folder(raw, PART_FOLDERS).glob("*/*.png"):
-        match = _PART.fullmatch(path.name)
+        match = PART_NAME.fullmatch(path.name)
         if match and match[2] in CLASSES[1:]:
             parts.setdefault(str(int(match[1])), {})[match[2]] = path
         else:
@@ -158,7 +170,7 @@ def paint_parts(parts: Mapping[str, Path]) -> np.ndarray:
         if name not in parts:
             continue
         try:
-            with Image.open(parts[name]) as file:  # g_mask.py reads one channel, too
+            with Image.open(parts[name]) as file:  # one channel, as g_mask.py reads it
                 part = np.asarray(file.getchannel(0) if file.mode == "RGB" else file.convert("L"))
         except (OSError, SyntaxError) as error:
             raise DataError(f"unreadable part {parts[name].name} ({error})") from error
@@ -187,17 +199,12 @@ def _convert(
         raise DataError(f"{report.root}: no faces found")
     report.faces = len(sources)
     part = out.with_name(f".{out.name}.partial")
-    names = {source.id for source in sources}
-    for kind in ("image", "mask", "text"):
-        (part / kind).mkdir(parents=True, exist_ok=True)
-        for path in (part / kind).iterdir():
-            if path.stem not in names:  # of a face that the source does not have any more
-                path.unlink()
+    clear_others(part, ("image", "mask", "text"), splits)
     write = partial(_write_face, root=part, size=size)
     label = "converting" if progress else None
     for problems in parallel(write, sources, label, processes=True):
-        for where, reason in problems:
-            report.add(where, reason)
+        for path, reason in problems:
+            report.add(path, reason)
     report.raise_if_bad()
     with open(part / "manifest.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -212,66 +219,70 @@ def _convert(
     part.rename(out)
 
 
-def _write_face(source: _Source, root: Path, size: int) -> list[tuple[Path, str]]:
+def clear_others(root: Path, kinds: tuple[str, ...], ids: Mapping[str, object]) -> None:
+    """Make the folders `root/{kind}` and delete files in them that belong to none of these ids."""
+    for kind in kinds:
+        (root / kind).mkdir(parents=True, exist_ok=True)
+        for path in (root / kind).iterdir():
+            if path.stem not in ids:
+                path.unlink()
+
+
+def _write_face(source: _Source, root: Path, size: int) -> Problems:
     """Convert one face unless it is there; returns its problems, and writes nothing if any."""
-    problems: list[tuple[Path, str]] = []
-    image = ids = lines = None
-    try:
-        if isinstance(source.captions, Path):
-            lines = read_captions(source.captions)
-    except DataError as error:
-        problems.append((source.captions, str(error)))
+    problems: Problems = []
+    text = source.captions if isinstance(source.captions, Path) else None
+    lines = try_read(problems, text, read_captions)
     if not problems and _is_written(source.id, root, size, lines):
         return []
-    try:
-        image = read_image(source.image, size)
-    except DataError as error:
-        problems.append((source.image, str(error)))
-    try:
-        ids = source.ids()
-        if ids.shape[0] != ids.shape[1]:
-            raise DataError(f"wrong size {ids.shape[1]}x{ids.shape[0]}: faces are square")
-        ids = np.asarray(Image.fromarray(ids).resize((size, size), Image.Resampling.NEAREST))
-        check_ids(ids)
-    except DataError as error:
-        problems.append((source.mask, str(error)))
+    image = try_read(problems, source.image, read_image, size)
+    ids = try_read(problems, source.mask, lambda _: _resized_ids(source.ids(), size))
     if problems:
         return problems
     image = image.resize((size, size), Image.Resampling.BICUBIC)
-    text = "\n".join(lines or _compose(source, ids, image)) + "\n"
+    lines = lines or _compose(source, ids, image)
     mask = Image.fromarray(ids)
     mask.putpalette([value for rgb in PALETTE for value in rgb])
     with Image.open(source.image) as file:
-        keep = file.width == size  # then its bytes are copied, JPEG is not compressed again
+        keep = file.width == size  # then its bytes are copied, and a JPEG is not compressed again
     suffix = source.image.suffix.lower() if keep else ".png"
 
     with whole_file(root / "mask" / f"{source.id}.png") as part:
         mask.save(part, format="png")
     with whole_file(root / "image" / f"{source.id}{suffix}") as part:
         if keep:
-            part.write_bytes(source.image.read_bytes())
+            shutil.copyfile(source.image, part)
         else:
-            image.save(part, format="png", **_FAST)
+            image.save(part, format="png", **FAST_PNG)
     for other in set(IMAGE_SUFFIXES) - {suffix}:  # of an earlier conversion at another size
         (root / "image" / f"{source.id}{other}").unlink(missing_ok=True)
     with whole_file(root / "text" / f"{source.id}.txt") as part:
-        part.write_text(text, "utf-8")
+        part.write_text("\n".join(lines) + "\n", "utf-8")
     return []
 
 
 def _is_written(name: str, root: Path, size: int, lines: tuple[str, ...] | None) -> bool:
-    """Is this face in `root`, readable, of this size and with these captions (None: any)?"""
-    image = [p for s in IMAGE_SUFFIXES if (p := root / "image" / f"{name}{s}").exists()]
+    """Whether `root` holds this face, readable, of this size and with these captions, if given."""
+    images = [p for s in IMAGE_SUFFIXES if (p := root / "image" / f"{name}{s}").exists()]
     try:
-        found = read_captions(root / "text" / f"{name}.txt")
+        written = read_captions(root / "text" / f"{name}.txt")
         return (
-            len(image) == 1
-            and read_image(image[0]).width == size
+            len(images) == 1
+            and read_image(images[0]).width == size
             and read_mask(root / "mask" / f"{name}.png").shape == (size, size)
-            and lines in (None, found)
+            and lines in (None, written)
         )
     except DataError:
         return False
+
+
+def _resized_ids(ids: np.ndarray, size: int) -> np.ndarray:
+    """Checked ids `(size, size)`; DataError unless they are square."""
+    if ids.shape[0] != ids.shape[1]:
+        raise DataError(f"wrong size {ids.shape[1]}x{ids.shape[0]}: faces are square")
+    ids = np.asarray(Image.fromarray(ids).resize((size, size), Image.Resampling.NEAREST))
+    check_ids(ids)
+    return ids
 
 
 def _compose(source: _Source, ids: np.ndarray, image: Image.Image) -> list[str]:
@@ -288,8 +299,7 @@ def _caption_source(
     """Where captions come from: a folder, else CelebA attributes, else None (the masks)."""
     if folder is not None and not Path(folder).is_dir():
         raise DataError(f"{folder}: no such captions folder")
-    found = [Path(folder)] if folder else [root / n for n in ("captions", "text")]
-    for path in found:
+    for path in [Path(folder)] if folder else [root / "captions", root / "text"]:
         if path.is_dir():
             return lambda name: path / f"{name}.txt"
     table = root / "CelebAMask-HQ-attribute-anno.txt"
@@ -297,7 +307,7 @@ def _caption_source(
     return faces.get
 
 
-def _read_ids_or_colours(path: Path) -> np.ndarray:
+def _read_any_mask(path: Path) -> np.ndarray:
     """Ids of a palette, grey or colour mask."""
     try:
         with Image.open(path) as file:

@@ -1,14 +1,15 @@
-"""What a profile needs, and what of it is there: the report of `prepare.py`. Looks only, offline.
+"""What a profile needs, and which of it is present: the report of `ec2face_lab prepare`.
 
-Each need says where it is expected, where it comes from, under which licence, how large it is and
-what is wrong with it. Data are counted; weights are checked by their headers, on demand by their
-recorded hashes, and each parser is held against faces whose masks are known, once there are any.
+Each entry names where a thing is expected, where it comes from, its licence, its size and what is
+wrong with it. Data are counted. Weights are checked by their headers, on request by their recorded
+hashes, and each parser is compared with known masks as soon as there are any. Nothing is written,
+and no network is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ec2face_core.backbone import is_hub_id
 from ec2face_core.config import Config, resolve
 from ec2face_core.data import (
     IMAGE_SUFFIXES,
@@ -27,27 +29,25 @@ from ec2face_core.data import (
     open_dataset,
     read_image,
 )
-from ec2face_core.perception import LOCAL_DIR, FaceParser, WeightsError
+from ec2face_core.perception import LOCAL_DIR, FaceParser, WeightsError, check_torchscript
 
 from . import weights
 from .convert import PART_FOLDERS, celebamask_files, paint_parts
 from .photos import check_class_order
 
-CELEBAMASK, FFHQ_TEXT = "CelebAMask-HQ", "FFHQ-Text"  # folders of the downloads
-
-CAPTIONS = tuple(  # as archives and their users name it; the report names the first
+CELEBAMASK = "CelebAMask-HQ"  # folders of the downloads
+FFHQ_TEXT = "FFHQ-Text"
+CAPTIONS = tuple(  # names in archives and in use; the report prints the first
     f"{folder}/{text}"
     for folder in ("multi-modal-celeba", CELEBAMASK)
     for text in ("text/celeba-caption", "celeba-caption", "text")
 )
-
 DETECTOR = "weights/mobilenet0.25_Final.pth"
-
-REFERENCES = 4  # faces that a parser is held against
+REFERENCES = 4  # faces with known masks that a parser is compared with
 
 
 class Need(NamedTuple):
-    """One thing that a profile needs, and how a user comes by it."""
+    """One thing that a profile needs, and how to obtain it."""
 
     name: str
     source: str
@@ -56,42 +56,33 @@ class Need(NamedTuple):
 
 
 _RESEARCH = "CelebAMask-HQ agreement: non-commercial research, no redistribution of any portion"
-
 _ZIP = "CelebAMask-HQ.zip, by the links of switchablenorms/CelebAMask-HQ on GitHub"
-
 IMAGES = Need("CelebA-HQ-img", _ZIP, _RESEARCH, "about 3 GB, the whole zip")
-
 PARTS = Need("CelebAMask-HQ-mask-anno", _ZIP, _RESEARCH, "in the same zip")
-
 TEXTS = Need(
     "MM-CelebA-HQ captions",
     "folder text of Multi-Modal-CelebA-HQ (IIGROUP/MM-CelebA-HQ-Dataset on GitHub, on request)",
     "non-commercial research, with the images of CelebAMask-HQ",
     "30,000 files, 30 MB",
 )
-
 PHOTOS = Need(
     "FFHQ-Text",
     "request form of Yutong-Zhou-cv/FFHQ-Text_Dataset on GitHub",
     "CC BY-NC-SA 4.0; the photos keep their Flickr licences",
     "1 GB",
 )
-
 MM_CELEBA = Need(
     f"{IMAGES.name}, {PARTS.name}, {TEXTS.name} (data.root)", "this command", _RESEARCH, "10 GB"
 )
-
 MM_FFHQ = Need(
     f"{PHOTOS.name} with masks (data.zero_shot_root)", "this command", PHOTOS.licence, "0.3 GB"
 )
-
 FLUX = Need(
     "FLUX.1-dev (backbone.path)",
     "black-forest-labs/FLUX.1-dev on the Hugging Face hub (gated)",
     "FLUX.1 [dev] Non-Commercial License",
     "33.7 GB: transformer 23.8, T5-XXL 9.5, CLIP 0.2, VAE 0.2",
 )
-
 FARL = Need(
     "FaRL parser, TorchScript (perception.parser)",
     "face_parsing.farl.celebm.main_ema_181500_jit.pt, release models-v1 of FacePerceiver/facer "
@@ -99,34 +90,28 @@ FARL = Need(
     "MIT; trained on CelebAMask-HQ",
     "0.6 GB",
 )
-
 SCORER = Need(
     "scoring parser, TorchScript (perception.scoring_parser)",
     "any second parser, exported in FaRL's contract: [0, 1] `b 3 h w` -> (logits `b 19 h w`, {})",
     "that of the parser you choose",
     "that of the parser you choose",
 )
-
 RETINAFACE = Need(
     "RetinaFace detector (for the masks of FFHQ-Text)",
     "mobilenet0.25_Final.pth, release 0.0.1 of elliottzheng/face-detection on GitHub",
     "MIT",
     "2 MB",
 )
-
 CLIP = Need("CLIP ViT-L-14 (perception.clip)", "the Hugging Face hub", "MIT", "1.7 GB")
-
 SCORING_CLIP = Need(
     "CLIP ViT-B-32 (perception.scoring_clip)", "the Hugging Face hub", "MIT", "0.6 GB"
 )
-
 ALEXNET = Need(
     "LPIPS trunk, AlexNet (evaluation.lpips)",
     "alexnet-owt-7be5be79.pth of torchvision; fetched at first use where there is a network",
     "BSD-3-Clause; trained on ImageNet",
     "244 MB",
 )
-
 NIQE = Need(
     "NIQE model (evaluation.niqe_refit)",
     "niqe_modelparameters.mat of chaofengc/IQA-PyTorch-Weights on the Hugging Face hub; fetched at "
@@ -138,7 +123,7 @@ NIQE = Need(
 
 @dataclass(frozen=True)
 class Finding:
-    """What is there of a need: nothing (`exists` is false), all of it, or all but `problems`."""
+    """What is present of a need: nothing (`exists` is false), all of it, or all but `problems`."""
 
     need: Need
     where: Path | str
@@ -156,60 +141,70 @@ class Finding:
 def survey(config: Config, downloads: Path, content: bool = False) -> list[Finding]:
     """Look for everything that a profile needs, and write nothing.
 
-    content: also read all weights whose hash is recorded.
+    Args:
+        config: names the data roots and the weights.
+        downloads: folder of the raw downloads.
+        content: also read all weights whose hash is recorded.
+
+    Returns:
+        One finding per need, in the order of the report.
     """
-    data, hub = _data(config, downloads), _hub_weights(config, content)
-    return data + hub + _parsers(config, downloads) + _metrics(config)
+    findings = _celebamask(config, downloads) + _ffhq_text(config, downloads)
+    findings += _hub_weights(config, content)
+    return findings + _parsers(config, downloads) + _metric_weights(config)
 
 
 def render(findings: Sequence[Finding]) -> str:
-    """The report as text: one paragraph a need, with `!` before all that is wrong."""
+    """The report as text: one paragraph per need; problems begin with `!`."""
     lines = []
-    for found in findings:
-        need = found.need
-        about = {"at": found.where, "from": need.source, "terms": need.licence, "size": need.size}
-        lines.append(f"{found.state.upper():<12}{need.name}")
-        lines += [f"{'':12}{key:<6}{value}" for key, value in about.items()]
-        lines += [f"{'':12}!     {problem}" for problem in found.problems]
-    there = sum(found.state == "there" for found in findings)
-    return "\n".join([*lines, f"{there} of {len(findings)} there"])
+    for finding in findings:
+        need = finding.need
+        details = {"at": finding.where, "from": need.source, "terms": need.licence}
+        details["size"] = need.size
+        lines.append(f"{finding.state.upper():<12}{need.name}")
+        lines += [f"{'':12}{key:<6}{value}" for key, value in details.items()]
+        lines += [f"{'':12}!     {problem}" for problem in finding.problems]
+    complete = sum(finding.state == "there" for finding in findings)
+    return "\n".join([*lines, f"{complete} of {len(findings)} there"])
 
 
 # ----------------------------------------------------------------------------------------- data
 
 
-def _data(config: Config, downloads: Path) -> list[Finding]:
-    """The two data roots; for one that does not exist yet, the downloads that make it."""
-    root, zero_shot = resolve(config.data.root), resolve(config.data.zero_shot_root)
-    findings: list[Finding] = []
+def _celebamask(config: Config, downloads: Path) -> list[Finding]:
+    """The data root; before it exists, the downloads from which it is made."""
+    root = resolve(config.data.root)
     if root.exists():
-        problems = _root_problems(config, ("train", "test"))
-        findings.append(Finding(MM_CELEBA, root, True, problems))
-    else:
-        raw, texts = downloads / CELEBAMASK, captions_folder(downloads)
-        images, parts = _celebamask(raw)
-        found = (
-            (IMAGES, raw / "CelebA-HQ-img", images),
-            (PARTS, raw / PART_FOLDERS[0], parts),
-            (TEXTS, texts, files_by_id(texts, (".txt",), Report(texts))),
-        )
-        expected = [str(i) for i in range(config.data.train + config.data.test)]
-        findings += [
-            Finding(need, where, bool(ids), _missing(ids, expected)) for need, where, ids in found
-        ]
-    if zero_shot.exists():
-        problems = _root_problems(config, ("zero_shot",))
-        return [*findings, Finding(MM_FFHQ, zero_shot, True, problems)]
+        return [Finding(MM_CELEBA, root, True, _root_problems(config, "train", "test"))]
+    raw = downloads / CELEBAMASK
+    texts = captions_folder(downloads)
+    images, parts = _raw_files(raw)
+    captions = files_by_id(texts, (".txt",), Report(texts))
+    ids = [str(i) for i in range(config.data.train + config.data.test)]
+    return [
+        Finding(IMAGES, raw / "CelebA-HQ-img", bool(images), _missing(images, ids)),
+        Finding(PARTS, raw / PART_FOLDERS[0], bool(parts), _missing(parts, ids)),
+        Finding(TEXTS, texts, bool(captions), _missing(captions, ids)),
+    ]
+
+
+def _ffhq_text(config: Config, downloads: Path) -> list[Finding]:
+    """The zero-shot root; before it exists, the photos and the detector that give it its masks."""
+    root = resolve(config.data.zero_shot_root)
+    if root.exists():
+        return [Finding(MM_FFHQ, root, True, _root_problems(config, "zero_shot"))]
     photos, texts = ffhq_text_files(downloads)
-    problems = (*_missing(texts, photos, "captions"), *_missing(photos, texts, "photos"))
+    problems = _missing(texts, photos, "captions") + _missing(photos, texts, "photos")
     if len(photos) != config.data.zero_shot:
         problems += (f"{len(photos):,} photos, data.zero_shot asks for {config.data.zero_shot:,}",)
-    findings.append(Finding(PHOTOS, downloads / FFHQ_TEXT, bool(photos), problems))
-    return [*findings, _file(RETINAFACE, downloads / DETECTOR, weights.check_tensors)]
+    return [
+        Finding(PHOTOS, downloads / FFHQ_TEXT, bool(photos), problems),
+        _file(RETINAFACE, downloads / DETECTOR, weights.check_tensors),
+    ]
 
 
-def _celebamask(raw: Path) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
-    """Images and part files by id; what is no part file is the converter's to report."""
+def _raw_files(raw: Path) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
+    """Images and part files by id; the converter reports files that are neither."""
     try:
         return celebamask_files(raw, Report(raw))
     except DataError:  # no folder of parts
@@ -224,33 +219,35 @@ def captions_folder(downloads: Path) -> Path:
 
 def ffhq_text_files(downloads: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Photos and captions of FFHQ-Text by id, from its folders Image and Text, at any depth."""
-    found: dict[str, dict[str, Path]] = {"image": {}, "text": {}}
+    suffixes = {"image": IMAGE_SUFFIXES, "text": (".txt",)}
+    files: dict[str, dict[str, Path]] = {kind: {} for kind in suffixes}
     for folder in sorted((downloads / FFHQ_TEXT).glob("*/")):
         kind = folder.name.lower().rstrip("s")
-        suffixes = (".txt",) if kind == "text" else IMAGE_SUFFIXES
-        files = sorted(folder.rglob("*")) if kind in found else []
-        found.get(kind, {}).update({p.stem: p for p in files if p.suffix.lower() in suffixes})
-    return found["image"], found["text"]
+        for path in sorted(folder.rglob("*")) if kind in files else ():
+            if path.suffix.lower() in suffixes[kind]:
+                files[kind][path.stem] = path
+    return files["image"], files["text"]
 
 
 def _missing(
-    found: Collection[str], expected: Collection[str], what: str = "faces"
+    present: Collection[str], expected: Collection[str], what: str = "faces"
 ) -> tuple[str, ...]:
-    """How many of the expected ids are not there, the first ones by name."""
-    missing = [name for name in expected if name not in found]
+    """How many of the expected ids are missing, with the names of the first ones."""
+    missing = [name for name in expected if name not in present]
     if not missing:
         return ()
     few = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
     return (f"{len(expected) - len(missing):,} of {len(expected):,} {what}; missing: {few}",)
 
 
-def _root_problems(config: Config, splits: Iterable[str]) -> tuple[str, ...]:
-    """Whether a converted root opens and holds as many faces of each split as it should."""
+def _root_problems(config: Config, *splits: str) -> tuple[str, ...]:
+    """Whether a converted root opens and holds as many faces of each split as configured."""
     try:
         for split in splits:
-            found, expected = len(open_dataset(config, split)), getattr(config.data, split)
-            if found != expected:
-                return (f"{found:,} faces of split {split}, data.{split} asks for {expected:,}",)
+            faces = len(open_dataset(config, split))
+            expected = getattr(config.data, split)
+            if faces != expected:
+                return (f"{faces:,} faces of split {split}, data.{split} asks for {expected:,}",)
     except DataError as error:
         lines = str(error).splitlines()
         return (*lines[:6], *(["..."] if len(lines) > 6 else []))
@@ -262,24 +259,25 @@ def _root_problems(config: Config, splits: Iterable[str]) -> tuple[str, ...]:
 
 def _hub_weights(config: Config, content: bool) -> list[Finding]:
     """FLUX and the two CLIPs: folders, or repositories in the hub's local cache."""
-    perception = config.perception
-    path, gate = config.backbone.path, _gated_remedy(config.backbone.path)
-    findings = [_folder(FLUX, path, "model_index.json", weights.pipeline_problems, gate)]
-    for need, name in ((CLIP, perception.clip), (SCORING_CLIP, perception.scoring_clip)):
+    path = config.backbone.path
+    remedy = _flux_remedy(path)
+    findings = [_folder(FLUX, path, "model_index.json", weights.pipeline_problems, remedy)]
+    names = {CLIP: config.perception.clip, SCORING_CLIP: config.perception.scoring_clip}
+    for need, name in names.items():
         plain = name.removeprefix(LOCAL_DIR).removeprefix("hf-hub:")
         remedy = f"`hf download {plain} {' '.join(weights.CLIP_FILES)}`"
         if plain == name:  # architecture/tag
             remedy = "write hf-hub:<owner/model> or local-dir:<folder>, other names are not checked"
             plain = "./" + name
         findings.append(_folder(need, plain, weights.CLIP_FILES[0], weights.clip_problems, remedy))
-    return [_hashed(found) for found in findings] if content else findings
+    return [_with_hashes(finding) for finding in findings] if content else findings
 
 
-def _gated_remedy(path: str) -> str:
-    """How to come by FLUX.1-dev, or how to go on with its download."""
+def _flux_remedy(path: str) -> str:
+    """How to obtain FLUX.1-dev, or how to continue its download."""
     from huggingface_hub import get_token
 
-    if not weights.is_hub_id(path):
+    if not is_hub_id(path):
         return "copy the whole repository into this folder, or name another one in backbone.path"
     login = "" if get_token() else ", log in with `hf auth login` (no token is stored here)"
     return (
@@ -293,23 +291,22 @@ def _folder(
 ) -> Finding:
     """A folder of weights, or the cached repository of this hub id."""
     folder = weights.local_folder(name, marker)
-    if folder is None:
-        begun = weights.unfinished(name)
-        return Finding(need, name, bool(begun), (*begun, remedy))
-    problems = check(folder)
-    begun = weights.unfinished(name) if problems else ()
-    return Finding(need, folder, True, (*problems, *begun, remedy) if problems else ())
+    problems = check(folder) if folder else []
+    if folder and not problems:
+        return Finding(need, folder, True)
+    begun = weights.unfinished(name)
+    return Finding(need, folder or name, bool(folder or begun), (*problems, *begun, remedy))
 
 
-def _hashed(found: Finding) -> Finding:
-    """The same finding, with the hashes of its files compared where they are recorded."""
+def _with_hashes(finding: Finding) -> Finding:
+    """The same finding after a comparison of its files with their recorded hashes."""
     from tqdm.auto import tqdm
 
-    if found.state != "there":
-        return found
-    files = tqdm(weights.weight_files(Path(found.where)), f"reading {found.need.name}")
-    problems = [line for file in files for line in _problems(weights.check_hash, file)]
-    return Finding(found.need, found.where, True, tuple(problems))
+    if finding.state != "there":
+        return finding
+    files = tqdm(weights.weight_files(Path(finding.where)), f"reading {finding.need.name}")
+    problems = [line for file in files for line in weights.problems_of(weights.check_hash, file)]
+    return replace(finding, problems=tuple(problems))
 
 
 def _parsers(config: Config, downloads: Path) -> list[Finding]:
@@ -319,7 +316,7 @@ def _parsers(config: Config, downloads: Path) -> list[Finding]:
     faces = _references(config, downloads) if any(f.exists() for f in files.values()) else None
 
     def check(file: Path) -> None:
-        weights.check_torchscript(file)
+        check_torchscript(file)
         if faces is not None:
             check_class_order(FaceParser(file, perception.parser_size), *faces)
 
@@ -328,27 +325,29 @@ def _parsers(config: Config, downloads: Path) -> list[Finding]:
 
 def _references(config: Config, downloads: Path) -> tuple[Tensor, Tensor] | None:
     """A few faces and their known masks, from the data root or else from the raw download."""
-    root, size = resolve(config.data.root), config.data.size
+    root = resolve(config.data.root)
+    size = config.data.size
     try:
         if root.exists():
             faces = [*FaceDataset(root, None, size, limit=REFERENCES)]
             return torch.stack([f.image for f in faces]), torch.stack([f.label_map for f in faces])
-        images, parts = _celebamask(downloads / CELEBAMASK)
+        images, parts = _raw_files(downloads / CELEBAMASK)
         known = [name for name in images if name in parts][:REFERENCES]
-        pixels = [read_image(images[name]).resize((size, size)) for name in known]
-        maps = [Image.fromarray(paint_parts(parts[name])) for name in known]
-    except DataError:  # damaged data: reported with the data
+        pictures = [read_image(images[name]).resize((size, size)) for name in known]
+        masks = [Image.fromarray(paint_parts(parts[name])) for name in known]
+    except DataError:  # damaged data are reported with the data
         return None
     if not known:
         return None
-    nearest = [m.resize((size, size), Image.Resampling.NEAREST) for m in maps]
-    stack = torch.from_numpy(np.stack([np.array(x) for x in pixels])).permute(0, 3, 1, 2)
-    return stack / 127.5 - 1, torch.from_numpy(np.stack([np.array(x) for x in nearest])).long()
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    ids = np.stack([mask.resize((size, size), Image.Resampling.NEAREST) for mask in masks])
+    return pixels / 127.5 - 1, torch.from_numpy(ids).long()
 
 
-def _metrics(config: Config) -> list[Finding]:
-    """Weights that LPIPS and NIQE fetch themselves; none where the profile has substitutes."""
-    hub, findings = Path(torch.hub.get_dir()), []
+def _metric_weights(config: Config) -> list[Finding]:
+    """Weights that LPIPS and NIQE download themselves; none where the profile has substitutes."""
+    hub = Path(torch.hub.get_dir())
+    findings = []
     if config.evaluation.lpips == "alex":
         trunk = hub / "checkpoints" / "alexnet-owt-7be5be79.pth"
         findings.append(_file(ALEXNET, trunk, weights.check_hash))
@@ -369,14 +368,6 @@ def _check_niqe(path: Path) -> None:
 
 
 def _file(need: Need, path: Path, check: Callable[[Path], object]) -> Finding:
-    """A single file and what its check says."""
-    return Finding(need, path, path.exists(), _problems(check, path) if path.exists() else ())
-
-
-def _problems(check: Callable[[Path], object], path: Path) -> tuple[str, ...]:
-    """What a check of a file says; nothing where it passes."""
-    try:
-        check(path)
-    except (WeightsError, RuntimeError) as error:
-        return (str(error),)
-    return ()
+    """A single file and the result of its check."""
+    exists = path.exists()
+    return Finding(need, path, exists, tuple(weights.problems_of(check, path)) if exists else ())

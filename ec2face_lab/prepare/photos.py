@@ -1,13 +1,13 @@
-"""Photos without masks -> the data contract, through facer: detection, alignment, parsing.
+"""Convert photos without masks to the data layout through facer: detection, alignment, parsing.
 
-Parsers want FFHQ's frame, which `facer.transform.get_quad` finds from five points. Photos of FFHQ
-and CelebA-HQ fill that frame already: they are parsed whole and kept as they are (cutting them out
-again would lose their border), also where the detector misses the face and the parser finds a nose.
-Every other photo is cut out along the frame of its largest face.
+Parsers expect FFHQ's frame, which `facer.transform.get_quad` computes from five points. Photos of
+FFHQ and CelebA-HQ fill that frame already. They are parsed whole and kept as they are, because
+another crop would lose their border; this includes square photos in which the detector misses the
+face but the parser sees a nose. Every other photo is cropped to the frame of its largest face.
 
-The sides are checked twice on every photo: the detector's first eye has to lie left in the picture,
-and the parser's `l_eye` (the subject's left) right of `r_eye`. `check_class_order` holds a whole
-parser against faces whose masks are known.
+Left and right are checked twice on every photo: the detector's first eye has to lie left in the
+picture, and the parser's `l_eye` (the subject's left) right of `r_eye`. `check_class_order`
+compares a parser with known masks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,24 +25,19 @@ from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, CLASSES, FLIP_PAIRS, NUM_CLASSES
 from ec2face_core.data import DataError, Report, read_mask
-from ec2face_core.perception import WeightsError
+from ec2face_core.perception import FaceParser, WeightsError
 from ec2face_core.runs import whole_file
 
-from .convert import from_merged
+from .convert import clear_others, from_merged
 from .validate import eye_order
 from .weights import check_tensors
 
-if TYPE_CHECKING:
-    from ec2face_core.perception import FaceParser
-
-
 Detector = Callable[[Tensor], Mapping[str, Tensor]]  # uint8 `b 3 h w` -> facer's rects and points
 
-SIDE = 1024  # pixels of the longer side at which faces are looked for
-
+SIDE = 1024  # pixels of the longer side of the photo that the detector gets
 TOLERANCE = 0.15  # of the side: how far a frame's corner may be from the photo's
 
-# Classes that parsers see reliably (FaRL's F1 above 0.85 on CelebAMask-HQ).
+# Classes that parsers recognise reliably (FaRL's F1 above 0.85 on CelebAMask-HQ).
 STABLE = (
     "skin", "nose", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip",
     "l_lip", "hair", "neck",
@@ -54,14 +48,14 @@ def face_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
     """facer's RetinaFace from its weight file `mobilenet0.25_Final.pth`.
 
     Raises:
-        WeightsError: no such file, half of one, or one that holds more than tensors.
+        WeightsError: the file is missing or incomplete, or holds more than tensors.
     """
     check_tensors(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import facer
 
-        # a path of ours: facer's own download is opened without torch's restrictions
+        # our own path, because facer opens its download without torch's restrictions
         detector = facer.face_detector("retinaface/mobilenet", device, model_path=str(path))
     return torch.no_grad()(lambda images: detector(images.to(device)))
 
@@ -78,26 +72,25 @@ def from_photos(
     """Parse photos and write them as faces of the split `test`; resumable, all or nothing.
 
     Args:
-        photos, captions: a photo and a text file (one caption a line) of each id.
-        out: new folder; `.{out.name}.parsed` beside it holds what is parsed until all is.
-        parser: gives the masks, at `size` px.
+        photos: id -> photo.
+        captions: id -> text file, one caption per line.
+        out: new folder; `.{out.name}.parsed` beside it holds the parsed photos until all are done.
+        parser: gives the masks.
         detect: finds the faces.
+        size: side of images and masks in pixels.
+        progress: show a progress bar.
 
     Raises:
-        DataError: one report of every photo without a face, without its frame, or with its sides
-            exchanged.
-        OSError: the disk is full; what is parsed stays.
+        DataError: one report of every photo without a face, without its frame, or with left and
+            right exchanged.
+        OSError: the disk is full; parsed photos stay.
     """
     from tqdm.auto import tqdm
 
     if out.exists():
         raise DataError(f"{out} exists already: remove it to parse again")
     parsed = out.with_name(f".{out.name}.parsed")
-    for kind in ("images", "masks", "text"):
-        (parsed / kind).mkdir(parents=True, exist_ok=True)
-        for path in (parsed / kind).iterdir():
-            if path.stem not in photos:  # of a photo that is not among them any more
-                path.unlink()
+    clear_others(parsed, ("images", "masks", "text"), photos)
     report = Report(out, len(photos))
     for name, path in tqdm(photos.items(), "parsing", mininterval=1.0, disable=not progress):
         if name not in captions:
@@ -107,8 +100,7 @@ def from_photos(
             _parse_photo(name, path, parsed, parser, detect, size)
         except DataError as error:
             report.add(path, error)
-        text = parsed / "text" / f"{name}.txt"
-        with whole_file(text) as part:
+        with whole_file(parsed / "text" / f"{name}.txt") as part:
             shutil.copyfile(captions[name], part)
     report.raise_if_bad()
     from_merged(parsed, out, size=size, train=0, progress=progress)
@@ -118,8 +110,13 @@ def from_photos(
 def align(photo: Image.Image, points: np.ndarray) -> Image.Image:
     """The FFHQ frame around a face; the photo itself where it fills that frame already.
 
-    points: `(5, 2)` x, y in pixels: the eyes, the nose, the corners of the mouth, image left first.
-    Raises DataError where the frame leaves the photo or the points are those of a mirrored face.
+    Args:
+        photo: RGB.
+        points: `(5, 2)` x, y in pixels: the eyes, the nose, the corners of the mouth, image left
+            first.
+
+    Raises:
+        DataError: the frame leaves the photo, or the points are those of a mirrored face.
     """
     from facer.transform import get_quad
 
@@ -128,44 +125,42 @@ def align(photo: Image.Image, points: np.ndarray) -> Image.Image:
     corners = get_quad(torch.as_tensor(points)).numpy()  # clockwise from the top left
     width, height = photo.size
     frame = np.array([(0, 0), (width, 0), (width, height), (0, height)])
-    side = np.linalg.norm(corners[1] - corners[0])
+    side = float(np.linalg.norm(corners[1] - corners[0]))
     if width == height and np.abs(corners - frame).max() <= TOLERANCE * width:
         return photo
     outside = np.maximum(-corners, corners - (width, height)).max()
     if outside > TOLERANCE * side:
         raise DataError(f"the face is cut off: its frame leaves the photo by {outside:.0f} pixels")
-    top_left, top_right, bottom_right, bottom_left = corners
-    quad = np.concatenate([top_left, bottom_left, bottom_right, top_right]).tolist()
-    whole = (round(float(side)),) * 2
-    return photo.transform(whole, Image.Transform.QUAD, quad, Image.Resampling.BICUBIC)
+    quad = corners[[0, 3, 2, 1]].ravel().tolist()  # PIL goes anticlockwise
+    size = (round(side), round(side))
+    return photo.transform(size, Image.Transform.QUAD, quad, Image.Resampling.BICUBIC)
 
 
 def check_class_order(parser: FaceParser, images: Tensor, label_maps: Tensor) -> None:
-    """Hold a parser against known masks; refuse one whose classes are exchanged.
+    """Compare a parser with known masks; refuse one whose classes are exchanged.
 
-    Any exchange moves two classes, so a single one that is mostly taken for another passes as weak.
+    An exchange moves two classes, so a single class that is mostly taken for another one is only
+    weak and passes.
 
     Args:
-        images, label_maps: a few faces, [-1, 1] `b 3 h w` and `b h w`.
+        parser: the parser to check.
+        images: a few faces `b 3 h w` in [-1, 1].
+        label_maps: their ids `b h w`.
 
     Raises:
-        WeightsError: naming each class and what the parser takes it for.
+        WeightsError: it names each exchanged class and what the parser takes it for.
     """
     parsed = parser.parse(images.to(parser.device)).cpu()
-    pair = label_maps.long().flatten() * NUM_CLASSES + parsed.flatten()
-    seen = torch.bincount(pair, minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
-    enough = seen.sum(1) > label_maps.numel() // 10_000
-    wrong = {
-        name: CLASSES[int(seen[CLASS_ID[name]].argmax())]
-        for name in STABLE
-        if enough[CLASS_ID[name]] and int(seen[CLASS_ID[name]].argmax()) != CLASS_ID[name]
-    }
+    pairs = label_maps.long().flatten() * NUM_CLASSES + parsed.flatten()
+    confusion = torch.bincount(pairs, minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
+    enough = confusion.sum(1) > label_maps.numel() // 10_000
+    taken = {name: CLASSES[int(confusion[CLASS_ID[name]].argmax())] for name in STABLE}
+    wrong = [name for name in STABLE if enough[CLASS_ID[name]] and taken[name] != name]
     if len(wrong) > 1:
-        taken = ", ".join(f"{name} for {other}" for name, other in wrong.items())
         raise WeightsError(
-            f"wrong class order: it takes {taken}. Its channels have to be in the order of facer's "
-            "farl/celebm/448 (attributes.FACER_TO_CELEBAMASK); facer's own names exchange left and "
-            "right"
+            f"wrong class order: it takes {', '.join(f'{n} for {taken[n]}' for n in wrong)}. Its "
+            "channels have to be in the order of facer's farl/celebm/448 "
+            "(attributes.FACER_TO_CELEBAMASK); facer's own names exchange left and right"
         )
 
 
@@ -173,7 +168,8 @@ def _parse_photo(
     name: str, path: Path, parsed: Path, parser: FaceParser, detect: Detector, size: int
 ) -> None:
     """Write the aligned image and the mask of one photo, unless both are there."""
-    image_path, mask_path = parsed / "images" / f"{name}.png", parsed / "masks" / f"{name}.png"
+    image_path = parsed / "images" / f"{name}.png"
+    mask_path = parsed / "masks" / f"{name}.png"
     try:
         if image_path.exists() and read_mask(mask_path).shape == (size, size):
             return
@@ -193,7 +189,8 @@ def _parse_photo(
     ids = parser.parse(batch.to(parser.device))[0].to(torch.uint8).cpu().numpy()
     if not (ids == CLASS_ID["nose"]).any():
         raise DataError("no face is found in this photo")
-    if (order := eye_order(ids)) is not None and order <= 0:
+    order = eye_order(ids)
+    if order is not None and order <= 0:
         raise DataError(
             "left and right are exchanged: the parser's l_eye lies left of its r_eye in the "
             f"picture; its channels have to swap {FLIP_PAIRS}"

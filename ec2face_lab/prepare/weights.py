@@ -1,129 +1,160 @@
-"""Weight files on disk: whole, untouched, and of a kind that runs no code. Nothing is loaded.
+"""Checks of weight files on disk: complete, unchanged, and in a format that cannot run code.
 
-A safetensors file says in its header how long it is. The hub's caches name a file by its SHA-256,
-and some files carry the beginning of theirs in their own name. Pickles run code when they are
-opened, so none is accepted but TorchScript, whose code cannot leave torch. Two trained networks
-exist as pickled tensors only: LPIPS's AlexNet, known by its hash, and facer's face detector, which
-torch's restricted reader opens (`check_tensors`).
+Nothing is loaded. A safetensors file states its length in its header. The hub's caches name a file
+by its SHA-256, and some files carry the beginning of their hash in their own name. Pickles run code
+when they are opened, so only TorchScript is accepted, whose code cannot leave torch. Two trained
+networks exist as pickled tensors only: LPIPS's AlexNet, which is known by its hash, and facer's
+face detector, which torch's restricted reader opens (`check_tensors`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from ec2face_core.backbone import is_hub_id
 from ec2face_core.config import resolve
-from ec2face_core.perception import WeightsError, _refuse_pointer, _size
+from ec2face_core.perception import WeightsError, first_bytes
+from ec2face_core.runs import file_sha256
 
 # A FluxPipeline folder: `black-forest-labs/FLUX.1-dev` without its two single-file copies.
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "vae")
-
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")  # a tokenizer has one of these
 CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack")
+LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
-def check_safetensors(path: Path) -> set[str]:
-    """Names of the tensors of a whole safetensors file, from its header alone.
+def check_safetensors(path: Path, tensors: Collection[str] = ()) -> None:
+    """Accept a complete safetensors file that holds these tensors; only its header is read.
 
     Raises:
-        WeightsError: no such file, another kind of file, or its size is not the header's.
+        WeightsError: the file is missing, incomplete, damaged or of another kind, or lacks tensors.
     """
-    size = _size(path)
-    with open(path, "rb") as file:
-        start = file.read(8)
-        _refuse_pointer(path, start, file)
-        length = int.from_bytes(start, "little")
-        if length > 100_000_000:  # the format's own limit
-            raise WeightsError(f"{path}: is no safetensors file (a pickle by another name?)")
-        text = file.read(length)
-    if len(text) < length:
-        raise WeightsError(
-            f"{path}: half-downloaded, expected more than {8 + length:,} bytes, found {size:,}"
-        )
+    from safetensors import SafetensorError, safe_open
+
+    first_bytes(path)
     try:
-        header = json.loads(text)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
-        raise WeightsError(f"{path}: its safetensors header is damaged ({error})") from error
-    if (expected := 8 + length + end) != size:
-        word = "half-downloaded" if size < expected else "too long"
-        raise WeightsError(f"{path}: {word}, expected {expected:,} bytes, found {size:,}")
-    return set(tensors)
+        with safe_open(path, "np") as file:
+            lost = [name for name in tensors if name not in set(file.keys())]
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: {_damage(path, error)}") from error
+    if lost:
+        raise WeightsError(f"{path}: lacks {len(lost)} tensors, such as {lost[0]}")
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """Why a safetensors file is refused; for an incomplete one the expected and found bytes."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER:
+            return "is no safetensors file (a pickle by another name?)"
+        header = file.read(length)
+    if size < 8 + length:
+        return f"half-downloaded, expected more than {8 + length:,} bytes, found {size:,}"
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        expected = 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError):
+        return f"its safetensors header is damaged ({error})"
+    if size == expected:
+        return f"is damaged ({error})"
+    word = "half-downloaded" if size < expected else "too long"
+    return f"{word}, expected {expected:,} bytes, found {size:,}"
 
 
 def check_tensors(path: Path) -> None:
-    """Accept a pickled mapping of tensors only; read by torch's restricted unpickler.
+    """Accept a pickled mapping of tensors only; torch's restricted unpickler reads it.
 
     Raises:
-        WeightsError: no such file, half of one, or one that holds more than tensors.
+        WeightsError: the file is missing or incomplete, or holds more than tensors.
     """
     import torch
 
-    _size(path)
+    first_bytes(path)
     try:
         torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # torch raises what it meets: pickle's, zip's or its own
+    except Exception as error:  # torch passes on the errors of pickle and zipfile
         raise WeightsError(
             f"{path}: is no mapping of tensors, or half of one ({str(error).splitlines()[0]}): "
             "download it again"
         ) from error
 
 
+def check_hash(path: Path) -> None:
+    """Read a file whose hash is recorded and compare; accept other files unread.
+
+    Raises:
+        WeightsError: the file is missing, or its content is not the recorded one.
+    """
+    first_bytes(path)
+    expected = recorded_hash(path)
+    if expected is None:
+        return
+    actual = file_sha256(path)[: len(expected)]
+    if actual != expected:
+        raise WeightsError(
+            f"{path}: damaged, its SHA-256 is {actual}, not {expected}: delete it and download it "
+            "again"
+        )
+
+
 def recorded_hash(path: Path) -> str | None:
     """SHA-256 (or its beginning) that the hub's cache or the file's own name records."""
-    found = re.fullmatch(r"[0-9a-f]{64}|.*-([0-9a-f]{8})\.pth", path.resolve().name)
-    if found:
-        return found[1] or found[0]
+    match = re.fullmatch(r"[0-9a-f]{64}|.*-([0-9a-f]{8})\.pth", path.resolve().name)
+    if match:
+        return match[1] or match[0]
     for folder in path.parents:  # `hf download --local-dir folder` keeps commit, hash and time here
-        relative = path.relative_to(folder)
-        about = folder / ".cache" / "huggingface" / "download" / f"{relative}.metadata"
-        if about.is_file():
-            found = re.search(r"^[0-9a-f]{64}$", about.read_text(), re.M)
-            return found[0] if found else None
+        name = f"{path.relative_to(folder)}.metadata"
+        record = folder / ".cache" / "huggingface" / "download" / name
+        if record.is_file():
+            match = re.search(r"^[0-9a-f]{64}$", record.read_text(), re.M)
+            return match[0] if match else None
     return None
 
 
-def check_hash(path: Path) -> None:
-    """Read a file whose hash is recorded and compare; other files pass.
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file; WeightsError where it is missing or no mapping."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: missing") from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: unreadable ({error})") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: unreadable (no mapping)")
+    return content
 
-    Raises:
-        WeightsError: no such file, or the content is another one, as where a download left holes.
-    """
-    _size(path)
-    if (expected := recorded_hash(path)) is None:
-        return
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(expected):
-        raise WeightsError(
-            f"{path}: damaged, its SHA-256 is {found[: len(expected)]}, not {expected}: delete it "
-            "and download it again"
-        )
+
+def problems_of(check: Callable[..., object], *args: Any) -> list[str]:
+    """The message of a check that fails; nothing where it passes."""
+    try:
+        check(*args)
+    except (WeightsError, RuntimeError) as error:
+        return [str(error)]
+    return []
+
+
+# ------------------------------------------------------------------------------- whole folders
 
 
 def pipeline_problems(folder: Path) -> list[str]:
     """Everything that is missing, incomplete or refused in a FluxPipeline folder."""
-    problems: list[str] = []
-    index = folder / "model_index.json"
-    kind = _json(index, problems).get("_class_name")
-    if kind not in (None, "FluxPipeline"):
-        problems.append(f"{index}: is a {kind}, not the FluxPipeline of FLUX.1-dev")
-    wanted = [f"{name}/config.json" for name in NETWORKS]
-    wanted += [f"{name}/tokenizer_config.json" for name in TOKENIZERS]
-    for name in (*wanted, "scheduler/scheduler_config.json"):
-        _json(folder / name, problems)
+    problems = problems_of(_check_flux, folder / "model_index.json")
+    settings = [f"{name}/config.json" for name in NETWORKS]
+    settings += [f"{name}/tokenizer_config.json" for name in TOKENIZERS]
+    for name in (*settings, "scheduler/scheduler_config.json"):
+        problems += problems_of(read_json, folder / name)
     for name in TOKENIZERS:
-        words = ("tokenizer.json", "vocab.json", "spiece.model")
-        if not any((folder / name / file).is_file() for file in words):
-            problems.append(f"{folder / name}: has none of {', '.join(words)}")
+        if not any((folder / name / file).is_file() for file in VOCABULARIES):
+            problems.append(f"{folder / name}: has none of {', '.join(VOCABULARIES)}")
     for name in NETWORKS:
         problems += _network_problems(folder / name)
     return problems
@@ -131,13 +162,9 @@ def pipeline_problems(folder: Path) -> list[str]:
 
 def clip_problems(folder: Path) -> list[str]:
     """Everything that is missing, incomplete or refused in an open_clip folder."""
-    config, weights = (folder / name for name in CLIP_FILES)
-    problems: list[str] = []
-    _json(config, problems)
-    _check(check_safetensors, weights, problems)
-    if not weights.exists():
-        problems += _pickles(folder)
-    return problems
+    settings, weights = (folder / name for name in CLIP_FILES)
+    problems = problems_of(read_json, settings) + problems_of(check_safetensors, weights)
+    return problems if weights.exists() else problems + _pickles(folder)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -150,19 +177,19 @@ def weight_files(folder: Path) -> list[Path]:
 def local_folder(name: str, marker: str) -> Path | None:
     """A configured folder, or a hub id's folder in the local cache; None if neither. Offline.
 
-    marker: a file that the repository has, for the cache knows repositories by their files only.
+    marker: a file of the repository, because the cache finds repositories by their files only.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     folder = resolve(name)
     if folder.is_dir() or not is_hub_id(name):
         return folder if folder.is_dir() else None
-    found = try_to_load_from_cache(name, marker, cache_dir=constants.HF_HUB_CACHE)
-    return Path(found).parent if isinstance(found, str) else None
+    file = try_to_load_from_cache(name, marker)
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def unfinished(name: str) -> list[str]:
-    """What the local cache holds of a hub id's interrupted downloads, one line a file."""
+    """Interrupted downloads of a hub id in the local cache, one line per file."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -175,49 +202,35 @@ def unfinished(name: str) -> list[str]:
     ]
 
 
+def _check_flux(index: Path) -> None:
+    kind = read_json(index).get("_class_name")
+    if kind not in (None, "FluxPipeline"):
+        raise WeightsError(f"{index}: is a {kind}, not the FluxPipeline of FLUX.1-dev")
+
+
 def _network_problems(folder: Path) -> list[str]:
     """Problems of one network: a single safetensors file, or shards with their index."""
-    problems: list[str] = []
-    singles = [folder / f"{stem}.safetensors" for stem in ("diffusion_pytorch_model", "model")]
-    singles = [path for path in singles if path.exists()]
+    names = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+    singles = [folder / name for name in names if (folder / name).exists()]
     indices = sorted(folder.glob("*.safetensors.index.json"))
-    for path in singles:
-        _check(check_safetensors, path, problems)
-    for index in indices:
-        placed = _json(index, problems).get("weight_map", {})
-        for shard in sorted(set(placed.values())):
-            names = _check(check_safetensors, folder / shard, problems)
-            lost = [k for k, file in placed.items() if file == shard and k not in (names or (k,))]
-            if lost:
-                problems.append(f"{folder / shard}: lacks {len(lost)} tensors, such as {lost[0]}")
     if not singles and not indices:
-        problems.append(f"{folder}: no safetensors weights")
-        problems += _pickles(folder)
+        return [f"{folder}: no safetensors weights", *_pickles(folder)]
+    problems = [line for path in singles for line in problems_of(check_safetensors, path)]
+    for index in indices:
+        problems += problems_of(read_json, index) or _shard_problems(index)
     return problems
 
 
-def _pickles(folder: Path) -> Iterable[str]:
-    found = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
-    return [f"{folder / name}: pickled weights are refused, take the safetensors" for name in found]
+def _shard_problems(index: Path) -> list[str]:
+    shards: dict[str, list[str]] = {}  # file -> names of its tensors
+    for tensor, file in read_json(index).get("weight_map", {}).items():
+        shards.setdefault(file, []).append(tensor)
+    problems: list[str] = []
+    for file, tensors in sorted(shards.items()):
+        problems += problems_of(check_safetensors, index.with_name(file), tensors)
+    return problems
 
 
-def _check(check: Callable[[Path], set[str]], path: Path, problems: list[str]) -> set[str] | None:
-    try:
-        return check(path)
-    except WeightsError as error:
-        problems.append(str(error))
-        return None
-
-
-def _json(path: Path, problems: list[str]) -> dict:
-    """Content of a JSON file; {} and a problem where it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-        if isinstance(content, dict):
-            return content
-        raise ValueError("no mapping")
-    except FileNotFoundError:
-        problems.append(f"{path}: missing")
-    except (OSError, ValueError) as error:
-        problems.append(f"{path}: unreadable ({error})")
-    return {}
+def _pickles(folder: Path) -> list[str]:
+    names = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    return [f"{folder / name}: pickled weights are refused, take the safetensors" for name in names]

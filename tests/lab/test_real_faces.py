@@ -72,14 +72,14 @@ def test_conversion_and_loading(real_root):
 def test_captions_say_what_the_masks_show(real_root):
     faces = FaceDataset(real_root, None)
     words = {"earrings": "ear_r", "necklace": "neck_l", "eyeglasses": "eye_g", "hat": "hat"}
-    said = 0
+    mentions = 0
     for face in faces:
         text = " ".join(face.captions).lower()
         for word, name in words.items():
             if re.search(rf"\b{word}\b", text):
-                said += 1
+                mentions += 1
                 assert (face.label_map == CLASS_ID[name]).any(), (face.id, text)
-    assert said >= 5
+    assert mentions >= 5
 
 
 def test_frequencies_are_the_known_ones(counts):
@@ -92,11 +92,11 @@ def test_frequencies_are_the_known_ones(counts):
         "eye_g": (0.325, 5.8),
         "hat": (1.11, 5.3),
     }
-    for name, (of_pixels, of_images) in known.items():
-        assert float(pixels[CLASS_ID[name]]) == pytest.approx(of_pixels, rel=0.15), name
-        assert float(images[CLASS_ID[name]]) == pytest.approx(of_images, abs=1.5), name
-    for name, of_pixels in {"hair": 31.0, "skin": 25.5, "background": 28.8, "neck": 4.1}.items():
-        assert float(pixels[CLASS_ID[name]]) == pytest.approx(of_pixels, abs=1.5), name
+    for name, (pixel_share, image_share) in known.items():
+        assert float(pixels[CLASS_ID[name]]) == pytest.approx(pixel_share, rel=0.15), name
+        assert float(images[CLASS_ID[name]]) == pytest.approx(image_share, abs=1.5), name
+    for name, pixel_share in {"hair": 31.0, "skin": 25.5, "background": 28.8, "neck": 4.1}.items():
+        assert float(pixels[CLASS_ID[name]]) == pytest.approx(pixel_share, abs=1.5), name
 
 
 def test_the_subjects_left_is_image_right(real_root):
