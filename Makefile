@@ -25,11 +25,12 @@ export UV_SYSTEM_CERTS := 1
 help:
 	@echo "make setup       make .venv from requirements.lock"
 	@echo "make reproduce   every figure and table: PROFILE=mini|smoke|paper ONLY=\"05 06\" FORCE=1 TRAIN=1 SEEDS=3 SWEEPS=1"
-	@echo "make test        every test, a PROFILE=smoke run of all notebooks included"
+	@echo "make test        every test: first the fast ones (minutes), then those that train, launch"
+	@echo "                 processes or run all notebooks in PROFILE=smoke"
 	@echo "make lab         JupyterLab on the notebooks"
 	@echo "make foundation  retrain the bundle data/mini from nothing (hours on two cores);"
 	@echo "                 DATA=ROOT OUT=DIR trains one on the faces of a folder instead"
-	@echo "make lint        ruff check and format"
+	@echo "make lint        ruff check and format; mypy on ec2face_core"
 	@echo "make clean       remove .venv, runs/, data/cache and caches (never data/raw)"
 
 setup: $(STAMP)
@@ -54,27 +55,31 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 reproduce: $(STAMP)
-	$(PYTHON) -m ec2face_lab.reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
+	$(PYTHON) -m ec2face_lab reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
 	  $(if $(FORCE),--force) $(if $(TRAIN),--train) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SWEEPS),--sweeps)
 
 test: $(STAMP)
-	$(PYTHON) -m pytest
+	@status=0; \
+	$(PYTHON) -m pytest -m "not slow" || status=$$?; \
+	$(PYTHON) -m pytest -m slow || status=$$?; \
+	exit $$status
 
 lab: $(STAMP)
 	$(PYTHON) -m jupyterlab notebooks
 
 foundation: $(STAMP)
-	$(PYTHON) -m ec2face_lab.world.pretrain vae --samples 57600 $(BUNDLE)
-	$(PYTHON) -m ec2face_lab.world.pretrain latents --samples 16384 $(BUNDLE)
-	$(PYTHON) -m ec2face_lab.world.pretrain flux --samples 400000 --batch 32 --rate 1.2e-3 $(BUNDLE)
+	$(PYTHON) -m ec2face_lab pretrain vae --samples 57600 $(BUNDLE)
+	$(PYTHON) -m ec2face_lab pretrain latents --samples 16384 $(BUNDLE)
+	$(PYTHON) -m ec2face_lab pretrain flux --samples 400000 --batch 32 --lr 1.2e-3 $(BUNDLE)
 	for kind in parser clip; do for role in guiding scoring; do \
-	  $(PYTHON) -m ec2face_lab.world.pretrain_perception $$kind --role $$role $(BUNDLE) || exit; done; done
-	$(if $(DATA),,$(PYTHON) -m ec2face_lab.study.comparison --keep data/mini/baselines)
+	  $(PYTHON) -m ec2face_lab pretrain $$kind --role $$role $(BUNDLE) || exit; done; done
+	$(if $(DATA),,$(PYTHON) -m ec2face_lab baselines --keep data/mini/baselines)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
 
 clean:
-	rm -rf .venv runs data/cache .pytest_cache .ruff_cache *.egg-info
-	find ec2face_core tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	rm -rf .venv runs data/cache .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	find ec2face_core ec2face_lab tests benchmarks notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
