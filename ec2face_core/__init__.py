@@ -1,7 +1,8 @@
 """EC²Face: explicit conditional consistency diffusion for faces from a mask and a text.
 
-The names that a new experiment imports. `EC2FacePipeline`, `Trainer`, `FaceParser` and `ClipScorer`
-bring diffusers, facer and open_clip with them (5-20 s), so they are imported on first use.
+These are the names that a new experiment imports. `EC2FacePipeline`, `Trainer`, `FaceParser`,
+`ClipScorer` and `predict_velocity` need diffusers, facer or open_clip, which take 5-20 s to import,
+so they are imported on first use.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .attributes import CLASSES, GROUPS, PALETTE
 from .config import load_profile
-from .data import FaceDataset, FaceSample
+from .data import FaceDataset, FaceSample, open_dataset
 from .flow import interpolate, reverse_estimate
 from .losses import (
     beta,
@@ -20,10 +21,12 @@ from .losses import (
     long_tail_weights,
     mask_consistency_loss,
     text_consistency_loss,
+    total_loss,
 )
 from .metrics import mask_accuracy
 
 if TYPE_CHECKING:
+    from .mask_branch import predict_velocity
     from .perception import ClipScorer, FaceParser
     from .pipeline import EC2FacePipeline
     from .trainer import Trainer
@@ -33,6 +36,7 @@ _LAZY = {
     "EC2FacePipeline": "pipeline",
     "FaceParser": "perception",
     "Trainer": "trainer",
+    "predict_velocity": "mask_branch",
 }
 
 __all__ = [
@@ -53,8 +57,11 @@ __all__ = [
     "long_tail_weights",
     "mask_accuracy",
     "mask_consistency_loss",
+    "open_dataset",
+    "predict_velocity",
     "reverse_estimate",
     "text_consistency_loss",
+    "total_loss",
 ]
 
 

@@ -58,7 +58,7 @@ def display_name(class_id: int) -> str:
 
 
 def palette_tensor(device: torch.device | str = "cpu") -> Tensor:
-    """The palette as `(19, 3)` floats in [-1, 1]."""
+    """The palette, `(19, 3)` floats in [-1, 1]."""
     return torch.tensor(PALETTE, dtype=torch.float32, device=device) / 127.5 - 1
 
 

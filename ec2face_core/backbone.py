@@ -1,14 +1,10 @@
-"""The FLUX backbone: one way in for FLUX.1-dev and for the miniature, latents, tokens, text, LoRA.
+"""The FLUX backbone: the same code for FLUX.1-dev and for the miniature.
 
-A backbone is a `FluxPipeline` folder or hub id. The miniature (`tiny_backbone`) has the same
-diffusers and transformers classes with tiny configurations, so nothing else knows which one it is.
-
-Chosen here
-    Latents are the posterior's mode, `z = (mode - shift_factor) * scaling_factor`, float32.
-    Tokens are 2 x 2 latent cells, `b (h/2 w/2) 4c`, FluxPipeline's own packing.
-    Text is padded to a fixed length without attention mask, as FluxPipeline does: the length
-    belongs to the model.
-    The mask branch's LoRA is `lora.py`; its functions are reachable here, too.
+A backbone is a `FluxPipeline` folder or hub id; the miniature consists of the same diffusers and
+transformers classes with tiny configurations. Latents are the posterior's mode,
+`z = (mode - shift_factor) * scaling_factor`, float32. Tokens are 2 x 2 latent cells,
+`b (h/2 w/2) 4c`, FluxPipeline's own packing. Text is padded to a fixed length without an attention
+mask, as FluxPipeline does, so the length belongs to the model.
 """
 
 from __future__ import annotations
@@ -28,8 +24,7 @@ from torch import Tensor, nn
 
 from .config import BackboneConfig, ConfigError, resolve
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else noise when diffusers imports it
-
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports missing CPU kernels otherwise
 
 PARTS: dict[str, tuple[str, ...]] = {
     "transformer": ("transformer",),
@@ -41,7 +36,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class Backbone:
-    """The parts of a FluxPipeline; a part that was not asked for is None."""
+    """The parts of a FluxPipeline; a part that was not loaded is None."""
 
     transformer: Any = None
     vae: Any = None
@@ -97,7 +92,7 @@ class TextEmbedding:
 
 
 def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -> Backbone:
-    """Load the asked parts frozen, in eval mode, on the CPU.
+    """Load the named parts frozen, in eval mode, on the CPU.
 
     Args:
         config: `path` is a FluxPipeline folder (relative to the repository root) or a hub id.
@@ -132,7 +127,7 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Loading takes a second in the miniature: no bars of diffusers and transformers."""
+    """Without the loading bars of diffusers and transformers."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -149,10 +144,10 @@ def _without_bars() -> Iterator[None]:
 def _missing(config: BackboneConfig, reason: str) -> str:
     return (
         f"the backbone {config.path!r} (setting backbone.path) cannot be loaded: {reason}. "
-        "`python -m ec2face_lab prepare --dry-run` names every missing, incomplete or pickled file. "
-        "The miniature is part of the clone, or trained by `make foundation`. FLUX.1-dev is gated: "
-        "accept its licence on its hub page and run `hf auth login`, or set backbone.path to a "
-        "complete FluxPipeline folder."
+        "`python -m ec2face_lab prepare --dry-run` names every missing, incomplete or pickled "
+        "file. The miniature is part of the clone, or trained by `make foundation`. FLUX.1-dev is "
+        "gated: accept its licence on its hub page and run `hf auth login`, or set backbone.path "
+        "to a complete FluxPipeline folder."
     )
 
 
@@ -214,15 +209,18 @@ def position_ids(h: int, w: int, first: int = 0, device: torch.device | str = "c
 def encode_text(backbone: Backbone, prompts: Sequence[str], length: int) -> TextEmbedding:
     """Embed captions as `FluxPipeline.encode_prompt` does, `length` T5 tokens each.
 
-    `backbone` may be anything with the two text encoders and tokenizers (so also a pipeline).
-    An empty caption is the null text of Eq. 13. What does not fit is cut off.
+    Args:
+        backbone: anything with the two text encoders and tokenizers, such as a pipeline.
+        prompts: captions; the empty one is the null text of Eq. 13.
+        length: T5 tokens; longer captions are cut off, shorter ones padded.
     """
 
     def ids(tokenizer: Any, n: int) -> Tensor:
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return tokenizer(list(prompts), max_length=n, **options).input_ids
 
-    clip, t5 = backbone.text_encoder, backbone.text_encoder_2
+    clip = backbone.text_encoder
+    t5 = backbone.text_encoder_2
     clip_ids = ids(backbone.tokenizer, backbone.tokenizer.model_max_length)
     tokens = t5(ids(backbone.tokenizer_2, length).to(t5.device))[0]
     return TextEmbedding(tokens, clip(clip_ids.to(clip.device)).pooler_output)
@@ -234,7 +232,7 @@ def load_tiny_decoder(config: BackboneConfig, latent_shape: Sequence[int], size:
     It reads the transformer's latents as they are: its scale is 1 and its shift 0.
 
     Args:
-        config: reads pixel_decoder (a folder or a hub id) and dtype.
+        config: pixel_decoder (a folder or a hub id) and dtype are used.
         latent_shape: `(c, h, w)` that it has to decode.
         size: pixels of the side of the pictures.
 
@@ -259,7 +257,8 @@ def load_tiny_decoder(config: BackboneConfig, latent_shape: Sequence[int], size:
             f"{str(error).splitlines()[0]}. FLUX.1's is the hub's madebyollin/taef1: name it or a "
             "folder that holds it, or leave the setting empty for the backbone's own decoder"
         ) from error
-    (c, h, _), factor = latent_shape, 2 ** (len(vae.config.decoder_block_out_channels) - 1)
+    c, h, _ = latent_shape
+    factor = 2 ** (len(vae.config.decoder_block_out_channels) - 1)
     if vae.config.latent_channels != c or h * factor != size:
         raise ConfigError(
             f"backbone.pixel_decoder {name!r} belongs to another autoencoder: it makes pictures of "

@@ -1,13 +1,13 @@
-"""Explicit conditional consistency guidance (Sec. 3.3): losses on the decoded estimate's pixels.
+"""Explicit conditional consistency (Sec. 3.3): losses on the pixels of the decoded estimate.
 
     z_hat = z_t - t v        L = beta(t) (alpha_text L_text(D(z_hat)) + alpha_mask L_mask(D(z_hat)))
 
-Chosen here: two stages. The gradient g = dL/dz_hat is taken at a *detached* z_hat, and the training
-loss gets `(z_hat * g).sum()`, whose gradient is the same by the chain rule. So the graph through
-decoder, parser and CLIP is freed before the transformer's backward begins, pictures are decoded a
-few at a time, and no parameter that ranks share is involved. The same makes two savings possible
-(off by default): the gate decodes only some samples of a batch, and a small decoder (TAEF1) stands
-in for the VAE's.
+The gradient is taken in two stages. First g = dL/dz_hat at a *detached* z_hat; then the training
+loss contains `(z_hat * g).sum()`, whose gradient is the same by the chain rule. So the graph
+through decoder, parser and CLIP is freed before the transformer's backward begins, pictures are
+decoded a few at a time, and no parameter shared by ranks is involved. Two savings follow, both off
+by default: the pixel losses of a sample of the batch only (`fast/importance.py`), and a small
+decoder (TAEF1, `backbone.load_tiny_decoder`) in place of the VAE's.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from .config import LossConfig
 from .losses import mask_consistency_loss, text_consistency_loss, total_loss
 from .perception import ClipScorer, FaceParser
 
-PIXELS_AT_ONCE = 512 * 512  # one picture at paper scale, 64 in the miniature
+PIXELS_AT_ONCE = 512 * 512  # decoded together: one picture at paper scale, 64 in the miniature
+
+Gradient = tuple[Tensor, Tensor | None, Tensor | None]  # g, L_text, L_mask
 
 
 class PixelConsistency:
     """The consistency losses of Eqs. 6 and 7 and their modulated gradient at z_hat.
 
     Args:
-        vae: decodes; AutoencoderKL, or AutoencoderTiny (`load_tiny_decoder`).
-        clip: reads the text; None = no text consistency.
-        parser: reads the mask; None = no mask consistency.
-        config: reads alpha_*, balance, smoothing, steepness, center.
+        vae: decoder, an AutoencoderKL or an AutoencoderTiny.
+        clip: guide for the text; None: no text consistency.
+        parser: guide for the mask; None: no mask consistency.
+        config: alpha_text, alpha_mask, balance, smoothing, steepness and center are used.
     """
 
     def __init__(
@@ -42,21 +44,36 @@ class PixelConsistency:
         parser: FaceParser | None,
         config: LossConfig,
     ) -> None:
-        self.vae, self.clip, self.parser, self.config = vae, clip, parser, config
+        self.vae = vae
+        self.clip = clip
+        self.parser = parser
+        self.config = config
 
     def losses(
         self, z_hat: Tensor, captions: Sequence[str], label_map: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """L_text and L_mask `(b,)` of the decoded latents `b c h w`; differentiable."""
-        images, c = decode_latents(self.vae, z_hat), self.config
-        text = mask = None
+        """Eqs. 6 and 7: L_text and L_mask `(b,)` of the decoded latents; differentiable.
+
+        Args:
+            z_hat: latents `b c h w`.
+            captions: b texts.
+            label_map: `b H W` int64, of the size of the decoded pictures.
+
+        Returns:
+            L_text and L_mask; None without the guide.
+        """
+        images = decode_latents(self.vae, z_hat)
+        text_loss = None
         if self.clip is not None:
-            features = self.clip.image_features(images), self.clip.text_features(captions)
-            text = text_consistency_loss(*features)
+            image_features = self.clip.image_features(images)
+            text_loss = text_consistency_loss(image_features, self.clip.text_features(captions))
+        mask_loss = None
         if self.parser is not None:
             probabilities = self.parser.probabilities(images)
-            mask = mask_consistency_loss(probabilities, label_map, c.balance, c.smoothing)
-        return text, mask
+            mask_loss = mask_consistency_loss(
+                probabilities, label_map, self.config.balance, self.config.smoothing
+            )
+        return text_loss, mask_loss
 
     def gradient(
         self,
@@ -66,37 +83,41 @@ class PixelConsistency:
         t: Tensor,
         keep_text: Tensor | None = None,
         keep_mask: Tensor | None = None,
-        gate: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The first stage.
+        pixel_weight: Tensor | None = None,
+    ) -> Gradient:
+        """Eq. 9: g, the gradient of the modulated losses at z_hat (the first stage).
 
         Args:
             z_hat: estimates, `b c h w`; not differentiated through.
             captions: b texts.
             label_map: `b H W` int64, of the size of the decoded pictures.
             t: times `(b,)`; every sample counts, however small beta(t) is.
-            keep_text, keep_mask: `(b,)` bool; a dropped condition asks for nothing. None = all.
-            gate: `(b,)` weights on the CPU; samples of weight 0 are not even decoded. None = 1.
+            keep_text: `(b,)` bool; a dropped text has no consistency loss. None: all are kept.
+            keep_mask: `(b,)` bool, likewise for the mask.
+            pixel_weight: `(b,)` on the CPU; samples of weight 0 are not even decoded. None: 1.
 
         Returns:
-            g `b c h w`, of the *sum* over samples of Eq. 9, and the losses `(b,)`, detached; all
-            times the gate's weights.
+            g `b c h w`, of the *sum* of Eq. 9 over samples, and L_text and L_mask `(b,)`, detached
+            (None without the guide); all times pixel_weight.
         """
-        if gate is None:
+        if pixel_weight is None:
             return self._gradient(z_hat, captions, label_map, t, keep_text, keep_mask)
-        chosen = gate.nonzero()[:, 0]
-        rows, weights = chosen.to(z_hat.device), gate[chosen].to(z_hat.device)
-        g, text, mask = torch.zeros_like(z_hat), None, None
-        if len(chosen):
+        index = pixel_weight.nonzero()[:, 0]
+        rows = index.to(z_hat.device)
+        weights = pixel_weight[index].to(z_hat.device)
+        g = torch.zeros_like(z_hat)
+        losses: list[Tensor | None] = [None, None]
+        for i, guide in enumerate((self.clip, self.parser)):
+            losses[i] = None if guide is None else torch.zeros_like(t)
+        if len(index):
+            some = [captions[i] for i in index.tolist()]
             keep = [None if k is None else k[rows] for k in (keep_text, keep_mask)]
-            some = [captions[i] for i in chosen.tolist()]
-            part, text, mask = self._gradient(z_hat[rows], some, label_map[rows], t[rows], *keep)
+            part, *found = self._gradient(z_hat[rows], some, label_map[rows], t[rows], *keep)
             g[rows] = part * weights[:, None, None, None]
-        zero, losses = torch.zeros_like(t), []
-        for critic, loss in ((self.clip, text), (self.parser, mask)):
-            full = zero if loss is None else zero.index_copy(0, rows, (loss * weights).to(t.dtype))
-            losses.append(None if critic is None else full)
-        return g, *losses
+            for total, loss in zip(losses, found, strict=True):
+                if loss is not None:
+                    total[rows] = (loss * weights).to(t.dtype)
+        return g, losses[0], losses[1]
 
     def _gradient(
         self,
@@ -106,21 +127,25 @@ class PixelConsistency:
         t: Tensor,
         keep_text: Tensor | None,
         keep_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        side = label_map.shape[-1]
-        at_once = max(1, PIXELS_AT_ONCE // side**2)
-        gradients, losses = [], []
+    ) -> Gradient:
+        at_once = max(1, PIXELS_AT_ONCE // label_map.shape[-1] ** 2)
+        gradients: list[Tensor] = []
+        text_losses: list[Tensor] = []
+        mask_losses: list[Tensor] = []
         for start in range(0, len(z_hat), at_once):
             rows = slice(start, start + at_once)
             z = z_hat[rows].detach().requires_grad_()
             text, mask = self.losses(z, captions[rows], label_map[rows])
             keep = [None if k is None else k[rows] for k in (keep_text, keep_mask)]
-            modulated = total_loss(
-                torch.zeros_like(t[rows]), text, mask, t[rows], self.config, *keep
-            )
-            gradients += torch.autograd.grad(modulated.total.sum(), z)
-            losses.append([None if part is None else part.detach() for part in (text, mask)])
-        text, mask = (
-            None if parts[0] is None else torch.cat(parts) for parts in zip(*losses, strict=True)
+            no_flow = torch.zeros_like(t[rows])
+            modulated = total_loss(no_flow, text, mask, t[rows], self.config, *keep).total
+            gradients += torch.autograd.grad(modulated.sum(), z)
+            if text is not None:
+                text_losses.append(text.detach())
+            if mask is not None:
+                mask_losses.append(mask.detach())
+        return (
+            torch.cat(gradients),
+            torch.cat(text_losses) if text_losses else None,
+            torch.cat(mask_losses) if mask_losses else None,
         )
-        return torch.cat(gradients), text, mask

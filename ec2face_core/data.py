@@ -1,13 +1,11 @@
-"""Faces with label maps and captions: `FaceDataset`, `open_dataset`, and the command line.
+"""Folders of faces: readers of single files, the manifest, `FaceDataset` and `open_dataset`.
 
-Layout, checks and the report live in `validation.py`, converters in `conversion.py`; both are
-offered here. Chosen here: items are read lazily and resized when a size is asked for, images
-bicubic with antialiasing, label maps nearest. Embedded profiles make their procedural faces when
-the folder is absent.
-
-    python -m ec2face_lab.prepare.cli validate ROOT
-    python -m ec2face_lab.prepare.cli convert-celebamask RAW OUT
-    python -m ec2face_lab.prepare.cli convert-merged SRC OUT
+The data contract is `root/{image,mask,text}/{id}.*` and `root/manifest.csv` with the columns
+`id,split,caption_index,caption`, one row per face. Images are square RGB (png or jpg), masks are
+palette or grey PNGs of the same size with ids 0-18, texts are UTF-8 with one caption per line.
+Readers raise `DataError` with the reason. `ec2face_lab.prepare` converts downloads to this layout
+and validates whole folders. Items are read lazily; with a size, images are resized bicubically with
+antialiasing and label maps to the nearest pixel.
 """
 
 from __future__ import annotations
@@ -31,8 +29,9 @@ from .config import Config, UserError, resolve
 from .runs import parallel
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-
+SUFFIXES = {"image": IMAGE_SUFFIXES, "mask": (".png",), "text": (".txt",)}
 MANIFEST_COLUMNS = ["id", "split", "caption_index", "caption"]
+VALIDATION_SEED = 1000  # added to the procedural faces' seed, so that validation faces are others
 
 
 @dataclass
@@ -44,6 +43,7 @@ class Report:
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, where: Path | str, reason: object) -> None:
+        """Note a problem with a file (named relative to the root) or a row."""
         where = Path(where)
         inside = where.is_relative_to(self.root)
         self.problems.append((str(where.relative_to(self.root) if inside else where), str(reason)))
@@ -98,7 +98,8 @@ def read_mask(path: Path) -> np.ndarray:
     """Class ids of a palette or grey PNG, `(h, w)` uint8, checked; DataError otherwise."""
     try:
         with Image.open(path) as file:
-            mode, ids = file.mode, np.array(file)
+            mode = file.mode
+            ids = np.array(file)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"unreadable mask ({error})") from error
     if mode not in ("P", "L"):
@@ -116,7 +117,7 @@ def check_ids(ids: np.ndarray) -> None:
 
 
 def read_captions(path: Path) -> tuple[str, ...]:
-    """Captions of one face, one a line, blank lines dropped; DataError if none or not UTF-8."""
+    """Captions of one face, one per line without blank lines; DataError if none or not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -149,7 +150,9 @@ def read_manifest(root: Path, report: Report | None = None) -> dict[str, Row]:
     if reader.fieldnames != MANIFEST_COLUMNS:
         raise DataError(f"{path}: columns {reader.fieldnames}, expected {MANIFEST_COLUMNS}")
     for number, line in enumerate(lines, start=2):
-        where, name, index = f"manifest.csv row {number}", line["id"], line["caption_index"] or ""
+        where = f"manifest.csv row {number}"
+        name = line["id"]
+        index = line["caption_index"] or ""
         if not name or not line["split"] or not index.isdigit():
             own.add(where, f"id {name!r}, split {line['split']!r}, caption_index {index!r}")
         elif name in rows and rows[name].split != line["split"]:
@@ -165,7 +168,13 @@ def read_manifest(root: Path, report: Report | None = None) -> dict[str, Row]:
 
 
 def files_by_id(folder: Path, suffixes: Iterable[str], report: Report) -> dict[str, Path]:
-    """Files of a folder with one of these suffixes, by name without suffix; reports duplicates."""
+    """Files of a folder with one of these suffixes, by name without suffix; reports duplicates.
+
+    Args:
+        folder: a missing one has no files.
+        suffixes: in lower case, with the dot.
+        report: duplicates are added to it.
+    """
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix.lower() in suffixes and files.setdefault(path.stem, path) != path:
@@ -178,17 +187,27 @@ def labels_from_palette(
     palette: tuple[tuple[int, int, int], ...] = PALETTE,
     tolerance: float = 32.0,
 ) -> np.ndarray:
-    """Nearest palette colour of each pixel: `(h, w, 3)` uint8 -> ids `(h, w)` uint8.
+    """Nearest palette colour of each pixel.
 
-    Raises DataError if any pixel lies further than `tolerance` (Euclidean, 0-255 units) from every
-    colour: another palette (CelebAMask-HQ's own tools use three) or a lossy file.
+    Args:
+        rgb: `(h, w, 3)` uint8.
+        palette: colours of the classes, 0-255.
+        tolerance: largest Euclidean distance of a pixel to its colour, in units of 0-255.
+
+    Returns:
+        Class ids `(h, w)` uint8.
+
+    Raises:
+        DataError: a pixel is too far from every colour: another palette (CelebAMask-HQ's own tools
+            use three) or a lossy file.
     """
     rgb = np.asarray(rgb)
     colours, index, counts = np.unique(
         rgb.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True
     )
     distance = np.linalg.norm(colours[:, None].astype(float) - np.array(palette)[None], axis=-1)
-    nearest, gap = distance.argmin(1), distance.min(1)
+    nearest = distance.argmin(1)
+    gap = distance.min(1)
     if (gap > tolerance).any():
         worst = int(np.where(gap > tolerance, counts, 0).argmax())
         raise DataError(
@@ -197,9 +216,6 @@ def labels_from_palette(
             f"{tolerance:g}): another palette, or a mask saved as JPEG"
         )
     return nearest[index].reshape(rgb.shape[:2]).astype(np.uint8)
-
-
-VALIDATION = 1000  # added to the procedural faces' seed: validation faces are faces of their own
 
 
 @dataclass(frozen=True)
@@ -221,8 +237,10 @@ class FaceDataset(Dataset[FaceSample]):
         size: side in pixels; None keeps the files' own.
         limit: use the first faces only; 0 for all.
 
-    Raises DataError naming every missing file, or the split if it is empty. Files are read, and
-    checked, when an item is asked for; `validate(root)` checks all of them.
+    Files are read and checked when an item is requested.
+
+    Raises:
+        DataError: files are missing (it names all of them), or the split is empty.
     """
 
     def __init__(
@@ -232,20 +250,21 @@ class FaceDataset(Dataset[FaceSample]):
         size: int | None = None,
         limit: int = 0,
     ):
-        self.root, self.split, self.size = Path(root), split, size
+        self.root = Path(root)
+        self.split = split
+        self.size = size
         rows = read_manifest(self.root)
         self._rows = {k: row for k, row in rows.items() if split is None or row.split == split}
         if not self._rows:
             known = dict(Counter(row.split for row in rows.values()))
             raise DataError(f"{self.root}: no face of split {split!r}; faces by split: {known}")
         self.ids: list[str] = list(self._rows)[: limit or None]
-        kinds = {"image": IMAGE_SUFFIXES, "mask": (".png",), "text": (".txt",)}
         report = Report(self.root, len(self.ids))
-        self._files = {k: files_by_id(self.root / k, kinds[k], report) for k in kinds}
+        self._files = {k: files_by_id(self.root / k, SUFFIXES[k], report) for k in SUFFIXES}
         for kind, files in self._files.items():
             for name in self.ids:
                 if name not in files:
-                    report.add(self.root / kind / f"{name}{kinds[kind][0]}", f"missing {kind}")
+                    report.add(self.root / kind / f"{name}{SUFFIXES[kind][0]}", f"missing {kind}")
         report.raise_if_bad()
         self._counts: Tensor | None = None
 
@@ -254,7 +273,8 @@ class FaceDataset(Dataset[FaceSample]):
 
     def __getitem__(self, index: int) -> FaceSample:
         name = self.ids[index]
-        image, label_map = self.image(name), self.label_map(name)
+        image = self.image(name)
+        label_map = self.label_map(name)
         if image.shape[1:] != label_map.shape:
             raise DataError(
                 f"{self._files['mask'][name]}: mask {tuple(label_map.shape)}, image "
@@ -320,15 +340,15 @@ def collate(samples: Sequence[FaceSample]) -> dict[str, Any]:
 def open_dataset(config: Config, split: str) -> FaceDataset:
     """The faces a configuration names, at `config.data.size`.
 
-    With `config.data.procedural` a missing folder is first filled with procedural faces, under its
-    name only once complete.
+    With `config.data.procedural` a missing folder is first made by `config.data.maker`.
 
     Args:
+        config: data is used.
         split: train, test, zero_shot, or validation: faces of neither training nor test, on which
             settings are chosen. Photographs have these in the same root, marked in manifest.csv.
 
     Raises:
-        DataError: there is no data, or other data than asked for.
+        DataError: there is no data, or its size differs from the configured one.
     """
     data = config.data
     first = {"train": data.train, "test": data.test}
@@ -336,7 +356,7 @@ def open_dataset(config: Config, split: str) -> FaceDataset:
         "train": ("root", first, data.seed),
         "test": ("root", first, data.seed),
         "zero_shot": ("zero_shot_root", {"zero_shot": data.zero_shot}, data.seed),
-        "validation": ("root", {"validation": data.validation}, data.seed + VALIDATION),
+        "validation": ("root", {"validation": data.validation}, data.seed + VALIDATION_SEED),
     }
     if split not in known:
         raise DataError(f"split {split!r} does not exist; known: {', '.join(known)}")

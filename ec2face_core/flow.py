@@ -1,9 +1,9 @@
-"""Rectified flow: the path between data and noise, its velocity, and the way back (Eqs. 3 and 5).
+"""Rectified flow: the path between data and noise, its velocity, and the way back (Eqs. 2, 3, 5).
 
 Time convention, stated here once: `t = 0` is data, `t = 1` is noise, as in FLUX and diffusers
 (flow_matching, torchcfm and SiT run the other way).
 
-    x_t = (1 - t) x0 + t noise        v = noise - x0        x0_hat = x_t - t v
+    x_t = (1 - t) x0 + t noise        mu = noise - x0        x0_hat = x_t - t v
 
 `t` has shape `(b,)`; images or latents have any shape `(b, ...)`.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The point `x_t` on the straight path from data to noise.
+    """Eq. 2: the point `x_t` on the straight path from data to noise.
 
     Args:
         x0: data, `(b, ...)`.
@@ -25,12 +25,12 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     Returns:
         x_t, `(b, ...)`, in the wider of the types of x0, noise and t.
     """
-    t = _over(t, x0)
+    t = _per_sample(t, x0)
     return (1 - t) * x0 + t * noise
 
 
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """The target velocity `mu_t = d x_t / d t` of Eq. 3, the same at every time."""
+    """Eq. 3: the target velocity `mu_t = d x_t / d t`, the same at every time."""
     return noise - x0
 
 
@@ -45,15 +45,15 @@ def reverse_estimate(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     Returns:
         x0_hat, `(b, ...)`; exact where v is the true velocity, and x_t itself where t = 0.
     """
-    return x_t - _over(t, x_t) * v
+    return x_t - _per_sample(t, x_t) * v
 
 
 def sample_timesteps(b: int, generator: torch.Generator | None = None) -> Tensor:
-    """Training times t ~ U[0, 1] (Eq. 3), `(b,)` float32 on the generator's device."""
+    """Eq. 3: training times t ~ U[0, 1], `(b,)` float32 on the generator's device."""
     device = generator.device if generator is not None else "cpu"
     return torch.rand(b, generator=generator, device=device)
 
 
-def _over(t: Tensor, x: Tensor) -> Tensor:
+def _per_sample(t: Tensor, x: Tensor) -> Tensor:
     """`(b,)` -> `(b, 1, ..., 1)`, so that each sample has its own time."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))

@@ -1,22 +1,22 @@
-"""Encode once: image latents, mask latents and text embeddings on disk, keyed by sample id.
+"""Encode once: image latents, mask latents and text embeddings on disk, found by their content.
 
-Layout of a cache: `folder/<key>/images-00000.safetensors` (64 faces each: z, z_mask, label_map,
-counts; ids and captions in the metadata) and `text-<hash>.safetensors` (256 captions each, found by
-their words). Chosen here:
-- The key names the encoders' files, the size, the text length and the data, so a cache is never
-  stale: other encoders make another cache.
-- A file appears whole or not at all and carries the hash of its content. A killed run goes on with
-  the missing files; several ranks share them.
-- Captions are found by their words and latents by their id, never by the position in a loader.
-- float16: half the disk, and finer than the bfloat16 of FLUX's own weights.
+    folder/<key>/images-00000.safetensors   64 faces: z, z_mask, label_map, counts; ids and captions
+                                            in the metadata
+    folder/<key>/text-<hash>.safetensors    256 captions
+
+The key covers the encoders' files, size, text length and data, so a cache is never stale: other
+encoders make another one. A file appears whole or not at all and carries the hash of its content;
+a killed run continues with the missing files, and several ranks share the work. Latents are found
+by the face's id and embeddings by the caption's words. They are float16: half the disk space, and
+finer than the bfloat16 of FLUX's own weights.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ from .attributes import pixel_counts
 from .backbone import Backbone, TextEmbedding, encode_images, encode_text, load_backbone
 from .config import BackboneConfig, Config, UserError, resolve
 from .mask_branch import mask_latents_of
-from .runs import parallel, path_digest
+from .runs import content_key, parallel, path_digest, whole_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,15 +37,14 @@ if TYPE_CHECKING:
     from .data import FaceDataset
 
 
-FACES, CAPTIONS = 64, 256  # per file
-
+FACES = 64  # per file
+CAPTIONS = 256  # per file
 BATCH = 8  # faces or captions encoded at once
-
 EMPTY = ""  # the null text of Eq. 13
 
 
 class LatentCache:
-    """A cache opened for reading; nothing is in memory but names, files are memory-mapped.
+    """A cache opened for reading; files are memory-mapped, only names are in memory.
 
     Args:
         folder: the folder that holds `images-*.safetensors` and `text-*.safetensors`.
@@ -107,7 +106,7 @@ class LatentCache:
         return TextEmbedding(tokens.float(), self._rows("pooled", self._text, captions).float())
 
     def batch(self, ids: Sequence[str], caption_indices: Sequence[int]) -> dict[str, Any]:
-        """The samples of these ids, each with the caption of its own that the index names.
+        """The samples of these ids, each with the caption that the index names.
 
         Returns:
             id (list), captions (list of str), z and z_mask `b c h w` float32, label_map `b H W`
@@ -162,28 +161,24 @@ def encode_dataset(
             it is called only if something is missing.
         config: reads backbone and data.size.
         folder: caches live in `folder/<key>`, see `cache_key`.
-        captions: which captions to embed, given the cache of the images; None = all. The empty
+        captions: which captions to embed, given the cache of the images; None: all. The empty
             caption is always embedded.
         accelerator: its processes share the work and wait for each other.
 
     Raises:
         CacheError: the disk is full, or the encoders give values that float16 cannot hold.
     """
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    rank = accelerator.process_index if accelerator else 0
+    ranks = accelerator.num_processes if accelerator else 1
     wait = accelerator.wait_for_everyone if accelerator else lambda: None
     folder = Path(folder) / cache_key(dataset, config)
-    loaded: list[Backbone] = [] if callable(backbone) else [backbone]
-
-    def encoders() -> Backbone:
-        if not loaded:
-            loaded.append(backbone())
-        return loaded[0]
+    encoders = functools.cache(backbone) if callable(backbone) else lambda: backbone
 
     # Every rank looks before any rank writes, so that all divide the same list.
     files = range(0, len(dataset.ids), FACES)
     missing = [i for i in files if not _intact(folder / _image_file(i))]
     wait()
-    for first in _bar(missing[rank::world], "images and masks", progress and rank == 0):
+    for first in _bar(missing[rank::ranks], "images and masks", progress and rank == 0):
         rows = range(first, min(first + FACES, len(dataset.ids)))
         _write(folder / _image_file(first), *_encode_faces(dataset, rows, encoders()))
     wait()
@@ -196,7 +191,7 @@ def encode_dataset(
     absent = sorted(c for c in {EMPTY, *wanted} if not cache.has_text(c))
     parts = [absent[i : i + CAPTIONS] for i in range(0, len(absent), CAPTIONS)]
     wait()
-    for part in _bar(parts[rank::world], "captions", progress and rank == 0):
+    for part in _bar(parts[rank::ranks], "captions", progress and rank == 0):
         name = hashlib.sha256("\n".join(part).encode()).hexdigest()[:16]
         length = config.backbone.text_length
         _write(folder / f"text-{name}.safetensors", *_encode_captions(part, encoders(), length))
@@ -218,7 +213,7 @@ def cache_key(dataset: FaceDataset, config: Config) -> str:
     for kind in ("image", "mask", "text"):
         found = (f for f in os.scandir(Path(dataset.root) / kind) if Path(f.name).stem in ids)
         about.append(sorted((f.name, f.stat().st_size) for f in found))
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    return content_key(about, 16)
 
 
 def _encoder_digest(config: BackboneConfig) -> list[str]:
@@ -236,7 +231,9 @@ def _encoder_digest(config: BackboneConfig) -> list[str]:
 def _encode_faces(
     dataset: FaceDataset, rows: range, backbone: Backbone
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    vae, encoded, about = backbone.vae, [], {"ids": [], "captions": []}
+    vae = backbone.vae
+    encoded: list[dict[str, Tensor]] = []
+    about: dict[str, Any] = {"ids": [], "captions": []}
     samples = list(parallel(dataset.__getitem__, rows))
     for start in range(0, len(samples), BATCH):
         some = samples[start : start + BATCH]
@@ -298,7 +295,6 @@ def _intact(path: Path) -> bool:
 
 def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write one file of the cache atomically."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: value.contiguous() for name, value in tensors.items()}
@@ -306,19 +302,11 @@ def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> Non
         if value.is_floating_point() and not value.isfinite().all():
             raise CacheError(f"{name} of {path.name} is not finite in float16: check the encoders")
     metadata = {name: json.dumps(value) for name, value in about.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        save_file(tensors, part, metadata | {"sha256": _content_hash(tensors)})
-        part.replace(path)
-    except (SafetensorError, OSError) as error:
-        free = shutil.disk_usage(path.parent).free / 1e9
-        raise CacheError(
-            f"cannot write {path}: {error} ({free:.1f} GB free). What is there stays valid: make "
-            "room or move data.root, and run the same command again"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata | {"sha256": _content_hash(tensors)})
+    except OSError as error:
+        raise CacheError(f"{error}, or move data.root to a larger disk") from error
 
 
 def _content_hash(tensors: dict[str, Tensor]) -> str:
@@ -329,7 +317,7 @@ def _content_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def _bar(work: Sequence, what: str, show: bool) -> Iterable:
-    """A bar over the files to make, none where there is nothing to do."""
+    """A progress bar over the files to make; none without work."""
     from tqdm.auto import tqdm
 
     return tqdm(work, desc=f"encoding {what}", unit="file", disable=None if show and work else True)

@@ -1,9 +1,7 @@
-"""What the tables measure: mask accuracy, LPIPS, NIQE and PSNR (the CLIP score is `ClipScorer`).
+"""Mask accuracy, as the numbers of Tables 1-4 satisfy it, and PSNR.
 
-Mask accuracy of a class = its correct pixels / its pixels, pooled over the test set. OAA is the
-unweighted mean over the classes that occur, HFA, NFA and RFA the same within a group: this is what
-the numbers of Tables 1-4 satisfy. Metrics are computed without gradients; images are `b 3 h w` in
-[-1, 1] and scores `(b,)`.
+The accuracy of a class is its correct pixels / its pixels (recall), pooled over the test set. OAA
+is the unweighted mean over the classes that occur; HFA, NFA and RFA are the same within a group.
 """
 
 from __future__ import annotations
@@ -46,6 +44,9 @@ def mask_counts(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         correct, support: `(b, 19)` int64.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     if predicted.shape != target.shape:
         raise ValueError(f"label maps {tuple(predicted.shape)} and {tuple(target.shape)} differ")
@@ -54,9 +55,9 @@ def mask_counts(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def accuracy_from_counts(correct: Tensor, support: Tensor) -> MaskAccuracy:
     """Pool the counts of `mask_counts`, `(..., 19)`, over all leading dimensions, then divide."""
-    correct, support = correct.reshape(-1, len(CLASSES)), support.reshape(-1, len(CLASSES))
-    support = support.sum(0)
-    per_class = 100 * correct.sum(0).double() / support
+    correct = correct.reshape(-1, NUM_CLASSES).sum(0)
+    support = support.reshape(-1, NUM_CLASSES).sum(0)
+    per_class = 100 * correct.double() / support
     groups = {name: float(mean) for name, mean in group_means(per_class.cpu().numpy()).items()}
     return MaskAccuracy(per_class, support, **groups)
 
@@ -75,7 +76,7 @@ def group_means(per_class: np.ndarray) -> dict[str, np.ndarray]:
     means = {}
     for name, ids in {"OAA": tuple(range(NUM_CLASSES)), **GROUPS}.items():
         total = np.where(present[..., ids], per_class[..., ids], 0).sum(-1)
-        means[name] = _ratio(total, present[..., ids].sum(-1))
+        means[name] = ratio(total, present[..., ids].sum(-1))
     return means
 
 
@@ -85,6 +86,7 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Elementwise quotient; NaN where the denominator is 0."""
     nothing = np.full(np.shape(numerator), np.nan)
     return np.divide(numerator, denominator, out=nothing, where=denominator > 0)

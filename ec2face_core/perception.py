@@ -1,12 +1,9 @@
-"""Frozen, differentiable critics: a face parser opened by facer and a CLIP opened by open_clip.
+"""Frozen, differentiable perception models: a face parser through facer, a CLIP through open_clip.
 
-The same two classes serve FaRL and OpenAI's CLIP at paper scale and the miniature's own networks:
-`MiniParserNet` saved as TorchScript (`save_parser`), and a small open_clip model in a folder
-(`save_mini_clip`). Images are [-1, 1], `b 3 h w`, everywhere outside this module; both networks
-want [0, 1] inside. Gradients reach the image; weights are frozen.
-
-facer's own call is wrapped in `inference_mode` and aligns faces by landmarks. Faces here fill an
-aligned frame, for which that alignment is exactly a resize, so `.net` is called directly.
+The same two classes serve FaRL and OpenAI's CLIP at paper scale and the miniature's own networks,
+both as guides of training and as evaluators. Images are `b 3 h w` in [-1, 1]; gradients reach the
+image; weights are frozen. facer's own call runs in `inference_mode` and aligns faces by landmarks.
+Faces here fill an aligned frame, for which that alignment is exactly a resize, so `.net` is called.
 """
 
 from __future__ import annotations
@@ -26,9 +23,8 @@ from .config import PerceptionConfig, resolve
 
 # our channel c = facer channel FACER_CHANNEL[c]: the inverse of FACER_TO_CELEBAMASK
 FACER_CHANNEL = torch.tensor(FACER_TO_CELEBAMASK).argsort()
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LOCAL_DIR = "local-dir:"
 
 
@@ -41,8 +37,8 @@ class FaceParser:
         device: where the network runs.
 
     Raises:
-        FileNotFoundError: naming the setting and where the file comes from; a WeightsError for half
-            a file or another pickle than TorchScript.
+        FileNotFoundError: there is no file, or (WeightsError) half a file or another pickle than
+            TorchScript. The message names the setting and where the file comes from.
     """
 
     def __init__(self, path: str | Path, size: int, device: torch.device | str = "cpu") -> None:
@@ -72,15 +68,15 @@ class FaceParser:
     def from_config(
         cls, config: PerceptionConfig, scoring: bool = False, device: torch.device | str = "cpu"
     ) -> FaceParser:
-        """The parser that guides training, or with `scoring` the independent one that scores."""
+        """The guide of training, or with `scoring` the evaluator."""
         path = config.scoring_parser if scoring else config.parser
         return cls(path, config.parser_size, device)
 
     def logits(self, images: Tensor) -> Tensor:
         """Images [-1, 1] `b 3 h w` -> float32 logits `b 19 h w`, differentiable."""
         x = _resize(_unit(images), self.size, "bilinear")
-        # TorchScript would rewrite the graph after its first calls and round differently from then
-        # on: a resumed training, whose calls are counted anew, would leave the uninterrupted one.
+        # TorchScript would optimise the graph after its first calls and round differently from
+        # then on, so that a resumed training would differ from an uninterrupted one.
         with torch.jit.optimized_execution(False):
             logits = self.net(x)[0].float()[:, FACER_CHANNEL.to(x.device)]
         return _resize(logits, images.shape[-2:], "bilinear")
@@ -104,12 +100,14 @@ class ClipScorer:
         device: where the network runs.
 
     Raises:
-        FileNotFoundError: naming the setting and where the weights come from.
+        FileNotFoundError: it cannot be loaded; the message names the setting and where the weights
+            come from.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         _quiet()
         import open_clip
+        from safetensors import SafetensorError
 
         self.device = torch.device(device)
         self.name, pretrained = _clip_name(name)
@@ -122,7 +120,7 @@ class ClipScorer:
                 self.name, pretrained, device=self.device, require_pretrained=True
             )
             self.tokenizer = open_clip.get_tokenizer(self.name)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise FileNotFoundError(
                 f"CLIP {name!r} cannot be opened: {error}. It is named by perception.clip and "
                 "perception.scoring_clip. Paper scale: downloaded from the hub at first use; "
@@ -134,15 +132,17 @@ class ClipScorer:
         size = preprocess.get("size", 224)
         self.size = size if isinstance(size, int) else size[0]
         self.mode = preprocess.get("interpolation", "bicubic")
-        mean, std = preprocess.get("mean", CLIP_MEAN), preprocess.get("std", CLIP_STD)
-        self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
+        self.mean = self._per_channel(preprocess.get("mean", CLIP_MEAN))
+        self.std = self._per_channel(preprocess.get("std", CLIP_STD))
+
+    def _per_channel(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=self.device).view(1, 3, 1, 1)
 
     @classmethod
     def from_config(
         cls, config: PerceptionConfig, scoring: bool = False, device: torch.device | str = "cpu"
     ) -> ClipScorer:
-        """The CLIP that guides training, or with `scoring` the independent one that scores."""
+        """The guide of training, or with `scoring` the evaluator."""
         return cls(config.scoring_clip if scoring else config.clip, device)
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -190,9 +190,6 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-_LFS = b"version https://git-lfs"
-
-
 class WeightsError(FileNotFoundError):
     """Weights that are missing, incomplete or refused; the message names the file and why."""
 
@@ -203,15 +200,13 @@ def check_torchscript(path: Path) -> None:
     Raises:
         WeightsError: no such file, an archive without its end, or another kind of pickle.
     """
-    size = _size(path)
-    with open(path, "rb") as file:
-        start = file.read(8)
-        _refuse_pointer(path, start, file)
+    start = first_bytes(path)
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
         if start.startswith(b"PK"):
+            size = path.stat().st_size
             raise WeightsError(
                 f"{path}: half-downloaded, the archive's end is missing after {size:,} bytes"
             ) from error
@@ -223,13 +218,16 @@ def check_torchscript(path: Path) -> None:
         )
 
 
-def _size(path: Path) -> int:
+def first_bytes(path: Path, count: int = 32) -> bytes:
+    """The beginning of a weight file.
+
+    Raises:
+        WeightsError: no such file, or a Git LFS pointer instead of it.
+    """
     if not path.is_file():
         raise WeightsError(f"{path}: missing")
-    return path.stat().st_size
-
-
-def _refuse_pointer(path: Path, start: bytes, file) -> None:
-    if start == _LFS[:8] and file.read(len(_LFS) - 8) == _LFS[8:]:
+    with open(path, "rb") as file:
+        start = file.read(count)
+    if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path}: is a Git LFS pointer, not the weights: run `git lfs pull`")
-    file.seek(len(start))
+    return start

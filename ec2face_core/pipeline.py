@@ -5,8 +5,8 @@
     face.images[0].save("face.png")
 
 Sampling is FluxPipeline's: FlowMatchEulerDiscreteScheduler, timesteps shifted by the sequence
-length; without a mask and with the same noise the picture is FluxPipeline's own. Each picture has
-its own noise stream, so it does not depend on the batch that it is made in.
+length. Without a mask and with the same noise the picture is FluxPipeline's own. Each picture has
+its own noise stream, so it does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -56,9 +56,13 @@ class EC2FacePipelineOutput(BaseOutput):
 class EC2FacePipeline(DiffusionPipeline):
     """Text and mask to face, on the parts of a FluxPipeline and a mask LoRA.
 
-    `text_length` (T5 tokens), `image_size` (pixels), `guidance` (of the guidance embedding),
-    `text_guidance` and `mask_guidance` (classifier-free) are the model's own defaults; a loaded
-    mask LoRA brings the text length that it was trained with.
+    Args:
+        scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer: the parts
+            of a FluxPipeline.
+        text_length: T5 tokens of a prompt; a loaded mask LoRA sets the length of its training.
+        image_size: default side of the pictures in pixels.
+        guidance: default value of the guidance embedding.
+        text_guidance, mask_guidance: default classifier-free guidance scales.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
@@ -135,19 +139,19 @@ class EC2FacePipeline(DiffusionPipeline):
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
         """Write all parts, and the mask LoRA into the sub-folder `mask_lora`."""
         folder = Path(path).absolute() / LORA_FOLDER
-        adapted = ADAPTER in getattr(self.transformer, "peft_config", {})
-        if adapted:  # the base must be saved without the LoRA's wrappers
+        has_lora = ADAPTER in getattr(self.transformer, "peft_config", {})
+        if has_lora:  # the base must be saved without the LoRA's wrappers
             config = self.transformer.mask_branch.config
             save_mask_lora(self.transformer, folder, config, self.config.text_length)
             self.transformer.unload_lora()
         try:
             super().save_pretrained(str(path), **kwargs)
         finally:
-            if adapted:
+            if has_lora:
                 self.load_mask_lora(folder)
 
     def load_mask_lora(self, folder: str | Path) -> None:
-        """Load a mask LoRA, in place of the one that is there."""
+        """Load a mask LoRA, replacing the one that is there."""
         _, text_length = read_mask_lora(folder)
         load_mask_lora(self.transformer, folder)
         self.register_to_config(text_length=text_length)
@@ -171,26 +175,29 @@ class EC2FacePipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         mask_strength: float = 1.0,
     ) -> EC2FacePipelineOutput:
-        """Draw faces. Mask only: leave `prompt` empty. Text only: leave `mask` out.
+        """Generate faces. Mask only: leave `prompt` empty. Text only: leave `mask` out.
 
         Args:
             prompt: one text or one per picture; "" is no text.
             mask: one mask or one per picture (None in the list: no mask for that picture). A mask
                 is a label map (int tensor or array `h w`; `b h w` is b masks), a PIL image or a
                 path: a palette or grey image of label ids, or an RGB image in the palette's
-                colours. Resized to the picture's size by the nearest pixel.
+                colours. It is resized to the picture's size by the nearest pixel.
             num_inference_steps: Euler steps.
             guidance_scale: value of the guidance embedding; default: the model's own.
-            text_guidance, mask_guidance: classifier-free guidance `s_t` and `s_m` towards text and
-                mask (see `guided_velocity`); default: the model's own. A step costs one pass of
+            text_guidance, mask_guidance: classifier-free guidance scales `s_t` and `s_m` of text
+                and mask (see `guided_velocity`); default: the model's own. A step costs one pass of
                 the transformer at 1 and 1, two where they are equal or one is 1, else three.
             generator: one per picture, or one from which the pictures' noise is drawn in turn.
             height, width: pixels, multiples of 2 * vae_scale_factor; default: the model's own.
-            num_images_per_prompt: pictures of each prompt-mask pair, kept together.
+            num_images_per_prompt: pictures of each prompt-mask pair; they stay together.
             output_type: "pil"; "np" or "pt": in [0, 1].
-            latents: noise `b c h/f w/f` to begin with, instead of `generator`'s.
-            mask_strength: how much text and picture heed the mask, >= 0: the factor on each mask
-                token in their softmax. 1 is as trained, 0 is no mask.
+            latents: initial noise `b c h/f w/f`, instead of `generator`'s.
+            mask_strength: factor >= 0 on each mask token in the softmax of text and noise tokens;
+                1 is as trained, 0 is no mask.
+
+        Returns:
+            The pictures.
 
         Raises:
             ValueError: numbers of prompts, masks, generators or latents that do not fit; a label
@@ -198,7 +205,8 @@ class EC2FacePipeline(DiffusionPipeline):
         """
         size = (height or self.config.image_size, width or self.config.image_size)
         self._check(size, num_inference_steps, output_type)
-        device, f = self._execution_device, self.vae_scale_factor
+        device = self._execution_device
+        f = self.vae_scale_factor
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         masks = _mask_list(mask)
         pairs = max(len(prompts), len(masks))
@@ -213,7 +221,7 @@ class EC2FacePipeline(DiffusionPipeline):
         if any(m is not None for m in masks):
             maps = [torch.zeros(size).long() if m is None else _resize(m, size) for m in masks]
             mask_latents = mask_latents_of(self.vae, torch.stack(maps).to(device))
-            if is_decoupled(self.transformer):  # then one pass over the masks serves every step
+            if is_decoupled(self.transformer):  # one pass over the masks serves every step
                 mask_latents = precompute_mask_kv(self.transformer, mask_latents)
             index = torch.arange(b) // num_images_per_prompt % len(masks)
             mask_latents = mask_latents[index]
@@ -226,16 +234,17 @@ class EC2FacePipeline(DiffusionPipeline):
         tokens = shape[-2] * shape[-1] // 4
         timesteps = flux_timesteps(self.scheduler, num_inference_steps, tokens, device)
         guidance = self.config.guidance if guidance_scale is None else guidance_scale
-        s_t = self.config.text_guidance if text_guidance is None else text_guidance
-        s_m = self.config.mask_guidance if mask_guidance is None else mask_guidance
-        null = text if s_t == 1 else encode_text(self, [""] * b, self.config.text_length)
+        text_scale = self.config.text_guidance if text_guidance is None else text_guidance
+        mask_scale = self.config.mask_guidance if mask_guidance is None else mask_guidance
+        null = text if text_scale == 1 else encode_text(self, [""] * b, self.config.text_length)
         condition = (text, null, mask_latents, keep_mask)
         with self.progress_bar(total=len(timesteps)) as bar:
             for time in timesteps:
                 t = (time / 1000).expand(b)
                 v = guided_velocity(
-                    self.transformer, z, t, *condition, guidance, s_t, s_m, mask_strength
-                )
+                    self.transformer, z, t, *condition, guidance, text_scale, mask_scale,
+                    mask_strength,
+                )  # fmt: skip
                 z = self.scheduler.step(v, time, z, return_dict=False)[0]
                 bar.update()
         images = self.image_processor.postprocess(decode_latents(self.vae, z), output_type)
@@ -252,7 +261,7 @@ class EC2FacePipeline(DiffusionPipeline):
             raise ValueError(f"output_type {output_type!r}: use pil, np or pt")
 
     def _noise(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
-        """Noise picture by picture, so that a stream's k-th picture is the same in every batch."""
+        """Noise, one picture after another, so that batches do not change it."""
         b = shape[0]
         streams = list(generator) if isinstance(generator, Sequence) else [generator] * b
         if len(streams) != b:
@@ -265,7 +274,14 @@ class EC2FacePipeline(DiffusionPipeline):
 def flux_timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device | str) -> Tensor:
     """FluxPipeline's timesteps: linear in t, shifted towards noise for long sequences.
 
-    `(steps,)` in (0, 1000], 1000 t; the scheduler is set to begin with the first.
+    Args:
+        scheduler: it is set to begin with the first of them.
+        steps: Euler steps.
+        tokens: noise tokens of a picture.
+        device: where they are needed.
+
+    Returns:
+        1000 t, `(steps,)` in (0, 1000].
     """
     config = scheduler.config
     mu = calculate_shift(
@@ -285,7 +301,7 @@ def flux_timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device
 
 
 def _mask_list(mask: Any) -> list[Tensor | None]:
-    """Whatever the user gave -> one label map `h w`, or None, per mask."""
+    """The user's masks -> one label map `h w`, or None, per mask."""
     if isinstance(mask, (Tensor, np.ndarray)) and mask.ndim == 3:
         mask = list(mask)
     if isinstance(mask, Sequence) and not isinstance(mask, str):
@@ -307,7 +323,10 @@ def _label_map(mask: MaskLike) -> Tensor:
             return torch.as_tensor(labels_from_palette(np.array(mask.convert("RGB")))).long()
         mask = np.array(mask)
     if not isinstance(mask, (Tensor, np.ndarray)):
-        raise ValueError(f"{name}: a {type(mask).__name__} is no mask")
+        raise ValueError(
+            f"{name}: a {type(mask).__name__} is not a mask; give a tensor, "
+            "an array, a PIL image or a path"
+        )
     labels = torch.as_tensor(mask).detach().cpu()
     if labels.ndim != 2 or labels.is_floating_point():
         raise ValueError(

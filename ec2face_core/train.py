@@ -1,9 +1,10 @@
-"""Several processes: accelerate's DDP over the LoRA, or the frozen base in shards.
+"""`python -m ec2face_core.train`: train one LoRA. The same command again resumes it.
 
-By default every process holds the whole frozen base, and DDP averages the LoRA's gradients (44 MB
-at paper scale). `trainer.shard` is for GPUs that cannot hold the base (24 GB for FLUX.1-dev in
-bfloat16): FSDP2 leaves each process 1/n of it and gathers one block at a time. The LoRA stays whole
-on every process, so that optimiser, checkpoints and files are the same in both.
+On N processes, with or without GPUs:
+
+    torchrun --standalone --nproc-per-node N -m ec2face_core.train ... --set trainer.num_processes=N
+
+`ec2face_lab.launch` prints that line, also for several machines, and runs it.
 """
 
 from __future__ import annotations
@@ -13,48 +14,14 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from torch import distributed
 
-from .config import VARIANTS, Config, add_config_options, cli, config_from_args
+from .config import VARIANTS, add_config_options, cli, config_from_args, user_path
 
-
-def leave_group() -> None:
-    """End this process's part in the group, if there is one: the last thing that a rank does.
-
-    An interpreter that ends with an open group aborts now and then (gloo's threads still run), and
-    torchrun then calls the whole run failed.
-    """
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
-END_WITH_PARENT = "EC2FACE_END_WITH_PARENT"  # set for our children; `end_with_parent` obeys it
-
+END_WITH_PARENT = "EC2FACE_END_WITH_PARENT"  # environment variable of processes that we launch
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def end_with_parent() -> None:
-    """Make this process end when its parent does, if `run` started it (Linux; elsewhere nothing).
-
-    The ranks of a training are children of accelerate's launcher, so each asks for it itself.
-    """
-    if sys.platform == "linux" and os.environ.get(END_WITH_PARENT):
-        _end_with(os.getppid())()
-
-
-def _end_with(parent: int):
-    """A function that, called in a child, ties it to the process `parent`."""
-    libc = ctypes.CDLL(None)  # loaded before the fork: little is safe to do after it
-
-    def tie() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # the parent ended before the line above took effect
-            os._exit(1)
-
-    return tie
 
 
 @cli
@@ -62,10 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; returns the exit code: 0, or 2 for settings or data that cannot work."""
     end_with_parent()
     options = build_parser().parse_args(arguments)
+    settings = {} if options.steps is None else {"trainer.steps": options.steps}
+    config = config_from_args(options, **settings)
     from .trainer import Trainer
 
     try:
-        Trainer(read_config(options), options.variant, options.run_dir).fit()
+        Trainer(config, options.variant, options.run_dir).fit()
     finally:
         leave_group()
 
@@ -82,21 +51,42 @@ def build_parser() -> argparse.ArgumentParser:
         "--variant", default="both", choices=list(VARIANTS), help="row of Tables 3 and 4"
     )
     parser.add_argument(
-        "--run-dir", type=Path, help="output folder (default: runs/<profile>/training/<variant>)"
-    )
+        "--run-dir", type=user_path,
+        help="output folder (default: runs/<profile>/training/<variant>)",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, help="short for --set trainer.steps=STEPS")
     return parser
 
 
-def read_config(options: argparse.Namespace) -> Config:
-    """The configuration that the options ask for.
+def leave_group() -> None:
+    """Leave the process group, if there is one: the last thing that a rank does.
 
-    Raises:
-        ConfigError: an unknown profile, file or setting.
+    An interpreter that ends with an open group sometimes aborts (gloo's threads still run), and
+    torchrun then reports the whole run as failed.
     """
-    return config_from_args(
-        options, **({} if options.steps is None else {"trainer.steps": options.steps})
-    )
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """Make this process end when its parent does, if we launched it (Linux; elsewhere nothing).
+
+    The ranks of a training are children of torchrun, so each of them has to call this.
+    """
+    if sys.platform == "linux" and os.environ.get(END_WITH_PARENT):
+        tie_to(os.getppid())()
+
+
+def tie_to(parent: int) -> Callable[[], None]:
+    """A function that, called in a child, makes it end with the process `parent` (Linux)."""
+    libc = ctypes.CDLL(None)  # loaded before the fork, after which little is safe to do
+
+    def tie() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # the parent ended before the line above took effect
+            os._exit(1)
+
+    return tie
 
 
 if __name__ == "__main__":

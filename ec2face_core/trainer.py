@@ -1,14 +1,17 @@
-"""Several processes: accelerate's DDP over the LoRA, or the frozen base in shards.
+"""The training loop (Sec. 3.5, 4.1) on cached latents; only the mask branch's LoRA is trained.
 
-By default every process holds the whole frozen base, and DDP averages the LoRA's gradients (44 MB
-at paper scale). `trainer.shard` is for GPUs that cannot hold the base (24 GB for FLUX.1-dev in
-bfloat16): FSDP2 leaves each process 1/n of it and gathers one block at a time. The LoRA stays whole
-on every process, so that optimiser, checkpoints and files are the same in both.
+`Trainer.step` is the paper's training step, Eqs. 2-13 in their order. `Trainer.update` is one
+optimiser step over samples [n, n + batch x accumulation x processes) of the stream.
+
+Everything random is a function of (seed, sample index), see `stream.py`, and the learning rate is a
+function of the step. So a checkpoint is the LoRA, the optimiser's state and two counters, and
+resuming is bitwise identical to an uninterrupted run. Long-tail weights are normalised over the
+samples of a whole optimiser step, so neither ranks nor accumulation change the loss. `run_dir`
+holds config.yaml, metrics.jsonl (one line per step), checkpoints/ and final/ (the LoRA).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -24,12 +27,13 @@ from torch import Tensor
 from .backbone import load_backbone, load_tiny_decoder
 from .config import VARIANTS, Config, ConfigError, TrainerConfig, adapter_name, resolve
 from .consistency import PixelConsistency
+from .data import open_dataset
 from .fast.blocks import attention_kernel, prepare_blocks
-from .fast.importance import gate_probability
+from .fast.importance import pixel_loss_probability
 from .fast.sharding import average_gradients, shard_base
 from .flow import interpolate, reverse_estimate, velocity
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
-from .losses import LossBreakdown, flow_matching_loss, latent_weights, total_loss
+from .losses import flow_matching_loss, latent_weights, total_loss
 from .mask_branch import (
     MaskKVCache,
     add_mask_lora,
@@ -43,53 +47,16 @@ from .runs import (
     compare_identities,
     cut_metrics,
     newest_checkpoint,
+    provenance,
     read_metrics,
     restore_training,
     save_checkpoint,
     training_identity,
     training_tensors,
     whole_folder,
+    write_json,
 )
-from .stream import Draws, SampleStream
-
-
-def make_accelerator(config: TrainerConfig, device: str | None = None) -> Any:
-    """Accelerate with DDP over the LoRA only, checked against the configuration.
-
-    Args:
-        config: reads mixed_precision, num_processes and shard.
-        device: "cpu" keeps it off a GPU; None: accelerate chooses.
-
-    Raises:
-        ConfigError: it was started on another number of processes, or cannot work on this machine.
-    """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    if cpu and config.mixed_precision == "fp16":
-        raise ConfigError("trainer.mixed_precision: fp16 needs a GPU; use bf16 or no")
-    AcceleratorState._reset_state()  # else a second trainer of a notebook has the first's precision
-    accelerator = Accelerator(
-        # Without cpu=True each rank of a machine without GPU believes that it is alone.
-        cpu=cpu,
-        mixed_precision=config.mixed_precision,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
-    )
-    if accelerator.num_processes != config.num_processes:
-        raise ConfigError(
-            f"started on {accelerator.num_processes} processes, but trainer.num_processes is "
-            f"{config.num_processes}: set it to what you start, or start with launch.run"
-        )
-    if config.shard and config.num_processes == 1:
-        raise ConfigError(
-            "trainer.shard divides the base among several processes: raise trainer.num_processes, "
-            "or turn it off"
-        )
-    return accelerator
-
+from .stream import Samples, SampleStream
 
 METRICS = ("t", "total", "flow", "text", "mask", "beta", "unweighted_flow", "grad_norm")
 
@@ -99,7 +66,7 @@ class Trainer:
 
     Args:
         config: the experiment; `VARIANTS[variant]` is laid over it.
-        variant: what the adapter is trained with.
+        variant: row of Tables 3 and 4.
         run_dir: where everything goes; default `runs/<profile>/training/<variant>`. A directory
             that holds a checkpoint is resumed.
         device: "cpu" keeps the training off a GPU; default: accelerate chooses.
@@ -115,40 +82,135 @@ class Trainer:
         run_dir: Path | str | None = None,
         device: str | None = None,
     ) -> None:
-        name = adapter_name(config, variant)  # refuses an unknown one
-        if config.trainer.schedule not in ("constant", "cosine"):
-            raise ConfigError(f"trainer.schedule {config.trainer.schedule!r}: constant or cosine")
-        if (k := config.trainer.noise_repeats) != 1:
-            if config.lora.attention != "decoupled":
-                raise ConfigError(
-                    f"trainer.noise_repeats {k} needs lora.attention decoupled: in joint "
-                    "attention mask tokens depend on time, noise and text"
-                )
-            if k < 1 or config.trainer.batch_size % k:
-                raise ConfigError(
-                    f"trainer.batch_size {config.trainer.batch_size} must be a multiple of "
-                    f"trainer.noise_repeats {k}"
-                )
+        name = adapter_name(config, variant)  # refuses an unknown variant
         self.config = config.replace(**VARIANTS[variant])
-        self.variant, self.device_name = variant, device
+        self.variant = variant
+        self.device_name = device
         self.run_dir = resolve(run_dir or config.run_dir / "training" / name)
-        self.step = self.samples = 0  # done so far
-        self._rows: list[tuple[dict[str, float], Tensor]] = []  # steps that are not yet logged
+        self.steps_done = 0
+        self.samples_done = 0
+        self._unlogged: list[tuple[dict[str, float], Tensor]] = []
 
-    # ------------------------------------------------------------------------------- the run
+    # ----------------------------------------------------------------------------- the paper's step
+
+    def step(self, samples: Samples, w: Tensor | None = None) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch: Eqs. 2-13, in the paper's order and symbols.
+
+        Gradients are added to the LoRA's. They are those of Eq. 12; `consistency.py` explains why
+        its second term can be written as an inner product with a constant g.
+
+        Args:
+            samples: faces, times, noise and dropped conditions of b samples.
+            w: Eq. 10 at latent resolution, `b h w`; None: Eq. 3 instead of Eq. 11.
+
+        Returns:
+            Batch means for the log, detached: t, the parts of Eq. 12, and unweighted_flow (Eq. 3).
+        """
+        loss_config = self.config.loss
+        z, z_m, m, captions, embedded = self._read(samples)
+        t = samples.t.to(self.device)
+        noise = samples.noise.to(self.device)
+
+        keep_text = samples.keep_text.to(self.device)  # Eq. 13
+        keep_mask = samples.keep_mask.to(self.device)
+        text = embedded.where(samples.keep_text, self.null_text).to(self.device)
+        any_mask_dropped = not samples.keep_mask.all()  # on the CPU: no wait for the GPU
+
+        z_t = interpolate(z, noise, t)  # Eq. 2
+        mu = velocity(z, noise)
+        v = predict_velocity(  # Eqs. 1, 4
+            self.model, z_t, t, text, self._mask_condition(z_m),
+            keep_mask if any_mask_dropped else None,
+            guidance=self.config.backbone.guidance, lora=self.config.lora,
+        )  # fmt: skip
+        flow = flow_matching_loss(v, mu, w)  # Eqs. 3, 11
+        loss = flow.mean()
+
+        text_loss = mask_loss = None
+        if self.consistency is not None:
+            z_hat = reverse_estimate(z_t, v, t)  # Eq. 5
+            with self.accelerator.autocast():
+                g, text_loss, mask_loss = self.consistency.gradient(  # Eqs. 6-9
+                    z_hat, captions, m, t, keep_text, keep_mask, samples.pixel_weight
+                )
+            loss = loss + (z_hat * g).sum() / len(t)  # Eq. 12
+        self.accelerator.backward(loss / self.config.trainer.accumulation)
+
+        with torch.no_grad():
+            parts = total_loss(flow, text_loss, mask_loss, t, loss_config, keep_text, keep_mask)
+            plain = flow_matching_loss(v, mu).mean()
+        return parts.mean() | {"t": t.mean(), "unweighted_flow": plain}
+
+    def update(self) -> None:
+        """One optimiser step over the next samples of the stream."""
+        start = time.perf_counter()
+        c = self.config.trainer
+        indices = range(self.samples_done, self.samples_done + self.step_samples)
+        w = self.long_tail_weights(indices)
+        sums = torch.zeros(len(METRICS) - 1, device=self.device)
+        for k in range(c.accumulation):
+            first = (k * c.num_processes + self.accelerator.process_index) * c.batch_size
+            rows = slice(first, first + c.batch_size)
+            last = k == c.accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                samples = self.stream.sample(indices[rows])
+                means = self.step(samples, None if w is None else w[rows])
+            sums += torch.stack([means[name] for name in METRICS[:-1]])
+        if c.shard:
+            average_gradients(self.parameters)
+        rate = learning_rate(self.steps_done, c.steps, c.learning_rate, c.warmup, c.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = self.accelerator.clip_grad_norm_(self.parameters, c.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps_done += 1
+        self.samples_done = indices.stop
+        seconds = time.perf_counter() - start
+        row = {
+            "step": self.steps_done, "samples": self.samples_done, "lr": rate,
+            "seconds": seconds, "samples_per_second": self.step_samples / seconds,
+        }  # fmt: skip
+        self._unlogged.append((row, torch.cat([sums / c.accumulation, norm.float().reshape(1)])))
+
+    def long_tail_weights(self, indices: range) -> Tensor | None:
+        """Eq. 10 for all samples of a step, of all ranks, so that `normalize` sees them all."""
+        if not self.config.loss.long_tail:
+            return None
+        label_maps = self.cache.label_maps(self.stream.ids(indices)).to(self.device)
+        side = self.cache.latent_shape[-1]
+        return latent_weights(label_maps, self.counts, side, self.config.loss)
+
+    def _read(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor, list[str], Any]:
+        """Cached inputs of the samples: z, z_m, m on the device; captions and their embeddings."""
+        batch = self.cache.batch(samples.ids, samples.captions)
+        tensors = (batch[name].to(self.device) for name in ("z", "z_mask", "label_map"))
+        return *tensors, batch["captions"], batch["text"]
+
+    def _mask_condition(self, z_m: Tensor) -> Tensor | MaskKVCache:
+        """Mask latents, or one pass over each face's mask for its K noise repeats."""
+        repeats = self.config.trainer.noise_repeats
+        if repeats == 1:
+            return z_m
+        return precompute_mask_kv(self.model, z_m[::repeats])[torch.arange(len(z_m)) // repeats]
+
+    # ------------------------------------------------------------------------------------- the run
 
     def fit(self) -> Path:
         """Train up to `trainer.steps`, from the newest checkpoint if there is one.
 
         Returns:
-            The adapter folder `run_dir/final`, what `backbone.load_mask_lora` reads.
+            The LoRA's folder `run_dir/final`, which `mask_branch.load_mask_lora` reads.
 
         Raises:
             ConfigError: a setting does not fit the launch, or the checkpoint in `run_dir`.
             FloatingPointError: the loss diverged.
         """
-        final, c = self.run_dir / "final", self.config.trainer
-        checkpoint = self._checkpoint()
+        from tqdm.auto import tqdm
+
+        c = self.config.trainer
+        final = self.run_dir / "final"
+        checkpoint = self._newest_checkpoint()
         if checkpoint and checkpoint[1]["step"] >= c.steps and final.is_dir():
             print(f"{self.variant}: {c.steps} steps are done already, see {final}", flush=True)
             return final
@@ -156,32 +218,29 @@ class Trainer:
         if checkpoint:
             self._restore(*checkpoint)
         self._begin_files()
-        from tqdm.auto import tqdm
-
         bar = tqdm(
-            desc=self.variant, unit="step", initial=self.step, total=c.steps, mininterval=1,
+            desc=self.variant, unit="step", initial=self.steps_done, total=c.steps, mininterval=1,
             disable=None if self.is_main else True,
         )  # fmt: skip
         with bar:
-            while self.step < c.steps:
-                self.train_step()
+            while self.steps_done < c.steps:
+                self.update()
                 bar.update()
-                due = self.step % c.checkpoint_every == 0 or self.step == c.steps
-                if due or self.step % c.log_every == 0:
-                    self._log()  # before the checkpoint: no weights of a diverged loss are kept
+                due = self.steps_done % c.checkpoint_every == 0 or self.steps_done == c.steps
+                if due or self.steps_done % c.log_every == 0:
+                    self._log()  # before the checkpoint: weights of a diverged loss are not kept
                 if due:
                     self._save()
         if self.is_main:
             with whole_folder(final) as part:
-                self._write_adapter(part)
+                self._write_lora(part)
         self.accelerator.wait_for_everyone()
         return final
 
     def setup(self) -> None:
-        """Encode what is not cached; load transformer, LoRA and critics; make the optimiser."""
-        from .data import open_dataset
-
-        config, c = self.config, self.config.trainer
+        """Encode what is not cached; load transformer, LoRA and guides; make the optimiser."""
+        config = self.config
+        c = config.trainer
         self.accelerator = make_accelerator(c, self.device_name)
         self.device = self.accelerator.device
         with self.accelerator.main_process_first():
@@ -195,28 +254,32 @@ class Trainer:
             captions=lambda cache: self._stream(cache).captions(planned),
             accelerator=self.accelerator,
         )
-        self.stream, self.null_text = self._stream(self.cache), self.cache.text([EMPTY])
+        self.stream = self._stream(self.cache)
+        self.null_text = self.cache.text([EMPTY])
         self.counts = self.cache.label_counts()
 
-        guided = config.loss.alpha_text > 0, config.loss.alpha_mask > 0
-        tiny = config.backbone.pixel_decoder
-        parts = ("transformer", "vae") if any(guided) and not tiny else ("transformer",)
+        needs_text = config.loss.alpha_text > 0
+        needs_mask = config.loss.alpha_mask > 0
+        needs_vae = (needs_text or needs_mask) and not config.backbone.pixel_decoder
+        parts = ("transformer", "vae") if needs_vae else ("transformer",)
         backbone = load_backbone(config.backbone, parts)
-        if any(guided) and tiny:
-            shape = self.cache.latent_shape
-            backbone.vae = load_tiny_decoder(config.backbone, shape, config.data.size)
         self.transformer = backbone.transformer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.parameters = add_mask_lora(self.transformer, config.lora)
         prepare_blocks(self.transformer, c)
-        self.guidance = None
-        if any(guided):
-            of = {"config": config.perception, "device": self.device}
-            self.guidance = PixelConsistency(
-                backbone.vae.to(self.device),
-                ClipScorer.from_config(**of) if guided[0] else None,
-                FaceParser.from_config(**of) if guided[1] else None,
+
+        self.consistency = None
+        if needs_text or needs_mask:
+            vae = backbone.vae
+            if not needs_vae:
+                shape = self.cache.latent_shape
+                vae = load_tiny_decoder(config.backbone, shape, config.data.size)
+            guides = {"config": config.perception, "device": self.device}
+            self.consistency = PixelConsistency(
+                vae.to(self.device),
+                ClipScorer.from_config(**guides) if needs_text else None,
+                FaceParser.from_config(**guides) if needs_mask else None,
                 config.loss,
             )
         optimizer = torch.optim.AdamW(
@@ -243,99 +306,18 @@ class Trainer:
         return c.batch_size * c.accumulation * c.num_processes
 
     def _stream(self, cache: LatentCache) -> SampleStream:
-        c, loss = self.config.trainer, self.config.loss
-        gate = partial(gate_probability, config=loss) if loss.importance_sampling else None
+        c = self.config.trainer
+        probability = None
+        if self.config.loss.importance_sampling:
+            probability = partial(pixel_loss_probability, config=self.config.loss)
         return SampleStream(
-            cache, self.config.seed, c.drop_probability, c.low_discrepancy_t, gate, c.noise_repeats
-        )
-
-    # ----------------------------------------------------------------------------- one step
-
-    def train_step(self) -> None:
-        """One optimiser step over the next samples of the stream."""
-        start, c, accelerator = time.perf_counter(), self.config.trainer, self.accelerator
-        indices = range(self.samples, self.samples + self.step_samples)
-        weights = self._weights(indices)
-        sums = torch.zeros(len(METRICS) - 1, device=self.device)
-        for k in range(c.accumulation):
-            first = (k * accelerator.num_processes + accelerator.process_index) * c.batch_size
-            rows = slice(first, first + c.batch_size)
-            last = k == c.accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                draws = self.stream.draw(indices[rows])
-                loss, means = self.loss(draws, None if weights is None else weights[rows])
-                accelerator.backward(loss / c.accumulation)
-            sums += torch.stack([means[name] for name in METRICS[:-1]])
-        if c.shard:
-            average_gradients(self.parameters)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(c, self.step)
-        norm = accelerator.clip_grad_norm_(self.parameters, c.max_grad_norm or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step, self.samples = self.step + 1, indices.stop
-        seconds = time.perf_counter() - start
-        about = {"step": self.step, "samples": self.samples, "lr": group["lr"]}
-        about |= {"seconds": seconds, "samples_per_second": self.step_samples / seconds}
-        self._rows.append((about, torch.cat([sums / c.accumulation, norm.float().reshape(1)])))
-
-    def loss(self, draws: Draws, weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of Eq. 12 to call backward on, and the batch means for the log.
-
-        The tensor's gradient is that of Eq. 12; its value is not (see `guidance.py`), the log's is.
-
-        Args:
-            draws: b samples of the stream.
-            weights: of Eq. 11 at latent resolution, `b h w`; None = Eq. 3.
-        """
-        config, to = self.config, self.device
-        batch = self.cache.batch(draws.ids, draws.captions)
-        z, z_mask, label_map = (batch[k].to(to) for k in ("z", "z_mask", "label_map"))
-        text = batch["text"].where(draws.keep_text, self.null_text).to(to)
-        keep_text, keep_mask = draws.keep_text.to(to), draws.keep_mask.to(to)
-        t, noise = draws.t.to(to), draws.noise.to(to)
-
-        z_t, target = interpolate(z, noise, t), velocity(z, noise)
-        v = predict_velocity(
-            self.model, z_t, t, text, self._masks(z_mask),
-            None if draws.keep_mask.all() else keep_mask,  # decided without waiting for the GPU
-            guidance=config.backbone.guidance, lora=config.lora,
+            cache, self.config.seed, c.drop_probability, c.low_discrepancy_t, probability,
+            c.noise_repeats,
         )  # fmt: skip
-        flow = flow_matching_loss(v, target, weights)
-        loss, text_loss, mask_loss = flow.mean(), None, None
-        if self.guidance is not None:
-            z_hat = reverse_estimate(z_t, v, t)
-            with self.accelerator.autocast():
-                g, text_loss, mask_loss = self.guidance.gradient(
-                    z_hat, batch["captions"], label_map, t, keep_text, keep_mask, draws.gate
-                )
-            loss = loss + (z_hat * g).sum() / len(t)
 
-        with torch.no_grad():
-            parts: LossBreakdown = total_loss(
-                flow, text_loss, mask_loss, t, config.loss, keep_text, keep_mask
-            )
-            means = {"t": t.mean(), "unweighted_flow": flow_matching_loss(v, target).mean()}
-        return loss, parts.mean() | means
+    # --------------------------------------------------------------------- checkpoints and messages
 
-    def _masks(self, z_mask: Tensor) -> Tensor | MaskKVCache:
-        """Mask latents, or what one pass over each face's mask leaves for its K samples."""
-        k = self.config.trainer.noise_repeats
-        if k == 1:
-            return z_mask
-        return precompute_mask_kv(self.model, z_mask[::k])[torch.arange(len(z_mask)) // k]
-
-    def _weights(self, indices: range) -> Tensor | None:
-        """Eq. 10 for all samples of the step, of all ranks, so that `normalize` sees them all."""
-        if not self.config.loss.long_tail:
-            return None
-        label_maps = self.cache.label_maps(self.stream.ids(indices)).to(self.device)
-        side = self.cache.latent_shape[-1]
-        return latent_weights(label_maps, self.counts, side, self.config.loss)
-
-    # ------------------------------------------------------------------- files and messages
-
-    def _checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _newest_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest valid checkpoint of this run_dir; ConfigError if it is of another training."""
         found = newest_checkpoint(self.run_dir / "checkpoints")
         if found is not None:
@@ -345,110 +327,158 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         return training_identity(self.config) | {"variant": self.variant}
 
+    def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
+
     def _save(self) -> None:
         if self.is_main:
-            about = {"samples": self.samples, "identity": self._identity()}
+            state = {"samples": self.samples_done, "identity": self._identity()}
             if self.accelerator.scaler is not None:  # fp16
-                about["scaler"] = self.accelerator.scaler.state_dict()
+                state["scaler"] = self.accelerator.scaler.state_dict()
             save_checkpoint(
                 self.run_dir / "checkpoints",
-                self.step,
+                self.steps_done,
                 training_tensors(self._named_parameters(), self.optimizer),
-                about,
+                state,
                 self.config.trainer.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         restore_training(self._named_parameters(), self.optimizer, tensors)
-        if "scaler" in about and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(about["scaler"])
-        self.step, self.samples = about["step"], about["samples"]
-
-    def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
+        if "scaler" in state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.steps_done = state["step"]
+        self.samples_done = state["samples"]
 
     def _begin_files(self) -> None:
-        """config.yaml, metrics.jsonl cut back to the step resumed from, and a first message."""
+        """Write config.yaml, cut metrics.jsonl back to the step resumed from, print a line."""
         if not self.is_main:
             return
         self.config.save(self.run_dir / "config.yaml")
-        cut_metrics(self.run_dir, self.step)
-        learnt = sum(p.numel() for p in self.parameters)
-        whole = sum(p.numel() for p in self.transformer.parameters())
-        share, resuming = 100 * learnt / (whole - learnt), f", after step {self.step}"
+        cut_metrics(self.run_dir, self.steps_done)
+        trainable = sum(p.numel() for p in self.parameters)
+        frozen = sum(p.numel() for p in self.transformer.parameters()) - trainable
+        resumed = f", resumed after step {self.steps_done}" if self.steps_done else ""
         print(
-            f"{self.variant}: {learnt:,} LoRA parameters ({share:.3f} % of the backbone's), "
+            f"{self.variant}: {trainable:,} LoRA parameters "
+            f"({100 * trainable / frozen:.3f} % of the backbone's), "
             f"{self.accelerator.num_processes} x {self.device.type}, {self.step_samples} samples "
-            f"a step, attention by {self._kernels()}, latents in {self.cache.folder}"
-            f"{resuming if self.step else ''}",
+            f"per step, attention kernel {self._kernels()}, latents in {self.cache.folder}"
+            f"{resumed}",
             flush=True,
         )
 
     def _kernels(self) -> str:
         """Names of the attention kernels of batches with every mask and with dropped ones."""
         _, h, w = self.cache.latent_shape
-        tokens, c = self.config.backbone.text_length + 2 * (h // 2) * (w // 2), self.config.trainer
-        of = self.transformer, tokens, c.mixed_precision, self.device
-        kernels = [attention_kernel(*of, masked) for masked in (False, True)]
+        tokens = self.config.backbone.text_length + 2 * (h // 2) * (w // 2)
+        precision = self.config.trainer.mixed_precision
+        kernels = [
+            attention_kernel(self.transformer, tokens, precision, self.device, masked)
+            for masked in (False, True)
+        ]
         return " or, where a mask is dropped, ".join(dict.fromkeys(kernels))
 
     def _log(self) -> None:
-        """Write the steps since the last call, and a line with their mean."""
-        means = self.accelerator.reduce(torch.stack([m for _, m in self._rows]), "mean").tolist()
+        """Write the steps since the last call, and print their mean."""
+        means = torch.stack([values for _, values in self._unlogged])
+        means = self.accelerator.reduce(means, "mean").tolist()
         rows = [
-            about | dict(zip(METRICS, values, strict=True))
-            for (about, _), values in zip(self._rows, means, strict=True)
+            row | dict(zip(METRICS, values, strict=True))
+            for (row, _), values in zip(self._unlogged, means, strict=True)
         ]
-        self._rows = []
+        self._unlogged = []
         if self.is_main:
             add_metrics(self.run_dir, rows)
-            self._print_progress(rows)
+            self._print_means(rows)
         bad = [r["step"] for r in rows if not math.isfinite(r["total"] + r["grad_norm"])]
         if bad and self.config.trainer.mixed_precision != "fp16":  # whose scaler skips such steps
             raise FloatingPointError(
-                f"loss or gradient of step {bad[0]} is not finite; the newest checkpoint is from "
-                "before. Lower trainer.learning_rate, or set loss.clip"
+                f"the loss or gradient of step {bad[0]} is not finite; the newest checkpoint is "
+                "from before. Lower trainer.learning_rate, or set loss.clip"
             )
 
-    def _print_progress(self, rows: Sequence[dict[str, float]]) -> None:
-        """One plain line with the mean of these rows, above the progress bar if there is one."""
+    def _print_means(self, rows: Sequence[dict[str, float]]) -> None:
+        """Print one line above the progress bar."""
         from tqdm.auto import tqdm
 
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[-1]}
-        last = rows[-1]
+        step = rows[-1]["step"]
         steps = self.config.trainer.steps
         tqdm.write(
-            f"step {last['step']}/{steps}  loss {mean['total']:.4f}  flow {mean['flow']:.4f}  "
+            f"step {step}/{steps}  loss {mean['total']:.4f}  flow {mean['flow']:.4f}  "
             f"text {mean['text']:.4f}  mask {mean['mask']:.4f}  gradient {mean['grad_norm']:.3f}  "
-            f"lr {last['lr']:.1e}  {mean['seconds']:.3f} s/step  "
+            f"lr {rows[-1]['lr']:.1e}  {mean['seconds']:.3f} s/step  "
             f"{mean['samples_per_second']:.1f} samples/s  "
-            f"{(steps - last['step']) * mean['seconds'] / 60:.1f} min left"
+            f"{(steps - step) * mean['seconds'] / 60:.1f} min left"
         )
         sys.stdout.flush()
 
-    def _write_adapter(self, folder: Path) -> None:
-        from .runs import provenance
-
+    def _write_lora(self, folder: Path) -> None:
         config = self.config
         save_mask_lora(self.transformer, folder, config.lora, config.backbone.text_length)
-        about = provenance(
+        record = provenance(
             config,
             seconds=sum(row["seconds"] for row in read_metrics(self.run_dir)),
             inputs=[config.backbone.path],
             variant=self.variant,
-            steps=self.step,
-            samples=self.samples,
+            steps=self.steps_done,
+            samples=self.samples_done,
             processes=self.accelerator.num_processes,
             data=self.cache.folder.name,
         )
-        (folder / "provenance.json").write_text(json.dumps(about, indent=2) + "\n")
+        write_json(folder / "provenance.json", record)
 
 
-def learning_rate(config: TrainerConfig, step: int) -> float:
-    """Rate of step 0, 1, ...: a linear warm-up, then constant or half a cosine down to 0."""
-    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
-    if config.schedule == "cosine":
-        rest = (step - config.warmup) / max(1, config.steps - config.warmup)
-        rate *= 0.5 * (1 + math.cos(math.pi * max(0.0, rest)))
+def learning_rate(
+    step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "constant"
+) -> float:
+    """Learning rate of step 0, 1, ...: linear warm-up, then constant or half a cosine to 0.
+
+    Args:
+        step: number of the optimiser step.
+        steps: length of the training.
+        peak: learning rate after the warm-up.
+        warmup: steps of the warm-up.
+        schedule: "constant" or "cosine".
+    """
+    rate = peak * min(1.0, (step + 1) / max(1, warmup))
+    if schedule == "cosine":
+        progress = (step - warmup) / max(1, steps - warmup)
+        rate *= 0.5 * (1 + math.cos(math.pi * max(0.0, progress)))
     return rate
+
+
+def make_accelerator(config: TrainerConfig, device: str | None = None) -> Any:
+    """Accelerate with DDP over the LoRA only, checked against the configuration.
+
+    Every process holds the whole frozen base (or 1/n of it, `trainer.shard`), and DDP averages the
+    LoRA's gradients: 44 MB at paper scale.
+
+    Args:
+        config: mixed_precision and num_processes are used.
+        device: "cpu" keeps it off a GPU; None: accelerate chooses.
+
+    Raises:
+        ConfigError: it was started on another number of processes, or cannot work on this machine.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if cpu and config.mixed_precision == "fp16":
+        raise ConfigError("trainer.mixed_precision: fp16 needs a GPU; use bf16 or no")
+    AcceleratorState._reset_state()  # else a notebook's second trainer has the first's precision
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        cpu=cpu,  # without it each rank of a machine without a GPU runs alone
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[ddp],
+    )
+    if accelerator.num_processes != config.num_processes:
+        raise ConfigError(
+            f"started on {accelerator.num_processes} processes, but trainer.num_processes is "
+            f"{config.num_processes}: set it to the number that you start"
+        )
+    return accelerator

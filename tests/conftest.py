@@ -1,4 +1,4 @@
-"""Shared small worlds: a random miniature backbone, procedural faces, critics, a configuration.
+"""Shared small worlds: a random backbone, procedural faces, perception models, a configuration.
 
 Everything is built once a session in a temporary folder; nothing needs `data/mini`.
 """

@@ -1,8 +1,7 @@
-"""How the transformer's blocks are run: what is recomputed, what is compiled, on which kernel.
+"""Recomputation, compilation and attention kernels of the transformer's blocks.
 
-The base is frozen, so its activations are few: at 512 px FLUX.1-dev keeps 16-19 GB a sample without
-recomputation, which costs 46 % more arithmetic. Hence nothing is recomputed unless the
-configuration asks for it, and then as little as fits.
+The base is frozen, so it keeps few activations: 16-19 GB per sample for FLUX.1-dev at 512 px.
+Recomputing them costs 46 % more arithmetic, so it is off unless the configuration asks for it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from ..config import ConfigError, TrainerConfig
+from ..config import TrainerConfig
 
 
 def prepare_blocks(transformer: nn.Module, config: TrainerConfig) -> None:
@@ -22,14 +21,9 @@ def prepare_blocks(transformer: nn.Module, config: TrainerConfig) -> None:
 
     Args:
         transformer: with its LoRA; changed in place, parameters keep their names.
-        config: reads gradient_checkpointing, recompute_every, compile and shard.
-
-    Raises:
-        ConfigError: recompute_every is below 1.
+        config: gradient_checkpointing, recompute_every, compile and shard are used.
     """
     every = config.recompute_every
-    if every < 1:
-        raise ConfigError(f"trainer.recompute_every must be at least 1, got {every}")
     if config.gradient_checkpointing and every == 1:
         transformer.enable_gradient_checkpointing()
     elif config.gradient_checkpointing:
@@ -51,7 +45,7 @@ def attention_kernel(
 ) -> str:
     """The kernel that `scaled_dot_product_attention` takes in training, e.g. `flash_attention`.
 
-    Worth a look in every log: a fallback to `math` changes nothing but the speed, by far.
+    A fallback to `math` gives the same results far more slowly, so every log names the kernel.
 
     Args:
         transformer: FluxTransformer2DModel.
@@ -60,9 +54,9 @@ def attention_kernel(
         device: where it runs.
         masked: for a batch in which some sample's mask was dropped, so that there is a key mask.
     """
-    config = transformer.config
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, transformer.dtype)
-    shape = 1, config.num_attention_heads, tokens, config.attention_head_dim
+    heads = transformer.config.num_attention_heads
+    shape = (1, heads, tokens, transformer.config.attention_head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool, device=device) if masked else None
     choice = torch._fused_sdp_choice(q, q, q, attn_mask=mask)  # what the dispatcher itself asks

@@ -1,24 +1,22 @@
-"""Decoupled attention: mask tokens see mask tokens alone, so their keys and values are a constant.
+"""Decoupled attention: mask tokens attend to mask tokens only, so their keys and values are fixed.
 
     mask tokens           attend to the mask tokens, at t = 0, guidance 1 and without a text
-    text and noise tokens attend to everything, at the sample's own t, guidance and text
+    text and noise tokens attend to every token, at the sample's own t, guidance and text
 
-Hence two passes over diffusers' own blocks and weights: the first runs the mask tokens and keeps
-each block's keys and values (after rope), the second runs text and noise and reads them. The first
-depends on the mask alone: one pass serves all steps, guidance terms, captions and seeds.
+The forward makes two passes over diffusers' own blocks and weights. The first runs the mask tokens
+and keeps each block's keys and values (after rope); the second runs text and noise tokens and reads
+them. The first depends on the mask alone, so one pass serves all steps, guidance terms, captions
+and seeds. "Without a text" means no text tokens and a pooled vector of zeros.
 
-Chosen here
-    An explicit forward over the blocks rather than hooks on them: each block is given what it reads
-    as an argument, so no state goes stale, and what works on the transformer's `forward` (DDP,
-    autocast, offloading) or block by block (FSDP, gradient checkpointing, regional compilation)
-    works as ever. The price is that the last block runs to its end: 1 % of the first pass of FLUX.
-    "Without a text" is no text tokens and a pooled vector of zeros, which no text encoder is needed
-    for.
+The forward is explicit rather than made of hooks: each block receives what it reads as an argument,
+so no state can become stale. Whatever wraps the transformer's `forward` (DDP, autocast, offloading)
+or its blocks (FSDP, gradient checkpointing, regional compilation) works as with the stock forward.
+The last block runs to its end although its output is not needed: 1 % of FLUX's first pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -34,13 +32,14 @@ from .blocks import blocks_of
 
 Pair = tuple[Tensor, Tensor]  # keys (after rope) and values of one block, `b tokens heads d`
 
-TIME, GUIDANCE = 0.0, 1.0  # what mask tokens are modulated with, together with a pooled zero
+TIME = 0.0  # mask tokens are modulated with this time, this guidance and a pooled zero
+GUIDANCE = 1.0
 
 
 class KVProcessor(FluxAttnProcessor):
-    """Flux attention that can give its keys and values away, and attend to further ones.
+    """Flux attention that can hand out its keys and values, and attend to further ones.
 
-    Without `kept` and `memory` it computes what FluxAttnProcessor does.
+    Without `collected` and `mask_kv` it computes what FluxAttnProcessor does.
     """
 
     def __call__(
@@ -50,18 +49,19 @@ class KVProcessor(FluxAttnProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        kept: list[Pair] | None = None,
-        memory: Pair | None = None,
+        collected: list[Pair] | None = None,
+        mask_kv: Pair | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of a block; see FluxAttnProcessor.
 
         Args:
-            kept: gets this block's keys and values appended.
-            memory: keys and values to attend to besides the block's own, after these.
+            collected: this block's keys and values are appended.
+            mask_kv: keys and values to attend to besides the block's own, after these.
         """
         parts = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         q, k, v, *text = (p if p is None else p.unflatten(-1, (-1, attn.head_dim)) for p in parts)
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        q = attn.norm_q(q)
+        k = attn.norm_k(k)
         if encoder_hidden_states is not None:
             text_q, text_k, text_v = text
             q = torch.cat([attn.norm_added_q(text_q), q], dim=1)
@@ -69,11 +69,11 @@ class KVProcessor(FluxAttnProcessor):
             v = torch.cat([text_v, v], dim=1)
         q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
         k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
-        if kept is not None:
-            kept.append((k, v))
-        if memory is not None:
-            pairs = zip((k, v), memory, strict=True)
-            k, v = (torch.cat([own, more.to(own.dtype)], dim=1) for own, more in pairs)
+        if collected is not None:
+            collected.append((k, v))
+        if mask_kv is not None:
+            pairs = zip((k, v), mask_kv, strict=True)
+            k, v = (torch.cat([x, more.to(x.dtype)], dim=1) for x, more in pairs)
         out = dispatch_attention_fn(
             q, k, v,
             attn_mask=attention_mask,
@@ -87,16 +87,21 @@ class KVProcessor(FluxAttnProcessor):
         return out, attn.to_add_out(text_out.contiguous())
 
 
-def install(transformer: nn.Module) -> None:
-    """Let a FluxTransformer2DModel with a mask branch attend decoupled. Idempotent."""
-    _set_processors(transformer, KVProcessor)
-    _set_forward(transformer, forward)
-
-
-def uninstall(transformer: nn.Module) -> None:
-    """Back to the stock forward and the stock processors."""
-    _set_processors(transformer, FluxAttnProcessor)
-    _set_forward(transformer, type(transformer).forward)
+def set_attention(transformer: nn.Module, attention: str) -> None:
+    """Set the attention pattern of a FluxTransformer2DModel: "joint" (stock) or "decoupled"."""
+    decoupled = attention == "decoupled"
+    kind = KVProcessor if decoupled else FluxAttnProcessor
+    for block in blocks_of(transformer):
+        old = block.attn.processor
+        if type(old) is not kind:
+            new = kind()
+            new._attention_backend = old._attention_backend
+            new._parallel_config = old._parallel_config
+            block.attn.set_processor(new)
+    function = forward if decoupled else type(transformer).forward
+    # accelerate's offloading hook wraps `forward` and calls `_old_forward`
+    name = "_old_forward" if hasattr(transformer, "_hf_hook") else "forward"
+    setattr(transformer, name, MethodType(function, transformer))
 
 
 @apply_lora_scale("joint_attention_kwargs")
@@ -111,50 +116,56 @@ def forward(
     guidance: Tensor | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
     return_dict: bool = True,
-    memory: Iterable[Pair] | None = None,
+    mask_kv: Iterable[Pair] | None = None,
 ) -> Any:
-    """FluxTransformer2DModel's forward where mask tokens see mask tokens only.
+    """FluxTransformer2DModel's forward where mask tokens attend to mask tokens only.
 
     The arguments are the stock ones; the last `mask_branch.tokens` of `hidden_states` are mask
-    tokens. If all are, their keys and values of every block are returned, a tuple of pairs, and
-    nothing else is needed. Else the output `(b, noise tokens, c)` as the stock forward gives it.
+    tokens. If all of them are, their keys and values of every block are returned, a tuple of pairs,
+    and no other argument is needed. Otherwise the output is `(b, noise tokens, c)`, as from the
+    stock forward.
 
     Args:
-        memory: such pairs of an earlier call, `b` rows each, instead of mask tokens.
+        mask_kv: such pairs of an earlier call, `b` rows each, instead of mask tokens.
         joint_attention_kwargs: an `attention_mask` `(b or 1, 1, 1, text + noise + mask tokens)`
-            says which keys text and noise see, or what is added to their logits.
+            says which keys text and noise attend to, or what is added to their logits.
     """
     tokens = self.mask_branch.tokens
     if tokens == hidden_states.shape[1]:
-        return _remember(self, hidden_states, img_ids)
+        return _mask_pass(self, hidden_states, img_ids)
     if tokens:
-        memory = _remember(self, hidden_states[:, -tokens:], img_ids[-tokens:])
-        hidden_states, img_ids = hidden_states[:, :-tokens], img_ids[:-tokens]
-    if memory is None:
+        mask_kv = _mask_pass(self, hidden_states[:, -tokens:], img_ids[-tokens:])
+        hidden_states = hidden_states[:, :-tokens]
+        img_ids = img_ids[:-tokens]
+    if mask_kv is None:
         return type(self).forward(
             self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids,
             txt_ids, guidance, joint_attention_kwargs, return_dict=return_dict,
         )  # fmt: skip
 
     self.mask_branch.tokens = 0
-    image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
+    image = self.x_embedder(hidden_states)
+    text = self.context_embedder(encoder_hidden_states)
     modulation = _modulation(self, timestep, guidance, pooled_projections, image.dtype)
     rope = self.pos_embed(torch.cat([txt_ids, img_ids]))
-    for block, pair in zip(blocks_of(self), memory, strict=True):
-        attention = {**(joint_attention_kwargs or {}), "memory": pair}
+    for block, pair in zip(blocks_of(self), mask_kv, strict=True):
+        attention = {**(joint_attention_kwargs or {}), "mask_kv": pair}
         text, image = _run(self, block, 0, image, text, modulation, rope, attention)
     output = self.proj_out(self.norm_out(image, modulation))
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-def _remember(self: Any, tokens: Tensor, ids: Tensor) -> tuple[Pair, ...]:
+def _mask_pass(self: Any, tokens: Tensor, ids: Tensor) -> tuple[Pair, ...]:
     """Every block's keys and values of the mask tokens `(b, n, c)` at the places `(n, 3)`."""
-    self.mask_branch.tokens = n = tokens.shape[1]
+    n = tokens.shape[1]
+    self.mask_branch.tokens = n
     mask = self.x_embedder(tokens)
     pooled = tokens.new_zeros(1, self.config.pooled_projection_dim)
     guidance = pooled.new_full((1,), GUIDANCE) if self.config.guidance_embeds else None
     modulation = _modulation(self, pooled.new_full((1,), TIME), guidance, pooled, mask.dtype)
-    rope, no_text, pairs = self.pos_embed(ids), mask[:, :0], []
+    rope = self.pos_embed(ids)
+    no_text = mask[:, :0]
+    pairs: list[Pair] = []
     for block in blocks_of(self):
         _, mask, *pair = _run(self, block, n, mask, no_text, modulation, rope, {})
         pairs.append(tuple(pair))
@@ -174,10 +185,12 @@ def _run(
     """A block's text and image tokens; of mask tokens (`tokens` > 0) its keys and values, too."""
 
     def call(image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        self.mask_branch.tokens = tokens  # here, because a recomputing backward comes here, too
-        kept: list[Pair] = []
-        given = attention | {"kept": kept} if tokens else attention
-        return *block(image, text, modulation, rope, given), *(kept[0] if kept else ())
+        self.mask_branch.tokens = tokens  # set here, for recomputation in backward as well
+        collected: list[Pair] = []
+        arguments = attention | {"collected": collected} if tokens else attention
+        return *block(image, text, modulation, rope, arguments), *(
+            collected[0] if collected else ()
+        )
 
     if torch.is_grad_enabled() and self.gradient_checkpointing:
         return self._gradient_checkpointing_func(call, image, text)
@@ -190,19 +203,3 @@ def _modulation(
     """What modulates all tokens of a pass, `(b, d)`, as in the stock forward."""
     times = [time] if guidance is None else [time, guidance]
     return self.time_text_embed(*(t.to(dtype) * 1000 for t in times), pooled)
-
-
-def _set_processors(transformer: Any, kind: type[FluxAttnProcessor]) -> None:
-    for block in blocks_of(transformer):
-        old = block.attn.processor
-        if type(old) is not kind:
-            new = kind()
-            new._attention_backend = old._attention_backend
-            new._parallel_config = old._parallel_config
-            block.attn.set_processor(new)
-
-
-def _set_forward(transformer: Any, function: Callable[..., Any]) -> None:
-    """Where accelerate's offloading hook stands before it, it is the hook that calls `forward`."""
-    name = "_old_forward" if hasattr(transformer, "_hf_hook") else "forward"
-    setattr(transformer, name, MethodType(function, transformer))

@@ -1,9 +1,8 @@
-"""Several processes: accelerate's DDP over the LoRA, or the frozen base in shards.
+"""The frozen base in shards over several processes (`trainer.shard`).
 
-By default every process holds the whole frozen base, and DDP averages the LoRA's gradients (44 MB
-at paper scale). `trainer.shard` is for GPUs that cannot hold the base (24 GB for FLUX.1-dev in
-bfloat16): FSDP2 leaves each process 1/n of it and gathers one block at a time. The LoRA stays whole
-on every process, so that optimiser, checkpoints and files are the same in both.
+By default every process holds the whole frozen base (24 GB for FLUX.1-dev in bfloat16). For GPUs
+that cannot hold it, FSDP2 leaves each process 1/n and gathers one block at a time. The LoRA stays
+whole on every process, so optimiser, checkpoints and files are the same in both.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from .blocks import blocks_of
 
 
 def shard_base(transformer: nn.Module, accelerator: Any) -> nn.Module:
-    """Leave this process 1/n of each block's frozen weights, on its device; in place of DDP.
+    """Leave this process 1/n of each block's frozen weights, on its device, instead of DDP.
 
     Args:
-        transformer: FluxTransformer2DModel on the CPU, frozen but for its LoRA.
+        transformer: FluxTransformer2DModel on the CPU, frozen except for its LoRA.
         accelerator: of several processes; its precision is the forward's.
 
     Returns:
-        The transformer. Its LoRA is whole, and its gradients are this process's own: see
+        The transformer. Its LoRA is whole, and its gradients are this process's alone: see
         `average_gradients`.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -36,11 +35,10 @@ def shard_base(transformer: nn.Module, accelerator: Any) -> nn.Module:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     device = accelerator.device
     mesh = init_device_mesh(device.type, (accelerator.num_processes,))
-    learnt = {p for p in transformer.parameters() if p.requires_grad}
-    # each block goes to the device, then to its shard
-    for module in (*blocks_of(transformer), transformer):
-        fully_shard(module, mesh=mesh, ignored_params=learnt)
-    for p in learnt:
+    trainable = {p for p in transformer.parameters() if p.requires_grad}
+    for module in (*blocks_of(transformer), transformer):  # block by block: to the device, sharded
+        fully_shard(module, mesh=mesh, ignored_params=trainable)
+    for p in trainable:
         p.data = p.data.to(device)
     transformer.forward = accelerator.autocast()(transformer.forward)  # as accelerate does for DDP
     return transformer

@@ -94,29 +94,6 @@ def test_text_is_flux_pipelines(tiny):
     assert len(text[1:]) == 2 and torch.equal(text[[2]].pooled, text.pooled[2:])
 
 
-def test_tokenizers_spell_the_corpus_and_know_where_it_ends(tiny):
-    clip, t5 = tiny.tokenizer, tiny.tokenizer_2
-    assert clip.eos_token_id == len(clip) - 1
-    for caption in CORPUS[:3]:
-        ids = clip(caption).input_ids
-        assert ids[-1] == clip.eos_token_id and clip.eos_token_id not in ids[:-1]
-        spelt = clip.decode(ids, skip_special_tokens=True)
-        assert spelt.replace(" ", "") == caption.lower().replace(" ", "")
-        assert len(ids) == len(caption.split()) + 3  # one token a word, full stop, start and end
-        assert t5.decode(t5(caption).input_ids, skip_special_tokens=True) == caption
-
-
-def test_same_seed_same_weights_and_the_global_generator_is_left_alone(tiny):
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    again, other = tiny_backbone(CORPUS, seed=1), tiny_backbone(CORPUS, seed=2)
-    assert torch.equal(torch.rand(1), expected)
-    weight = tiny.transformer.x_embedder.weight
-    assert torch.equal(again.transformer.x_embedder.weight, weight)
-    assert not torch.equal(other.transformer.x_embedder.weight, weight)
-
-
 def test_save_and_load_a_folder(tiny, folder):
     loaded = load_backbone(BackboneConfig(path=str(folder), dtype="float32"))
     for before, after in zip(tiny.modules(), loaded.modules(), strict=True):
@@ -143,11 +120,11 @@ def test_missing_and_damaged_weights_name_the_setting(folder, tmp_path):
     shutil.copytree(folder, broken)
     weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(FileNotFoundError, match=r"backbone\.path.*half-downloaded, expected"):
+    with pytest.raises(FileNotFoundError, match=r"backbone\.path.*prepare --dry-run"):
         load_backbone(BackboneConfig(path=str(broken)), parts=("vae",))
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(FileNotFoundError, match="pickled weights are refused"):
-        load_backbone(BackboneConfig(path=str(broken)), parts=("vae",))
+    with pytest.raises(FileNotFoundError, match=r"backbone\.path.*safetensors"):
+        load_backbone(BackboneConfig(path=str(broken)), parts=("vae",))  # not the pickle
 
 
 def test_lora_of_flux_dev_is_below_a_thousandth():

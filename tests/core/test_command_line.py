@@ -62,7 +62,9 @@ def test_chosen_configuration(tmp_path):
     assert config_from_args(options("--config", str(path))) == config
     said = options("--config", str(path), "--set", "loss.alpha_text=2", "--set", "trainer.steps=7")
     assert config_from_args(said) == config.replace(**{"loss.alpha_text": 2.0, "trainer.steps": 7})
-    assert config_from_args(said, **{"trainer.steps": 9}).trainer.steps == 9, "what the caller says wins"
+    assert config_from_args(said, **{"trainer.steps": 9}).trainer.steps == 9, (
+        "what the caller says wins"
+    )
 
 
 @pytest.mark.parametrize(

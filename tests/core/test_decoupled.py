@@ -327,8 +327,6 @@ def test_the_file_decides_the_mode(tiny, batch, tmp_path):
             assert_close(predict_velocity(copy.deepcopy(net), **batch), expected[attention], 1e-5)
             stock = {type(p) is FluxAttnProcessor for p in net.attn_processors.values()}
             assert stock == {attention == "joint"}
-    with pytest.raises(ConfigError, match=r"lora\.attention 'causal': use joint or decoupled"):
-        install_mask_branch(net, lora("causal"))
 
 
 def test_a_plain_load_is_told_to_name_the_mode(tiny, transformer, batch, tmp_path):
@@ -339,7 +337,7 @@ def test_a_plain_load_is_told_to_name_the_mode(tiny, transformer, batch, tmp_pat
     net = copy.deepcopy(tiny.transformer)
     pipe = FluxPipeline(**{**tiny.components(), "transformer": net})
     pipe.load_lora_weights(str(tmp_path), adapter_name="mask")
-    with pytest.raises(ValueError, match="how was the `mask` adapter trained"):
+    with pytest.raises(ValueError, match="settings of the `mask` LoRA are unknown"):
         install_mask_branch(net)
     install_mask_branch(net, read_mask_lora(tmp_path)[0])
     expected = predict_velocity(transformer, **batch)
@@ -396,7 +394,7 @@ def test_draws_that_share_a_mask_share_its_gradient(transformer, batch):
 
 def test_a_memory_is_for_decoupled_attention_only(tiny, transformer, batch):
     joint = adapted(tiny, "joint")
-    with pytest.raises(ValueError, match=r"for an adapter with lora\.attention 'decoupled'"):
+    with pytest.raises(ValueError, match=r"only with lora\.attention 'decoupled'"):
         precompute_mask_kv(joint, batch["mask_latents"])
     batch["mask_latents"] = precompute_mask_kv(transformer, batch["mask_latents"])
     with pytest.raises(ValueError, match="attention is joint"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ec2face_core.fast.importance import even_timesteps
+from ec2face_core.fast.importance import low_discrepancy_timesteps
 from ec2face_core.flow import interpolate, reverse_estimate, sample_timesteps, velocity
 
 SHAPES = [(5,), (5, 7), (5, 16, 32), (5, 3, 8, 6)]
@@ -83,7 +83,7 @@ def test_times_are_uniform():
 
 def test_even_times_are_uniform_and_any_run_of_them_covers_the_interval():
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([even_timesteps(32, generator) for _ in range(4000)])
+    draws = torch.stack([low_discrepancy_timesteps(32, generator) for _ in range(4000)])
     assert draws.dtype == torch.float32 and draws.min() >= 0 and draws.max() <= 1
     for place in (0, 5, 31):  # any one place sees all of [0, 1]
         assert draws[:, place].mean() == pytest.approx(0.5, abs=0.02)

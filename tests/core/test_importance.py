@@ -8,10 +8,11 @@ from collections import defaultdict
 
 import pytest
 import torch
+from helpers import step_gradients
 
 from ec2face_core.backbone import decode_latents, load_tiny_decoder
 from ec2face_core.config import BackboneConfig, ConfigError, LossConfig
-from ec2face_core.fast.importance import gate_probability, systematic_sample
+from ec2face_core.fast.importance import pixel_loss_probability, systematic_sample
 from ec2face_core.losses import beta
 from ec2face_core.stream import BLOCK, SampleStream
 from ec2face_core.trainer import Trainer
@@ -32,7 +33,7 @@ def every_choice(p: torch.Tensor) -> dict[tuple[bool, ...], float]:
 def test_the_probability_follows_beta_t_between_its_bounds():
     config = LossConfig(importance_sampling=2.0)
     t = torch.linspace(0, 1, 401, dtype=torch.float64)
-    p, size = gate_probability(t, config), beta(t) * t
+    p, size = pixel_loss_probability(t, config), beta(t) * t
     assert p.min() == 0.05 and p.max() == 1
     between = (p > 0.05) & (p < 1)
     ratio = p[between] / size[between]
@@ -59,15 +60,14 @@ def test_the_choice_has_the_stated_probabilities_and_is_even():
 
 def test_the_gates_expectation_is_the_full_gradient_and_loss(exact):
     """By enumeration of all that can be drawn, not by sampling."""
-    draws = dataclasses.replace(exact.stream.draw(range(4)), t=torch.tensor([0.1, 0.3, 0.6, 0.9]))
+    draws = dataclasses.replace(exact.stream.sample(range(4)), t=torch.tensor([0.1, 0.3, 0.6, 0.9]))
 
     def step(gate):
-        loss, means = exact.loss(dataclasses.replace(draws, gate=gate))
-        gradient = torch.autograd.grad(loss, exact.parameters)
+        gradient, means = step_gradients(exact, dataclasses.replace(draws, pixel_weight=gate))
         return torch.cat([g.flatten() for g in gradient]).double(), means
 
     full, means = step(None)
-    p = gate_probability(draws.t.double(), LossConfig(importance_sampling=1.0))
+    p = pixel_loss_probability(draws.t.double(), LossConfig(importance_sampling=1.0))
     assert (p < 1).sum() >= 3
     expected, text, mask, seen = torch.zeros_like(full), 0.0, 0.0, []
     for choice, probability in every_choice(p).items():
@@ -85,13 +85,14 @@ def test_the_gates_expectation_is_the_full_gradient_and_loss(exact):
 def test_what_the_gate_leaves_out_is_not_decoded(exact, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        "ec2face_core.guidance.decode_latents",
+        "ec2face_core.consistency.decode_latents",
         lambda vae, z: decoded.append(len(z)) or decode_latents(vae, z),
     )
-    draws = exact.stream.draw(range(4))
+    draws = exact.stream.sample(range(4))
     for gate, count in (([0, 2.0, 0, 0], 1), ([0] * 4, 0), ([1.0] * 4, 4)):
         decoded.clear()
-        _, means = exact.loss(dataclasses.replace(draws, gate=torch.tensor(gate).float()))
+        weight = torch.tensor(gate).float()
+        _, means = step_gradients(exact, dataclasses.replace(draws, pixel_weight=weight))
         assert sum(decoded) == count
         assert count or means["text"] == means["mask"] == 0
 
@@ -100,30 +101,32 @@ def test_gates_are_a_function_of_seed_and_index(exact):
     config = LossConfig(importance_sampling=1.0)
 
     def stream(seed=42, **options):
-        gate = lambda t: gate_probability(t, config)  # noqa: E731
-        return SampleStream(exact.cache, seed, 0.1, gate=gate, **options)
+        gate = lambda t: pixel_loss_probability(t, config)  # noqa: E731
+        return SampleStream(exact.cache, seed, 0.1, pixel_probability=gate, **options)
 
     for even in (False, True):
-        whole = stream(low_discrepancy_t=even).draw(range(10, 10 + 3 * BLOCK))
+        whole = stream(low_discrepancy_t=even).sample(range(10, 10 + 3 * BLOCK))
         for pieces in ([(10, 4), (14, 4)], [(14, 1), (10, 8)], [(30, 5), (60, 40)]):  # ranks, steps
             for start, n in pieces:
-                part = stream(low_discrepancy_t=even).draw(range(start, start + n))
+                part = stream(low_discrepancy_t=even).sample(range(start, start + n))
                 rows = slice(start - 10, start - 10 + n)
-                assert torch.equal(part.gate, whole.gate[rows])
+                assert torch.equal(part.pixel_weight, whole.pixel_weight[rows])
                 assert torch.equal(part.t, whole.t[rows])
-        p = gate_probability(whole.t, config)
-        chosen = whole.gate > 0
-        torch.testing.assert_close(whole.gate[chosen], 1 / p[chosen])
+        p = pixel_loss_probability(whole.t, config)
+        chosen = whole.pixel_weight > 0
+        torch.testing.assert_close(whole.pixel_weight[chosen], 1 / p[chosen])
         assert 0.2 < chosen.float().mean() < 0.7
-        other = stream(43, low_discrepancy_t=even).draw(range(10, 10 + 3 * BLOCK))
-        assert not torch.equal(other.gate, whole.gate)
+        other = stream(43, low_discrepancy_t=even).sample(range(10, 10 + 3 * BLOCK))
+        assert not torch.equal(other.pixel_weight, whole.pixel_weight)
 
-    plain, even = (stream(low_discrepancy_t=e).draw(range(64)) for e in (False, True))
+    plain, even = (stream(low_discrepancy_t=e).sample(range(64)) for e in (False, True))
     assert torch.equal(plain.noise, even.noise) and plain.captions == even.captions
     assert not torch.equal(plain.t, even.t)
-    ungated = SampleStream(exact.cache, 42, 0.1).draw(range(64))
-    assert ungated.gate is None and torch.equal(ungated.t, plain.t)
-    busiest = stream(low_discrepancy_t=True).draw(range(BLOCK)).gate.view(8, 4).gt(0).sum(1)
+    ungated = SampleStream(exact.cache, 42, 0.1).sample(range(64))
+    assert ungated.pixel_weight is None and torch.equal(ungated.t, plain.t)
+    busiest = (
+        stream(low_discrepancy_t=True).sample(range(BLOCK)).pixel_weight.view(8, 4).gt(0).sum(1)
+    )
     assert busiest.max() - busiest.min() <= 2  # eight ranks of four samples
 
 
@@ -154,19 +157,19 @@ def test_a_tiny_decoder_guides_in_place_of_the_vae(exact, tiny_decoder_dir, tmp_
     )
     trainer = Trainer(config, "both", tmp_path)
     trainer.fit()
-    vae = trainer.guidance.vae
+    vae = trainer.consistency.vae
     assert type(vae).__name__ == "AutoencoderTiny" and not hasattr(vae, "encoder")
     assert not any(p.requires_grad for p in vae.parameters())
-    draws = exact.stream.draw(range(2))
+    draws = exact.stream.sample(range(2))
     batch = exact.cache.batch(draws.ids, draws.captions)
     z = batch["z"].requires_grad_()
     images = decode_latents(vae, z)
     torch.testing.assert_close(images, vae.decoder(z.detach()))  # the latents as they are
     assert images.shape == (2, 3, 64, 64)
-    g, text, mask = trainer.guidance.gradient(
+    g, text, mask = trainer.consistency.gradient(
         batch["z"], batch["captions"], batch["label_map"], draws.t
     )
-    losses = trainer.guidance.losses(z, batch["captions"], batch["label_map"])
+    losses = trainer.consistency.losses(z, batch["captions"], batch["label_map"])
     weighted = beta(draws.t) * 500 * (losses[0] + losses[1])
     torch.testing.assert_close(g, torch.autograd.grad(weighted.sum(), z)[0], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(torch.stack([text, mask]), torch.stack(losses))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ec2face_core.attributes import CLASS_ID
-from ec2face_core.config import ConfigError, LossConfig
+from ec2face_core.config import LossConfig
 from ec2face_core.losses import (
     beta,
     class_weights,
@@ -213,12 +213,6 @@ def test_sample_scope_counts_each_map_by_itself(earring, generator):
     for i, single in enumerate((label_map[0], other[0])):
         own = torch.bincount(single.flatten(), minlength=19)
         torch.testing.assert_close(w[i], class_weights(own)[single].float())
-
-
-@pytest.mark.parametrize("option", ["scope", "reduction", "normalize"])
-def test_an_unknown_weighting_is_named(earring, option):
-    with pytest.raises(ConfigError, match=f"loss.{option}: 'mosr'"):
-        latent_weights(*earring[:2], 4, LossConfig(**{option: "mosr"}))
 
 
 # --- Eqs. 9, 12 and 13 ---

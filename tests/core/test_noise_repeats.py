@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from helpers import step_gradients
 
 from ec2face_core.config import Config, ConfigError
 from ec2face_core.runs import read_metrics
@@ -25,7 +26,7 @@ def test_draws_that_share_a_mask_train_alike(tiny_config: Config, tmp_path, monk
     )  # fmt: skip
     trainer = Trainer(config, "both", tmp_path / "run")
     trainer.setup()
-    draws = trainer.stream.draw(range(4))
+    draws = trainer.stream.sample(range(4))
     assert draws.ids[0] == draws.ids[1] != draws.ids[2] == draws.ids[3]
     assert len(set(draws.t.tolist())) == 4 and not torch.equal(draws.noise[0], draws.noise[1])
     assert not draws.keep_mask.all()
@@ -38,12 +39,11 @@ def test_draws_that_share_a_mask_train_alike(tiny_config: Config, tmp_path, monk
     )
 
     def gradients_of_the_loss():
-        loss, means = trainer.loss(draws, trainer._weights(range(4)))
-        return torch.autograd.grad(loss, trainer.parameters), means
+        return step_gradients(trainer, draws, trainer.long_tail_weights(range(4)))
 
     shared, means = gradients_of_the_loss()
     assert passes == [2]  # masks
-    monkeypatch.setattr(Trainer, "_masks", lambda self, z_mask: z_mask)
+    monkeypatch.setattr(Trainer, "_mask_condition", lambda self, z_m: z_m)
     apart, expected = gradients_of_the_loss()
     assert passes == [2, 4]
     for left, right in zip(shared, apart, strict=True):
@@ -59,10 +59,10 @@ def test_draws_that_share_a_mask_train_alike(tiny_config: Config, tmp_path, monk
         ({"trainer": {"batch_size": 3}}, "must be a multiple"),
     ],
 )
-def test_draws_that_cannot_share_a_mask(tiny_config: Config, tmp_path, settings, message):
+def test_draws_that_cannot_share_a_mask(tiny_config: Config, settings, message):
     config = tiny_config.replace(lora={"attention": "decoupled"}, trainer={"noise_repeats": 2})
     with pytest.raises(ConfigError, match=message):
-        Trainer(config.replace(**settings), "none", tmp_path)
+        config.replace(**settings)
 
 
 @pytest.mark.slow

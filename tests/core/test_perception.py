@@ -1,4 +1,4 @@
-"""The critics against networks whose answer is known: class order, ranges, gradients, files."""
+"""The perception models against networks with known outputs: class order, ranges, gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ec2face_core.attributes import CLASS_ID, NUM_CLASSES, pixel_counts
-from ec2face_core.config import PerceptionConfig, load_profile
+from ec2face_core.config import PerceptionConfig
 from ec2face_core.perception import ClipScorer, FaceParser
 from ec2face_lab.world.networks import (
     MiniParserNet,
@@ -19,7 +19,6 @@ from ec2face_lab.world.networks import (
     save_mini_clip,
     save_parser,
 )
-from ec2face_lab.world.pretrain_perception import contrastive_loss, fact_targets
 
 SENTENCES = ["The woman wears earrings.", "He has gray hair and a beard.", "A man with a hat."]
 
@@ -90,22 +89,6 @@ def test_parser_gradients_reach_the_image_and_not_the_weights(mini_parser):
     assert not any(p.requires_grad for p in parser.net.parameters())
 
 
-def test_saved_parser_computes_what_the_net_computes(mini_parser):
-    """Half-precision file, float32 network: the logits agree to the precision of the file."""
-    net, path = mini_parser
-    parser = FaceParser(path, size=32)
-    assert all(p.dtype == torch.float32 for p in parser.net.parameters())
-    images = torch.rand(2, 3, 32, 32) * 2 - 1
-    expected = net((images + 1) / 2)[0]
-    found = parser.logits(images)
-    for name, channel in FACER.items():
-        torch.testing.assert_close(
-            found[:, CLASS_ID[name]], expected[:, channel], atol=0.02, rtol=0.02
-        )
-    alone = parser.logits(images[:1])
-    torch.testing.assert_close(alone, found[:1])  # no statistics of the batch
-
-
 def test_missing_weights_name_the_setting_and_the_remedy():
     with pytest.raises(FileNotFoundError, match=r"perception\.parser.*make foundation"):
         FaceParser("data/none.pt", size=64)
@@ -164,39 +147,3 @@ def test_clip_gradients_reach_the_image_and_not_the_weights(mini_clip):
     (clip.image_features(images) * clip.text_features(SENTENCES[:2])).sum().backward()
     assert images.grad.abs().sum() > 0
     assert not any(p.requires_grad for p in clip.model.parameters())
-
-
-def test_equal_captions_are_not_negatives():
-    """Two faces with one caption: perfect features of it reach the entropy of the tie, no more."""
-    text = nn.functional.normalize(torch.eye(3)[[0, 0, 1, 2]], dim=-1)
-    loss = contrastive_loss(text, text, torch.tensor(100.0), ["a", "a", "b", "c"])
-    torch.testing.assert_close(loss, torch.log(torch.tensor(2.0)) / 2)
-
-
-def test_fact_targets_name_every_fact():
-    row = {"male": True, "hat": False, "young": True}
-    row |= {"hair_colour": "red", "hair_style": "wavy", "hair_length": "long"}
-    flags, either = [0, 1, 1], [0, 0]  # hat, male, young; not male, not young
-    colours, styles, lengths = [0, 0, 0, 1, 0], [0, 1, 0], [0, 1]  # medium length is never said
-    assert fact_targets([row]).tolist() == [flags + either + colours + styles + lengths]
-
-
-def test_the_miniature_s_critics_read_procedural_faces():
-    """The bundle's own networks, both roles, as the profile names them."""
-    from ec2face_lab.prepare.captions import captions
-    from ec2face_lab.world.rendering import render
-    from ec2face_lab.world.scenes import sample_scenes
-
-    config = load_profile("mini").perception
-    scenes = sample_scenes(5, range(64))
-    faces = render(scenes, 64)
-    texts = [captions(row, 1)[0] for row in scenes.attributes]
-    for scoring in (False, True):
-        try:
-            parser = FaceParser.from_config(config, scoring)
-            clip = ClipScorer.from_config(config, scoring)
-        except FileNotFoundError as error:
-            pytest.skip(str(error))
-        assert (parser.parse(faces.image) == faces.label_map).float().mean() > 0.9
-        similarity = clip.image_features(faces.image) @ clip.text_features(texts).T
-        assert similarity.diagonal().mean() > similarity.mean() + 0.05

@@ -232,7 +232,7 @@ def test_errors_name_what_is_wrong(pipe, label_map, tmp_path):
         pipe(mask=Image.effect_noise((32, 32), 90).convert("RGB"))
     with pytest.raises(ValueError, match="empty list"):
         pipe(mask=[])
-    with pytest.raises(ValueError, match="a float is no mask"):
+    with pytest.raises(ValueError, match="a float is not a mask"):
         pipe(mask=1.5)
     with pytest.raises(ValueError, match="multiples of 8"):
         pipe(height=30)

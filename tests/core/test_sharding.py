@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ec2face_core.config import Config, ConfigError
+from ec2face_core.config import Config
 from ec2face_core.runs import read_metrics
-from ec2face_core.trainer import Trainer
 from ec2face_lab import launch
 
 CHILD = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -39,9 +38,3 @@ def test_shards_take_the_steps_of_whole_copies(tiny_config: Config, tmp_path, at
     assert left.keys() == right.keys()  # the file is the same kind of file
     for name, value in left.items():
         torch.testing.assert_close(right[name], value, rtol=1e-3, atol=2e-5)
-
-
-def test_one_process_has_nothing_to_share(tiny_config: Config, tmp_path):
-    config = tiny_config.replace(trainer={"shard": True})
-    with pytest.raises(ConfigError, match=r"raise trainer\.num_processes"):
-        Trainer(config, "none", tmp_path, device="cpu").setup()

@@ -1,0 +1,70 @@
+"""Files that appear whole or not at all, checkpoints, content keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ec2face_core.runs import (
+    content_key,
+    newest_checkpoint,
+    path_digest,
+    save_checkpoint,
+    whole_file,
+    whole_folder,
+    write_json,
+)
+
+
+def test_a_full_disk_leaves_the_checkpoints_valid(tmp_path, monkeypatch):
+    tensors = {"a": torch.arange(3.0)}
+    save_checkpoint(tmp_path, 1, tensors, {}, keep=2)
+
+    def full(_, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"No space left.*run the same command again"):
+        save_checkpoint(tmp_path, 2, tensors, {}, keep=2)
+    found, about = newest_checkpoint(tmp_path)
+    assert about["step"] == 1 and torch.equal(found["a"], tensors["a"])
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "new" / "table.csv"
+    with pytest.raises(ZeroDivisionError), whole_file(path) as part:
+        part.write_text("half")
+        1 / 0  # noqa: B018
+    assert list(path.parent.iterdir()) == []
+    with whole_file(path) as part:
+        part.write_text("old")
+    full = pytest.raises(OSError, match=r"cannot write .*No space left.*run the same command again")
+    with full, whole_file(path) as part:
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_whole_and_leftovers_of_killed_processes_go(tmp_path):
+    path = tmp_path / "final"
+    left = tmp_path / ".final.999999"
+    left.mkdir()
+    (left / "half").touch()
+    for content in ("old", "new"):
+        with whole_folder(path) as part:
+            (part / content).touch()
+    assert [p.name for p in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_digests_name_the_content(tmp_path):
+    write_json(tmp_path / "a.json", {"value": 1})
+    before = path_digest(tmp_path)
+    write_json(tmp_path / "a.json", {"value": 1})
+    assert path_digest(tmp_path) == before != path_digest(tmp_path / "absent") == "absent"
+    write_json(tmp_path / "a.json", {"value": 2})  # of equal size
+    assert path_digest(tmp_path) != before
+    assert content_key(["a", 1]) != content_key(["a", "1"])
+    assert len(content_key([], 16)) == 16
