@@ -19,8 +19,8 @@ from ..baselines.official import ADAPTERS, SYSTEM_OF, adopt
 from ..cache import write_frame
 from ..plots.render_tables import METHODS, render_markdown
 from ..study.intervals import summarise
-from ..study.pictures import evaluated_ids, official_pictures
-from ..study.scores import score_folder
+from ..study.pictures import official_pictures
+from ..study.scores import evaluated_ids, score_folder
 from . import generate
 
 

@@ -17,8 +17,8 @@ import torch
 from ec2face_core.config import Config, add_config_options, config_from_args, user_path
 from ec2face_core.train import leave_group
 
-from ..baselines import SYSTEMS
-from ..study.pictures import SOURCES, draw_split, generate_split
+from ..study.painters import METHODS
+from ..study.pictures import PictureSet
 
 SPLITS = ("test", "zero_shot", "validation", "train")
 
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is generated, and where to."""
     add_config_options(parser)
     parser.add_argument(
-        "--method", nargs="+", default=["both"], choices=(*SOURCES, *SYSTEMS), metavar="METHOD",
-        help=f"some of {', '.join((*SOURCES, *SYSTEMS))}; both if it is not given",
+        "--method", nargs="+", default=["both"], choices=METHODS, metavar="METHOD",
+        help=f"some of {', '.join(METHODS)}; both if it is not given",
     )  # fmt: skip
     parser.add_argument("--split", default="test", choices=SPLITS, help="the faces")
     parser.add_argument(
@@ -49,10 +49,9 @@ def generate(config: Config, options: argparse.Namespace) -> dict[str, Path]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     folders = {}
     for method in options.method:
-        split = draw_split if method in SYSTEMS else generate_split
-        folders[method] = split(
-            config, method, options.split, options.out, options.limit, (rank, world)
-        )
+        pictures = PictureSet(config, method, options.split, options.limit, options.out)
+        folders[method] = pictures.generate((rank, world))
+        del pictures
         gc.collect()  # at paper scale two models do not fit
     if world > 1:
         from accelerate import PartialState
