@@ -1,14 +1,8 @@
-"""The FLUX backbone: one way in for FLUX.1-dev and for the miniature, latents, tokens, text, LoRA.
+"""Networks of the miniature: its FLUX, its face parser, its CLIP, and their tokenizers.
 
-A backbone is a `FluxPipeline` folder or hub id. The miniature (`tiny_backbone`) has the same
-diffusers and transformers classes with tiny configurations, so nothing else knows which one it is.
-
-Chosen here
-    Latents are the posterior's mode, `z = (mode - shift_factor) * scaling_factor`, float32.
-    Tokens are 2 x 2 latent cells, `b (h/2 w/2) 4c`, FluxPipeline's own packing.
-    Text is padded to a fixed length without attention mask, as FluxPipeline does: the length
-    belongs to the model.
-    The mask branch's LoRA is `lora.py`; its functions are reachable here, too.
+All have the classes and file formats of the originals with tiny configurations, so that nothing
+else has to know which it loads: `tiny_backbone` is FLUX.1-dev's counterpart, `MiniParserNet` that
+of FaRL in facer, `build_mini_clip` that of OpenAI's CLIP in open_clip.
 """
 
 from __future__ import annotations
@@ -27,20 +21,24 @@ from torch import Tensor, nn
 from ec2face_core.attributes import NUM_CLASSES
 from ec2face_core.backbone import Backbone
 from ec2face_core.perception import CLIP_MEAN, CLIP_STD
+from ec2face_core.runs import whole_file, write_json
 
-# --------------------------------------------------------------------------------- the miniature
+# ------------------------------------------------------------------------------------ the FLUX
 
 
 def tiny_backbone(corpus: Sequence[str], seed: int = 0) -> Backbone:
     """The miniature FLUX at random weights, trainable: transformer 2.35 M, autoencoder 0.53 M.
 
     64 px images are 16 x 16 latents of 8 channels (f4) and 64 tokens; the transformer is
-    128 = 4 x 32 wide with 2 double and 4 single blocks; vocabularies are learnt from the corpus.
+    128 = 4 x 32 wide with 2 double and 4 single blocks; vocabularies are trained on the corpus.
+
+    corpus: captions. seed: of the weights.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    tokenizer, tokenizer_2 = _clip_tokenizer(corpus), _t5_tokenizer(corpus)
+    tokenizer = clip_tokenizer(corpus, vocab_size=856)
+    tokenizer_2 = _t5_tokenizer(corpus)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
@@ -113,35 +111,47 @@ def tiny_backbone(corpus: Sequence[str], seed: int = 0) -> Backbone:
     )
 
 
-def _clip_tokenizer(corpus: Sequence[str], vocabulary: int = 600, length: int = 32) -> Any:
-    """CLIP's byte-level BPE with merges learnt from the corpus."""
+def clip_tokenizer(corpus: Iterable[str], vocab_size: int = 1024, length: int = 32) -> Any:
+    """CLIP's byte-level BPE with merges trained on the corpus: a transformers `CLIPTokenizer`.
+
+    It has CLIP's own pre-tokeniser and alphabet, so it can spell any text; only its merges are
+    fewer. The end token has the highest id, as in CLIP: text towers pool where the id is highest.
+
+    Args:
+        corpus: texts.
+        vocab_size: the most tokens, of which 514 are the alphabet and the two ends.
+        length: tokens of a text, both ends included.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    reference = CLIPTokenizer().backend_tokenizer
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    bpe.normalizer, bpe.pre_tokenizer = reference.normalizer, reference.pre_tokenizer
+    end = "<|endoftext|>"
+    bpe = Tokenizer(
+        models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=end)
+    )
+    original = CLIPTokenizer().backend_tokenizer
+    bpe.normalizer = original.normalizer
+    bpe.pre_tokenizer = original.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 2,
+        vocab_size=vocab_size - 2,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
+        # Else bytes that end a word are numbered in hash order, and merges differ by process.
+        special_tokens=[byte + "</w>" for byte in alphabet],
         show_progress=False,
     )
     bpe.train_from_iterator(corpus, trainer)
     model = json.loads(bpe.to_str())["model"]
-    vocab = model["vocab"]
-    for byte in alphabet:  # so that every text can be spelt
-        vocab.setdefault(f"{byte}</w>", len(vocab))
-    for token in ("<|startoftext|>", "<|endoftext|>"):  # the end has the highest id, as in CLIP
-        vocab[token] = len(vocab)
-    return CLIPTokenizer(
-        vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=length
-    )
+    vocabulary = model["vocab"]
+    for token in ("<|startoftext|>", end):
+        vocabulary[token] = len(vocabulary)
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
 def _t5_tokenizer(corpus: Sequence[str], vocabulary: int = 400, length: int = 32) -> Any:
-    """T5's unigram model learnt from the corpus."""
+    """T5's unigram model, trained on the corpus."""
     from tokenizers import Tokenizer, models, trainers
     from transformers import T5TokenizerFast
 
@@ -159,12 +169,15 @@ def _t5_tokenizer(corpus: Sequence[str], vocabulary: int = 400, length: int = 32
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=length)
 
 
-class MiniParserNet(nn.Module):
-    """The miniature's FaRL: a small U-Net with FaRL's contract and facer's class order.
+# --------------------------------------------------------------------------- the face parser
 
-    [0, 1] images `b 3 h w` -> (logits `b 19 size size`, {}). Resizing and normalisation are inside.
-    Pixels are folded into channels at the door (2 x 2), so the widest maps have half the side: full
-    resolution costs twice as much time and wins nothing that the folded channels do not hold.
+
+class MiniParserNet(nn.Module):
+    """The miniature's FaRL: a small U-Net with FaRL's interface and facer's class order.
+
+    Images `b 3 h w` in [0, 1] -> (logits `b 19 size size`, {}). It resizes and normalises by
+    itself. The first layer folds 2 x 2 pixels into channels, so the widest maps have half the side:
+    full resolution takes twice the time and gains no accuracy.
 
     Args:
         widths: channels at 1/2, 1/4, 1/8 ... of the side; multiples of 8.
@@ -173,7 +186,8 @@ class MiniParserNet(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (24, 48, 96), size: int = 64) -> None:
         super().__init__()
-        self.widths, self.size = tuple(widths), size
+        self.widths = tuple(widths)
+        self.size = size
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1))
         self.down = nn.ModuleList(
@@ -203,48 +217,27 @@ class MiniParserNet(nn.Module):
 
 
 def save_parser(net: MiniParserNet, path: Path) -> None:
-    """Write the net as a half-precision TorchScript file that facer opens, atomically."""
+    """Write the net as a half-precision TorchScript file that facer opens."""
     half = MiniParserNet(net.widths, net.size)
     half.load_state_dict(net.state_dict())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces the end of TorchScript once a submodule
+    with warnings.catch_warnings(), whole_file(path) as part:
+        warnings.simplefilter("ignore")  # torch announces the end of TorchScript at every submodule
         torch.jit.script(half.eval().half()).save(str(part))
-    part.replace(path)
 
 
-def clip_tokenizer(corpus: Iterable[str], vocab_size: int = 1024, length: int = 32):
-    """A transformers `CLIPTokenizer` of `vocab_size` tokens at most, trained on `corpus`.
-
-    CLIP's own pre-tokeniser and byte alphabet, so any text can be read; only the merges are fewer.
-    The end token has the highest id, as in the original: text towers pool where the id is highest.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    end = "<|endoftext|>"
-    bpe = Tokenizer(
-        models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=end)
+def _block(inputs: int, outputs: int) -> nn.Sequential:
+    """Two 3 x 3 convolutions; GroupNorm, so that training and evaluation compute the same."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        nn.GroupNorm(8, outputs),
+        nn.SiLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        nn.GroupNorm(8, outputs),
+        nn.SiLU(),
     )
-    original = CLIPTokenizer().backend_tokenizer
-    bpe.normalizer, bpe.pre_tokenizer = original.normalizer, original.pre_tokenizer
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        # Bytes that end a word would else be numbered in hash order: other merges in every process.
-        special_tokens=[byte + "</w>" for byte in alphabet],
-        show_progress=False,
-    )
-    bpe.train_from_iterator(corpus, trainer)
-    model = json.loads(bpe.to_str())["model"]
-    vocabulary = model["vocab"]
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    for token in ("<|startoftext|>", end):
-        vocabulary[token] = len(vocabulary)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+
+
+# ------------------------------------------------------------------------------------ the CLIP
 
 
 def mini_clip_config(
@@ -284,35 +277,28 @@ def build_mini_clip(model_config: dict) -> nn.Module:
     return open_clip.CLIP(**{**model_config, "text_cfg": open_clip.CLIPTextCfg(**text)})
 
 
-def save_mini_clip(folder: Path, model: nn.Module, model_config: dict, tokenizer) -> None:
-    """Write an open_clip `local-dir` folder: config, half-precision weights, tokenizer."""
-    from safetensors.torch import save
+def save_mini_clip(folder: Path, model: nn.Module, model_config: dict, tokenizer: Any) -> None:
+    """Write a folder that open_clip reads as `local-dir`: configuration, weights, tokenizer.
 
-    folder.mkdir(parents=True, exist_ok=True)
+    Args:
+        folder: where to write.
+        model: what `build_mini_clip` made; its weights are written in half precision.
+        model_config: its `model_cfg`.
+        tokenizer: what `clip_tokenizer` made.
+    """
+    from safetensors.torch import save_file
+
     size = model_config["vision_cfg"]["image_size"]
     preprocess = {
         "size": [size, size], "mode": "RGB", "mean": list(CLIP_MEAN), "std": list(CLIP_STD),
         "interpolation": "bicubic", "resize_mode": "squash",
     }  # fmt: skip
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "open_clip_config.json", config)
     tokenizer.save_pretrained(folder)
     state = {
         key: value.half().contiguous() if value.is_floating_point() else value
         for key, value in model.state_dict().items()
     }
-    part = folder / "open_clip_model.part"
-    part.write_bytes(save(state))
-    part.replace(folder / "open_clip_model.safetensors")
-
-
-def _block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two 3 x 3 convolutions; GroupNorm, so that training and evaluation compute the same."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.GroupNorm(8, outputs),
-        nn.SiLU(),
-        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-        nn.GroupNorm(8, outputs),
-        nn.SiLU(),
-    )
+    with whole_file(folder / "open_clip_model.safetensors") as part:
+        save_file(state, part)

@@ -1,10 +1,10 @@
 """Procedural faces: the miniature's counterpart of MM-CelebA-HQ and, with a second look, MM-FFHQ.
 
-A `Scenes` table holds every geometric and photometric parameter of a batch of faces, drawn from
-(seed, index) alone; `rendering.render` turns it into images and 19-class label maps of any size.
-Attribute frequencies and pixel shares follow the long tail that was measured on 1,000 pairs of
-CelebAMask-HQ (share of images: earring 23.4 %, necklace 4.5 %, glasses 5.8 %, hat 5.3 %, ears
-48-53 %, open mouth 56 %). Lengths are in units of the image side, y runs down.
+A `Scenes` table holds every geometric and photometric parameter of a batch of faces, a function of
+(seed, index, look); `rendering.render` turns it into images and 19-class label maps of any size.
+Attribute frequencies and pixel shares follow the long tail measured on 1,000 pairs of CelebAMask-HQ
+(share of images: earring 23.4 %, necklace 4.5 %, glasses 5.8 %, hat 5.3 %, ears 48-53 %, open mouth
+56 %). Lengths are in units of the image side, y runs down.
 """
 
 from __future__ import annotations
@@ -13,19 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_DRAWS = 160  # uniform numbers per face; more than are used
+from ..prepare.captions import HAIR_COLOURS, HAIR_LENGTHS, HAIR_STYLES
+
+_COLUMNS = 160  # uniform numbers per face; more than are used
 
 SKIN_TONES = (
     (255, 226, 202), (242, 201, 164), (222, 172, 128), (190, 134, 92), (136, 86, 56), (92, 58, 42),
 )  # fmt: skip
 
-HAIR_COLOURS = ("black", "brown", "blond", "red", "gray")
-
 HAIR_RGB = ((30, 26, 28), (92, 60, 38), (216, 180, 112), (158, 74, 36), (172, 170, 168))
-
-HAIR_STYLES = ("straight", "wavy", "curly")
-
-HAIR_LENGTHS = ("short", "medium", "long")
 
 FLAGS = (
     "male", "young", "bald", "bangs", "receding_hairline", "smiling", "mouth_open", "eyeglasses",
@@ -34,7 +30,7 @@ FLAGS = (
     "pale_skin", "rosy_cheeks", "chubby", "oval_face",
 )  # fmt: skip
 
-# Probabilities of the accessories: (women, men). Balanced frequencies train the critics.
+# Probabilities of the accessories: (women, men). Balanced ones train the perception models.
 FREQUENCIES = {
     "natural": {"earrings": (0.355, 0.03), "necklace": (0.066, 0.01), "eyeglasses": (0.042, 0.086),
                 "hat": (0.042, 0.072), "male": 0.37},
@@ -72,7 +68,7 @@ class Scenes:
         return rows
 
 
-class _Draws:
+class _Uniforms:
     """Hands out columns of a `(b, k)` table of uniform numbers in a fixed order."""
 
     def __init__(self, uniforms: np.ndarray):
@@ -85,8 +81,10 @@ class _Draws:
         return (next(self.columns) < probability).astype(float)
 
     def choice(self, *probabilities: float | np.ndarray) -> np.ndarray:
-        """Index drawn with the given probabilities; the last takes what is left."""
-        u, total, index = next(self.columns), 0.0, 0.0
+        """Index sampled with the given probabilities; the last takes what is left."""
+        u = next(self.columns)
+        total = 0.0
+        index = 0.0
         for p in probabilities[:-1]:
             total = total + p
             index = index + (u >= total)
@@ -106,33 +104,42 @@ def _tone(t: np.ndarray) -> np.ndarray:
 def sample_scenes(
     seed: int, indices: np.ndarray | range | list[int], look: str = "first", frequencies: str = ""
 ) -> Scenes:
-    """Draw the faces `indices` of the world `seed`; a face depends on (seed, index, look) alone.
+    """Sample the parameters of faces; a face is a function of (seed, index, look).
 
-    look: `first` or `second` (other light, skin shading, backgrounds). frequencies: `natural`
-    (long tail), `second` or `balanced`; by default what belongs to the look.
+    Args:
+        seed: of all faces.
+        indices: numbers of the faces.
+        look: `first` or `second` (other light, skin shading, backgrounds).
+        frequencies: of the accessories, `natural` (long tail), `second` or `balanced`; by default
+            those of the look.
     """
     if look not in ("first", "second"):
         raise ValueError(f"look {look!r}: expected 'first' or 'second'")
     frequency = FREQUENCIES[frequencies or {"first": "natural", "second": "second"}[look]]
     table = [
-        np.random.default_rng((seed, int(i), look == "second")).random(_DRAWS) for i in indices
+        np.random.default_rng((seed, int(i), look == "second")).random(_COLUMNS) for i in indices
     ]
-    d = _Draws(np.stack(table))
+    d = _Uniforms(np.stack(table))
     v: dict[str, np.ndarray] = {}
 
     # who it is
-    male = v["male"] = d.flag(frequency["male"])
-    young = v["young"] = d.flag(0.78)
-    tone = v["tone"] = d.uniform() ** 1.4
+    male = d.flag(frequency["male"])
+    v["male"] = male
+    young = d.flag(0.78)
+    v["young"] = young
+    tone = d.uniform() ** 1.4
+    v["tone"] = tone
     v["pale_skin"] = (tone < 0.06).astype(float)
-    chubby = v["chubby"] = d.flag(0.1)
+    chubby = d.flag(0.1)
+    v["chubby"] = chubby
     v["oval_face"] = d.flag(0.3) * (1 - chubby)
 
     # pose and head
     v["roll"] = d.uniform(-0.1, 0.1)
     v["yaw"] = d.uniform(-1, 1) * np.abs(d.uniform()) ** 0.5
     v["pitch"] = d.uniform(-0.02, 0.02)
-    v["shift_x"], v["shift_y"] = d.uniform(-0.012, 0.012), d.uniform(-0.01, 0.015)
+    v["shift_x"] = d.uniform(-0.012, 0.012)
+    v["shift_y"] = d.uniform(-0.01, 0.015)
     v["scale"] = d.uniform(0.96, 1.05)
     v["face_w"] = d.uniform(0.235, 0.262) + 0.022 * chubby - 0.012 * v["oval_face"] + 0.006 * male
     v["face_h"] = d.uniform(0.395, 0.42)
@@ -184,7 +191,8 @@ def sample_scenes(
     v["big_nose"] = d.flag(np.where(male > 0, 0.38, 0.1))
     v["nose_w"] = d.uniform(0.047, 0.056) + 0.013 * v["big_nose"]
     v["nose_y"] = d.uniform(0.645, 0.665) + 0.008 * v["big_nose"]
-    smiling = v["smiling"] = d.flag(np.where(male > 0, 0.4, 0.53))
+    smiling = d.flag(np.where(male > 0, 0.4, 0.53))
+    v["smiling"] = smiling
     v["mouth_open"] = d.flag(np.where(smiling > 0, 0.8, 0.31))
     v["mouth_gap"] = v["mouth_open"] * d.uniform(0.022, 0.046)
     v["mouth_w"] = d.uniform(0.072, 0.086) + 0.017 * smiling
@@ -228,7 +236,8 @@ def sample_scenes(
     v["pendant"] = d.flag(0.5)
     v["necklace_rgb"] = metals[d.choice(0.4, 0.25, 0.1, 0.1, 0.15).astype(int)]
     v["sunglasses"] = d.flag(0.35) * v["eyeglasses"]
-    v["lens_w"], v["lens_h"] = d.uniform(0.078, 0.092), d.uniform(0.052, 0.074)
+    v["lens_w"] = d.uniform(0.078, 0.092)
+    v["lens_h"] = d.uniform(0.052, 0.074)
     v["lens_p"] = d.uniform(2.0, 4.0)
     v["frame_rgb"] = d.colour(0.02, 0.3)
     v["hat_type"] = d.choice(0.4, 0.3, 0.3)  # cap, beanie, brimmed
@@ -240,10 +249,13 @@ def sample_scenes(
     v["shoulder_y"] = d.uniform(0.835, 1.055)
     v["neckline"] = d.uniform(0.0, 1.0)
     v["cloth_rgb"] = d.colour(0.05, 0.95)
-    v["bg_a"], v["bg_b"] = d.colour(0.08, 0.92), d.colour(0.08, 0.92)
-    v["bg_angle"], v["bg_freq"] = d.uniform(0, 6.28), d.uniform(2, 9)
+    v["bg_a"] = d.colour(0.08, 0.92)
+    v["bg_b"] = d.colour(0.08, 0.92)
+    v["bg_angle"] = d.uniform(0, 6.28)
+    v["bg_freq"] = d.uniform(2, 9)
     v["bg_kind"] = d.choice(0.4, 0.35, 0.25)
-    v["light_angle"], v["light_tilt"] = d.uniform(-1.5, 1.5), d.uniform(0.35, 0.9)
+    v["light_angle"] = d.uniform(-1.5, 1.5)
+    v["light_tilt"] = d.uniform(0.35, 0.9)
     v["ambient"] = d.uniform(0.5, 0.68)
     v["warmth"] = d.uniform(-0.05, 0.07)
 

@@ -1,16 +1,17 @@
-"""The faces that a foundation is trained on: procedural ones, or the training split of a folder.
+"""Data sources: the faces that the miniature's networks are trained on, and its written data sets.
 
-A world gives `condition_shares` (dense conditions and how often each is drawn), `corpus`
+A source is endless procedural faces, or the training split of a folder. It gives `corpus`
 (captions for the vocabularies), `scenes` (what autoencoder and transformer see), `faces` (what
-critics see) and held-out faces of both. Any face is drawn from its number, so that a training
-which was stopped sees the same faces when it resumes.
+perception models see), held-out faces of both, and `condition_shares`: its dense conditions, and
+how often each is used. Every face is a function of its number, so a resumed training sees the same
+faces. `dense_condition` computes depth, edges and the like; `write_dataset` writes procedural faces
+in the layout of the real data.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
+import csv
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,42 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from ec2face_core.attributes import NUM_CLASSES, flip_labels
-from ec2face_core.config import resolve
-from ec2face_core.data import DataError, FaceDataset
+from ec2face_core.attributes import NUM_CLASSES, PALETTE, flip_labels
+from ec2face_core.data import MANIFEST_COLUMNS, FaceDataset
 
 from ..prepare.captions import attributes_from_mask, captions
 from .rendering import Rendered, render
 from .scenes import sample_scenes
+
+SIZE = 64  # pixels
+
+STYLE = {"first": "mm-celeba-hq", "second": "ffhq-text"}  # of the captions, by look
+
+# look, frequencies, share of every batch that perception models see
+MIXTURE = (
+    ("first", "balanced", 0.4),
+    ("second", "balanced", 0.25),
+    ("first", "natural", 0.2),
+    ("second", "second", 0.15),
+)
+
+HELD_OUT_SEED = 90_001  # of faces that no perception model is trained on
+
+HELD_OUT = 384  # their number
+
+Description = tuple[str, Any]  # (caption style, attributes), or ("", captions)
+
+
+def caption_of(description: Description, seed: int) -> str:
+    """A caption of a face: composed from its attributes, or one of the face's own captions."""
+    style, content = description
+    return captions(content, 1, seed, style)[0] if style else content[seed % len(content)]
+
+
+# ---------------------------------------------------------------------------- dense conditions
 
 
 @dataclass
@@ -41,8 +69,13 @@ CONDITIONS = ("regions", "albedo", "normals", "depth", "edges", "low resolution"
 
 
 def dense_condition(kind: str, faces: Rendered | Photographs, generator: torch.Generator) -> Tensor:
-    """One of CONDITIONS as a picture `b 3 h w` in [-1, 1]; photographs have the last two and the
-    first only."""
+    """A dense condition as a picture `b 3 h w` in [-1, 1].
+
+    Args:
+        kind: one of CONDITIONS; of photographs regions, edges or low resolution.
+        faces: a batch of faces.
+        generator: chooses the colours of regions.
+    """
     if kind == "albedo":
         return faces.albedo
     if kind == "normals":
@@ -57,7 +90,7 @@ def dense_condition(kind: str, faces: Rendered | Photographs, generator: torch.G
         dx = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
         dy = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
         return ((dx**2 + dy**2).sqrt().clamp(0, 1) * 2 - 1).expand(-1, 3, -1, -1)
-    # Regions: every face has its own colours, and half of the faces have some classes merged.
+    # Regions: every face has other colours, and half of the faces have some classes merged.
     b = len(faces.image)
     colours = torch.rand(b, NUM_CLASSES, 3, generator=generator) * 2 - 1
     other = torch.randint(NUM_CLASSES, (b, NUM_CLASSES), generator=generator)
@@ -69,31 +102,11 @@ def dense_condition(kind: str, faces: Rendered | Photographs, generator: torch.G
     return flat.movedim(1, 2).unflatten(2, faces.label_map.shape[1:]).contiguous()
 
 
-SIZE = 64
-
-STYLE = {"first": "mm-celeba-hq", "second": "ffhq-text"}
-
-# look, frequencies, share of every batch that critics see
-MIXTURE = (
-    ("first", "balanced", 0.4),
-    ("second", "balanced", 0.25),
-    ("first", "natural", 0.2),
-    ("second", "second", 0.15),
-)
-
-HELD_OUT_SEED, HELD_OUT = 90_001, 384  # faces of a world that no critic is trained on
-
-Telling = tuple[str, Any]  # (caption style, attributes), or ("", captions)
-
-
-def sentence(telling: Telling, seed: int) -> str:
-    """A caption of a face: composed from its attributes, or one of those that it came with."""
-    style, what = telling
-    return captions(what, 1, seed, style)[0] if style else what[seed % len(what)]
+# --------------------------------------------------------------------------------- the sources
 
 
 @dataclass
-class Faces:
+class FaceBatch:
     """A batch: image `b 3 h w` in [-1, 1], label map `b h w`, attributes and a caption each."""
 
     image: Tensor
@@ -101,10 +114,10 @@ class Faces:
     attributes: list[dict[str, bool | str]]
     captions: list[str]
 
-    def split(self, size: int) -> Iterator[Faces]:
-        """Batches of `size` faces, each with the looks mixed."""
+    def split(self, size: int) -> Iterator[FaceBatch]:
+        """Batches of `size` faces, shuffled by the global generator."""
         for rows in torch.randperm(len(self.image)).split(size):
-            yield Faces(
+            yield FaceBatch(
                 self.image[rows],
                 self.label_map[rows],
                 [self.attributes[i] for i in rows.tolist()],
@@ -112,8 +125,8 @@ class Faces:
             )
 
 
-class ProceduralWorld:
-    """Procedural faces without end; rare parts between their natural and balanced frequency."""
+class ProceduralFaces:
+    """Endless procedural faces; rare parts between their natural and balanced frequency."""
 
     name = "procedural faces"
     styles = tuple(STYLE.values())
@@ -122,13 +135,13 @@ class ProceduralWorld:
     )
 
     def corpus(self, seed: int, start: int) -> list[str]:
-        """Captions of both wordings of a thousand faces from number `start` on."""
+        """Captions in both styles of a thousand faces from number `start` on."""
         rows = sample_scenes(seed, range(start, start + 1000), frequencies="balanced").attributes
         return [
             c for i, row in enumerate(rows) for s in STYLE.values() for c in captions(row, 3, i, s)
         ]
 
-    def scenes(self, seed: int, start: int, count: int) -> tuple[Rendered, list[Telling]]:
+    def scenes(self, seed: int, start: int, count: int) -> tuple[Rendered, list[Description]]:
         """Faces start ... start + count - 1 with everything that dense conditions show."""
         batch = start // count
         look = "second" if batch % 3 == 2 else "first"
@@ -140,37 +153,44 @@ class ProceduralWorld:
         """Faces that `scenes` of this seed never gives."""
         return render(sample_scenes(seed + 1, range(count)), SIZE)
 
-    def faces(self, seed: int, start: int, count: int, mixture: tuple = MIXTURE) -> Faces:
-        """Faces start ... start + count - 1, the looks mixed as `mixture` says."""
-        images, labels, attributes, texts = [], [], [], []
-        first, cumulative = start, 0.0
+    def faces(self, seed: int, start: int, count: int, mixture: tuple = MIXTURE) -> FaceBatch:
+        """Faces start ... start + count - 1 for perception models.
+
+        mixture: (look, frequencies, share) of each part of the batch.
+        """
+        images = []
+        labels = []
+        attributes = []
+        texts = []
+        first = start
+        cumulative = 0.0
         for look, frequencies, share in mixture:
             cumulative += share
             indices = range(first, start + round(cumulative * count))
             first = indices.stop
             scenes = sample_scenes(seed, indices, look=look, frequencies=frequencies)
-            drawn, rows = render(scenes, SIZE), scenes.attributes
-            images.append(drawn.image)
-            labels.append(drawn.label_map)
-            attributes += rows
-            numbered = zip(indices, rows, strict=True)
+            rendered = render(scenes, SIZE)
+            images.append(rendered.image)
+            labels.append(rendered.label_map)
+            numbered = list(zip(indices, scenes.attributes, strict=True))
+            attributes += [row for _, row in numbered]
             texts += [captions(row, 1, i, STYLE[look])[0] for i, row in numbered]
-        return Faces(torch.cat(images), torch.cat(labels), attributes, texts)
+        return FaceBatch(torch.cat(images), torch.cat(labels), attributes, texts)
 
-    def held_out(self) -> dict[str, Faces]:
-        """Faces of either look that no critic sees, by the name under which they are reported."""
+    def held_out(self) -> dict[str, FaceBatch]:
+        """Faces of either look that no perception model sees, by the name in reports."""
         looks = {"first look": ("first", "natural", 1.0), "second look": ("second", "second", 1.0)}
         return {k: self.faces(HELD_OUT_SEED, 0, HELD_OUT, (mix,)) for k, mix in looks.items()}
 
 
-class FolderWorld:
-    """The training split of a folder at 64 px, again and again, half of the faces mirrored.
+class FolderFaces:
+    """The training split of a folder at 64 px, repeated, half of the faces mirrored.
 
-    Every 20th face is held out. Critics see a face with earrings, a necklace, eyeglasses or a hat
-    three times as often as another. Attributes are what mask and hair colour make certain.
+    Every 20th face is held out. Perception models see a face with earrings, a necklace, eyeglasses
+    or a hat three times as often as another. Attributes are those that mask and hair colour show.
 
     Raises:
-        DataError: no such folder, or one without a training split.
+        DataError: there is no such folder, or it has no training split.
     """
 
     styles = ("mm-celeba-hq",)
@@ -187,52 +207,56 @@ class FolderWorld:
             {"hair_colour": "", **attributes_from_mask(sample.label_map, sample.image)}
             for sample in samples
         ]
-        self._held = list(range(0, len(samples), 20))
-        self._seen = [i for i in range(len(samples)) if i % 20]
+        self._held_out = list(range(0, len(samples), 20))
+        self._training = [i for i in range(len(samples)) if i % 20]
         worn = ("earrings", "necklace", "eyeglasses", "hat")
-        rare = [i for i in self._seen if any(self._attributes[i][key] for key in worn)]
-        self._balanced = self._seen + 2 * rare
+        rare = [i for i in self._training if any(self._attributes[i][key] for key in worn)]
+        self._balanced = self._training + 2 * rare
 
     def corpus(self, seed: int, start: int) -> list[str]:
-        """Every caption of the faces; there are no others."""
-        return [caption for i in self._seen for caption in self._captions[i]]
+        """Every caption of the training faces, whatever the arguments are."""
+        return [caption for i in self._training for caption in self._captions[i]]
 
-    def scenes(self, seed: int, start: int, count: int) -> tuple[Photographs, list[Telling]]:
-        """The faces with numbers start ... start + count - 1 in an endless shuffled order."""
-        rows, mirrored = _shuffled(self._seen, seed, start, count)
+    def scenes(self, seed: int, start: int, count: int) -> tuple[Photographs, list[Description]]:
+        """Faces start ... start + count - 1 of an endless shuffled order."""
+        rows, mirrored = _shuffled(self._training, seed, start, count)
         return self._pictures(rows, mirrored), [("", self._captions[i]) for i in rows]
 
     def held_out_scenes(self, seed: int, count: int) -> Photographs:
         """The held-out faces, at most `count`."""
-        return self._pictures(self._held[:count], torch.zeros(len(self._held[:count])).bool())
+        rows = self._held_out[:count]
+        return self._pictures(rows, torch.zeros(len(rows)).bool())
 
-    def faces(self, seed: int, start: int, count: int) -> Faces:
-        """The same for critics, with captions and attributes."""
+    def faces(self, seed: int, start: int, count: int) -> FaceBatch:
+        """The same for perception models, with captions and attributes."""
         return self._described(*_shuffled(self._balanced, seed, start, count), start)
 
-    def held_out(self) -> dict[str, Faces]:
-        """Faces that nothing is trained on, by the name under which they are reported."""
-        return {"held-out": self._described(self._held, torch.zeros(len(self._held)).bool(), 0)}
+    def held_out(self) -> dict[str, FaceBatch]:
+        """Faces that nothing is trained on, by the name in reports."""
+        mirrored = torch.zeros(len(self._held_out)).bool()
+        return {"held-out": self._described(self._held_out, mirrored, 0)}
 
     def _pictures(self, rows: list[int], mirrored: Tensor) -> Photographs:
-        image, label_map = self._image[rows], self._label_map[rows]
+        image = self._image[rows]
+        label_map = self._label_map[rows]
         flip = mirrored.view(-1, 1, 1)
         return Photographs(
             torch.where(flip[:, None], image.flip(-1), image),
             torch.where(flip, flip_labels(label_map), label_map),
         )
 
-    def _described(self, rows: list[int], mirrored: Tensor, start: int) -> Faces:
+    def _described(self, rows: list[int], mirrored: Tensor, start: int) -> FaceBatch:
         shown = self._pictures(rows, mirrored)
-        texts = [
-            self._captions[i][(start + k) % len(self._captions[i])] for k, i in enumerate(rows)
-        ]
-        return Faces(shown.image, shown.label_map, [self._attributes[i] for i in rows], texts)
+        texts = [caption_of(("", self._captions[i]), start + k) for k, i in enumerate(rows)]
+        attributes = [self._attributes[i] for i in rows]
+        return FaceBatch(shown.image, shown.label_map, attributes, texts)
 
 
 def _shuffled(faces: list[int], seed: int, start: int, count: int) -> tuple[list[int], Tensor]:
     """Places start ... start + count - 1 of an endless order, and which of them are mirrored."""
-    n, rows, mirrored = len(faces), [], []
+    n = len(faces)
+    rows = []
+    mirrored = []
     for epoch in range(start // n, (start + count - 1) // n + 1):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         order = torch.randperm(n, generator=generator)
@@ -243,35 +267,10 @@ def _shuffled(faces: list[int], seed: int, start: int, count: int) -> tuple[list
     return rows, torch.cat(mirrored)
 
 
-World = ProceduralWorld | FolderWorld
+DataSource = ProceduralFaces | FolderFaces
 
 
-def add_world_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--data` and `--out`, which every training of a foundation takes."""
-    parser.add_argument(
-        "--data", type=Path, metavar="ROOT",
-        help="train on the training split of this folder (layout of `datasets.py`), at 64 px, "
-        "instead of procedural faces",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, default=Path("data/mini"), metavar="DIR",
-        help="folder of the bundle (data/mini)",
-    )  # fmt: skip
-
-
-def chosen_world(
-    parser: argparse.ArgumentParser, options: argparse.Namespace
-) -> tuple[World, Path]:
-    """The world and the folder of the bundle; ends the command with an error if they clash."""
-    out = resolve(options.out)
-    if options.data is None:
-        return ProceduralWorld(), out
-    if out == resolve("data/mini"):
-        parser.error("--data needs --out: data/mini is trained on procedural faces alone")
-    try:
-        return FolderWorld(resolve(options.data)), out
-    except DataError as error:
-        parser.error(str(error))
+# ------------------------------------------------------------------------------ written data sets
 
 
 def write_dataset(
@@ -282,65 +281,59 @@ def write_dataset(
     look: str = "first",
     progress: bool = True,
 ) -> None:
-    """Write faces in the real layout: `root/{image,mask,text}/{id}.*`, manifest and attributes.
+    """Write procedural faces in the layout of real data: pictures, masks, captions, manifest.
 
-    splits: split name -> number of faces, ids counted on from one split to the next, as
-    CelebA-HQ's are. Ten captions a face (nine for the second look). The folder appears under its
-    name only when it is complete.
+    The folder appears under its name only when it is complete; if another process has finished one
+    first, that is kept.
+
+    Args:
+        root: folder of `{image,mask,text}/<id>.*`, `manifest.csv` and `attributes.csv`.
+        seed: of the faces.
+        splits: split -> number of faces; ids are counted on from one split to the next.
+        size: side in pixels.
+        look: `first`, with ten captions a face, or `second`, with nine.
+        progress: whether to show a bar.
     """
-    import csv
-
-    from PIL import Image
     from tqdm.auto import tqdm
 
-    from ec2face_core.attributes import PALETTE
-
-    from ..prepare.captions import captions
-    from .rendering import render
-
     root = Path(root)
-    temporary = root.with_name(f".{root.name}.{os.getpid()}")
-    for folder in ("image", "mask", "text"):
-        (temporary / folder).mkdir(parents=True)
     palette = [value for rgb in PALETTE for value in rgb]
-    style, count = ("mm-celeba-hq", 10) if look == "first" else ("ffhq-text", 9)
+    count = 10 if look == "first" else 9
     split_of = [name for name, n in splits.items() for _ in range(n)]
-    manifest, table = [], []
-    for start in tqdm(
-        range(0, len(split_of), 64), desc=f"procedural faces, {look} look", disable=not progress
-    ):
-        indices = range(start, min(start + 64, len(split_of)))
-        scenes = sample_scenes(seed, indices, look)
-        faces = render(scenes, size)
-        pictures = ((faces.image + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        for i, picture, label, attributes in zip(
-            indices, pictures, faces.label_map.byte().numpy(), scenes.attributes, strict=True
-        ):
-            Image.fromarray(picture).save(temporary / "image" / f"{i}.png", compress_level=1)
-            mask = Image.fromarray(label)
-            mask.putpalette(palette)
-            mask.save(temporary / "mask" / f"{i}.png", compress_level=1)
-            lines = captions(attributes, count=count, seed=seed * 1_000_003 + i, style=style)
-            (temporary / "text" / f"{i}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            chosen = i % count
-            manifest.append(
-                {"id": i, "split": split_of[i], "caption_index": chosen, "caption": lines[chosen]}
-            )
-            table.append(
-                {
-                    "id": i,
-                    **{k: int(x) if isinstance(x, bool) else x for k, x in attributes.items()},
-                }
-            )
-    for name, rows in (("manifest.csv", manifest), ("attributes.csv", table)):
-        with open(temporary / name, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    starts = range(0, len(split_of), 64)
+    manifest = []
+    table = []
     root.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.rename(root)
-    except OSError:  # another process finished first
-        shutil.rmtree(temporary)
-        if not root.exists():
-            raise
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as temporary:
+        folder = Path(temporary) / root.name
+        for kind in ("image", "mask", "text"):
+            (folder / kind).mkdir(parents=True)
+        for start in tqdm(starts, f"procedural faces, {look} look", disable=not progress):
+            indices = range(start, min(start + 64, len(split_of)))
+            scenes = sample_scenes(seed, indices, look)
+            faces = render(scenes, size)
+            pictures = ((faces.image + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+            labels = faces.label_map.byte().numpy()
+            for i, picture, label, row in zip(
+                indices, pictures, labels, scenes.attributes, strict=True
+            ):
+                Image.fromarray(picture).save(folder / "image" / f"{i}.png", compress_level=1)
+                mask = Image.fromarray(label)
+                mask.putpalette(palette)
+                mask.save(folder / "mask" / f"{i}.png", compress_level=1)
+                lines = captions(row, count=count, seed=seed * 1_000_003 + i, style=STYLE[look])
+                (folder / "text" / f"{i}.txt").write_text("\n".join(lines) + "\n", "utf-8")
+                manifest.append((i, split_of[i], i % count, lines[i % count]))
+                table.append((i, *(int(x) if isinstance(x, bool) else x for x in row.values())))
+        _write_csv(folder / "manifest.csv", MANIFEST_COLUMNS, manifest)
+        _write_csv(folder / "attributes.csv", ["id", *scenes.attributes[0]], table)
+        try:
+            folder.rename(root)
+        except OSError:
+            if not root.exists():
+                raise
+
+
+def _write_csv(path: Path, columns: list[str], rows: list[tuple]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])

@@ -1,4 +1,4 @@
-"""The faces of a foundation, and that every stage of it trains on a folder of photographs."""
+"""The data sources, and that every stage of a foundation trains on a folder of photographs."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from ec2face_core.attributes import CLASS_ID, flip_labels
 from ec2face_core.data import FaceDataset
 from ec2face_lab.__main__ import main
-from ec2face_lab.world.sources import FolderWorld, ProceduralWorld, sentence, write_dataset
+from ec2face_lab.world.sources import FolderFaces, ProceduralFaces, caption_of, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def faces_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folder(faces_dir) -> FolderWorld:
-    return FolderWorld(faces_dir)
+def folder(faces_dir) -> FolderFaces:
+    return FolderFaces(faces_dir)
 
 
 def test_a_folder_shows_each_face_once_an_epoch_and_mirrors_some(folder, faces_dir):
@@ -31,7 +31,7 @@ def test_a_folder_shows_each_face_once_an_epoch_and_mirrors_some(folder, faces_d
         known[face.image.numpy().tobytes()] = (i, False, face.label_map)
         known[face.image.flip(-1).numpy().tobytes()] = (i, True, flip_labels(face.label_map))
     n = len(dataset) - len(range(0, len(dataset), 20))
-    shown, told = folder.scenes(3, 0, 3 * n)
+    shown, described = folder.scenes(3, 0, 3 * n)
     found = [known[image.numpy().tobytes()] for image in shown.image]
     for label_map, (_, _, expected) in zip(shown.label_map, found, strict=True):
         assert torch.equal(label_map, expected)
@@ -40,25 +40,25 @@ def test_a_folder_shows_each_face_once_an_epoch_and_mirrors_some(folder, faces_d
         assert len(set(faces)) == n
         assert not any(i % 20 == 0 for i in faces), "these are held out"
     assert {mirrored for _, mirrored, _ in found} == {True, False}
-    for (i, _, _), telling in zip(found, told, strict=True):
-        assert sentence(telling, 11) in dataset[i].captions
+    for (i, _, _), description in zip(found, described, strict=True):
+        assert caption_of(description, 11) in dataset[i].captions
 
 
-@pytest.mark.parametrize("world", ["procedural", "folder"])
-def test_a_face_depends_on_its_number_alone(world, folder):
-    world = folder if world == "folder" else ProceduralWorld()
-    together, told = world.scenes(5, 64, 32)
-    again, told_again = world.scenes(5, 64, 32)
+@pytest.mark.parametrize("kind", ["procedural", "folder"])
+def test_a_face_depends_on_its_number_alone(kind, folder):
+    source = folder if kind == "folder" else ProceduralFaces()
+    together, described = source.scenes(5, 64, 32)
+    again, described_again = source.scenes(5, 64, 32)
     assert torch.equal(together.image, again.image)
-    assert told == told_again
-    faces = world.faces(5, 32, 16)
-    assert torch.equal(faces.image, world.faces(5, 32, 16).image)
-    assert faces.captions == world.faces(5, 32, 16).captions
-    other = world.faces(6, 32, 16)
+    assert described == described_again
+    faces = source.faces(5, 32, 16)
+    assert torch.equal(faces.image, source.faces(5, 32, 16).image)
+    assert faces.captions == source.faces(5, 32, 16).captions
+    other = source.faces(6, 32, 16)
     assert not torch.equal(faces.image, other.image)
 
 
-def test_critics_see_rare_accessories_more_often(folder):
+def test_perception_models_see_rare_accessories_more_often(folder):
     rare = [CLASS_ID[name] for name in ("ear_r", "neck_l", "eye_g", "hat")]
 
     def share(label_maps: torch.Tensor) -> float:

@@ -1,0 +1,200 @@
+"""The one training loop of the laboratory: limited by steps or by time, and resumable.
+
+    folder/checkpoints/step_000250/    modules and optimisers, see `ec2face_core.runs`
+    folder/metrics.jsonl               one line per step
+
+Whoever trains gives `train` a function that makes one step. Random numbers of a step are a function
+of the seed and of its number, so resuming is bitwise identical to an uninterrupted run, as long as
+the learning rate does not depend on the time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from ec2face_core.runs import (
+    add_metrics,
+    cut_metrics,
+    newest_checkpoint,
+    restore_training,
+    save_checkpoint,
+    training_tensors,
+)
+from ec2face_core.trainer import learning_rate
+
+CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints
+
+Step = Callable[[int, float, torch.Generator], Mapping[str, "Tensor | float"]]
+
+State = Mapping[str, nn.Module | Optimizer]
+
+
+def train(
+    folder: Path,
+    step: Step,
+    state: State,
+    seed: int,
+    *,
+    steps: int = 0,
+    seconds: float = 0.0,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    is_main: bool = True,
+) -> float:
+    """Call `step` until the steps or the seconds are spent; the same call again resumes.
+
+    Args:
+        folder: of checkpoints and metrics log; its name labels the progress bar.
+        step: (number, progress in [0, 1], generator of this step) -> values for the metrics log.
+            It updates the weights itself. Progress is the share of the time that is spent, or
+            without a time limit the share of the steps.
+        state: modules and optimisers to keep in checkpoints, by name.
+        seed: of the generators.
+        steps: limit of the steps; 0: none.
+        seconds: limit of the seconds of one core over all runs, which other work on the machine
+            does not shorten; 0: none.
+        evaluate: measures the model at every checkpoint, for the metrics log.
+        is_main: whether this process writes and shows the bar.
+
+    Returns:
+        Seconds of optimisation over all runs.
+    """
+    from tqdm.auto import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    spent = 0.0
+    if found := newest_checkpoint(folder / "checkpoints"):
+        _restore(state, found[0])
+        number = found[1]["step"]
+        spent = found[1]["seconds"]
+    if is_main:
+        cut_metrics(folder, number)
+    saved = spent
+    rows: list[dict[str, float]] = []
+
+    def save() -> None:
+        if is_main:
+            rows[-1] |= evaluate() if evaluate else {}
+            add_metrics(folder, rows)
+            about = {"seconds": spent}
+            save_checkpoint(folder / "checkpoints", number, _tensors(state), about, keep=1)
+        rows.clear()
+
+    total = round(seconds) if seconds else steps
+    unit = "s" if seconds else "step"
+    with tqdm(desc=folder.name, total=total, unit=unit, mininterval=1, disable=not is_main) as bar:
+        while spent < (seconds or math.inf) and not (steps and number >= steps):
+            began = time.process_time()
+            progress = min(1.0, spent / seconds) if seconds else number / steps
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            values = step(number, progress, generator)
+            number += 1
+            spent += time.process_time() - began
+            values = {name: torch.as_tensor(v).item() for name, v in values.items()}
+            rows.append({"step": number, "seconds": spent} | values)
+            bar.update(min(round(spent) if seconds else number, total) - bar.n)
+            if spent - saved > CHECKPOINT_SECONDS:
+                save()
+                saved = spent
+        if rows:
+            save()
+    return spent
+
+
+def warmup_cosine(
+    step: float, steps: float, peak: float, warmup: float, hold: float = 0.0
+) -> float:
+    """Learning rate of a step: a linear warm-up, then a half cosine down to 0.
+
+    Args:
+        step: number of the step, from 0.
+        steps: all steps.
+        peak: the highest rate.
+        warmup: steps of the warm-up.
+        hold: share of the steps, the warm-up included, before the cosine begins.
+    """
+    flat = hold * steps
+    if step < flat:
+        return learning_rate(step, steps=steps, peak=peak, warmup=warmup, schedule="constant")
+    rest = 0 if flat else warmup
+    return learning_rate(step - flat, steps=steps - flat, peak=peak, warmup=rest, schedule="cosine")
+
+
+def set_learning_rates(
+    optimizer: Optimizer, progress: float, warmup: float = 0.02, hold: float = 0.0
+) -> None:
+    """Set `warmup_cosine` at a progress in [0, 1]; the rates at construction are the peaks.
+
+    warmup, hold: shares of the training.
+    """
+    for group in optimizer.param_groups:
+        peak = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = warmup_cosine(1000 * progress, 1000, peak, 1000 * warmup, hold)
+
+
+def descend(optimizer: Optimizer, loss: Tensor, clip: float = 0.0) -> None:
+    """One optimiser step down the gradient of `loss`, whose norm is clipped where `clip` > 0."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip:
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+    optimizer.step()
+
+
+def moving_average(net: nn.Module, decay: Callable[[int], float]) -> AveragedModel:
+    """Exponential moving average of a network's parameters; buffers are copied.
+
+    decay: number of updates so far, from 1 -> weight of the average so far. Update 0 copies.
+    """
+    return AveragedModel(net, avg_fn=lambda old, new, n: old.lerp(new, 1 - decay(int(n))))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random weights as a function of the seed, with the global generator left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    """Flat copies of what modules and optimisers hold, by `<name>/<key>`."""
+    flat: dict[str, Tensor] = {}
+    for name, part in state.items():
+        if isinstance(part, nn.Module):
+            tensors = part.state_dict()
+        else:
+            tensors = training_tensors(_numbered(part), part)
+        flat |= {f"{name}/{k}": v.clone() for k, v in tensors.items() if not k.endswith("/value")}
+    return flat
+
+
+def _restore(state: State, tensors: Mapping[str, Tensor]) -> None:
+    for name, part in state.items():
+        prefix = f"{name}/"
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if isinstance(part, nn.Module):
+            part.load_state_dict(own)
+            continue
+        restore_training(_numbered(part), part, own)
+        for p, values in part.state.items():  # fused steps take for granted that strides agree
+            for key, value in values.items():
+                if value.shape == p.shape:
+                    values[key] = torch.empty_like(p).copy_(value)
+
+
+def _numbered(optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {str(i): p for i, p in enumerate(parameters)}
