@@ -1,22 +1,21 @@
 """Reproduce the paper: every numbered notebook in order through papermill, strict and resumable.
 
-    python -m ec2face_lab reproduce --profile mini [--only 05 06] [--force] [--train] [--sweeps]
-
-A notebook is skipped while nothing that shapes it has changed: its code, its parameters, the
-package, the profile, the bundle, the adapters and the manifests, and while its artefacts are there.
-Papermill alone lets several failures pass as success; here a parameter that no notebook
+A notebook is skipped while everything that shapes it is unchanged (its code, its parameters, both
+packages, the profile, the bundle, the kept LoRAs and the manifests) and its figures and tables
+exist. Papermill alone reports several failures as success. Therefore a parameter that no notebook
 declares is refused, each notebook runs in a child process whose exit code counts (a killed kernel
-leaves a copy that looks complete), a cell that was skipped counts as failed, and the stamp that
-says "up to date" is written last.
+leaves a copy that looks complete), a cell that was not executed counts as a failure, and the stamp
+"up to date" is written last.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
+import functools
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import time
@@ -25,9 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ec2face_core
+import ec2face_lab
 from ec2face_core.config import ROOT, Config, ConfigError, resolve
-from ec2face_core.runs import path_digest, provenance
+from ec2face_core.runs import content_key, path_digest, provenance, write_json
 
+from .cache import code_digest
 from .launch import child_environment
 
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # tags of cells that papermill adds
@@ -96,7 +98,14 @@ def select(folder: Path, only: Iterable[str] = ()) -> list[Path]:
 
 
 def assign(notebooks: Sequence[Path], requested: Mapping[str, str]) -> dict[Path, Parameters]:
-    """The parameters of each notebook: of the requested ones those it declares, typed as declared.
+    """The parameters of each notebook: of the requested ones those that it declares, typed.
+
+    Args:
+        notebooks: paths, in order.
+        requested: name -> value as text; each has to be declared by a notebook.
+
+    Returns:
+        The parameters by notebook, in the same order.
 
     Raises:
         ConfigError: a name that no notebook declares, a value of another type, or a notebook
@@ -105,12 +114,12 @@ def assign(notebooks: Sequence[Path], requested: Mapping[str, str]) -> dict[Path
     import papermill
 
     declared = {path: papermill.inspect_notebook(str(path)) for path in notebooks}
-    everything = sorted({name for of_notebook in declared.values() for name in of_notebook})
+    names = sorted({name for parameters in declared.values() for name in parameters})
     for name in requested:
-        if name not in everything:
-            close = difflib.get_close_matches(name, everything, n=1)
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
             hint = f", did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"no selected notebook has {name!r}{hint}; declared: {everything}")
+            raise ConfigError(f"no selected notebook has {name!r}{hint}; declared: {names}")
     for path, parameters in declared.items():
         if "profile" not in parameters:
             raise ConfigError(f"{path.name}: its `parameters` cell does not declare `profile`")
@@ -138,28 +147,38 @@ def _typed(name: str, text: str, kind: str) -> Any:
 def run_notebook(
     notebook: Path, parameters: Parameters, config: Config, force: bool = False
 ) -> Outcome:
-    """Execute a notebook into `runs/<profile>/notebooks/`, unless its stamp is up to date."""
+    """Execute a notebook into `runs/<profile>/notebooks/`, unless its stamp is up to date.
+
+    Args:
+        notebook: its path.
+        parameters: from `assign`.
+        config: names the output folders and is part of the identity.
+        force: execute also an up-to-date notebook.
+    """
     out = config.run_dir / "notebooks"
     stamp = out / f"{notebook.stem}.json"
     key = identity(notebook, parameters, config)
     if not force and (kept := _read_stamp(stamp)) and kept["key"] == key:
-        made = tuple(kept["artefacts"])
-        if all((config.figure_dir / name).exists() for name in made):
-            return Outcome("up to date", key, parameters, kept["seconds"], kept["memory"], made)
+        artefacts = tuple(kept["artefacts"])
+        if all((config.figure_dir / name).exists() for name in artefacts):
+            seconds = kept["seconds"]
+            return Outcome("up to date", key, parameters, seconds, kept["memory"], artefacts)
 
     out.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
     before = _modified(config.figure_dir)
-    copy, started = out / notebook.name, time.monotonic()
+    copy = out / notebook.name
     copy.unlink(missing_ok=True)
+    started = time.monotonic()
     code, memory = _papermill(notebook, copy, parameters)
     seconds = round(time.monotonic() - started, 1)
     after = _modified(config.figure_dir)
-    made = tuple(sorted(name for name in after if after[name] != before.get(name)))
+    artefacts = tuple(sorted(name for name in after if after[name] != before.get(name)))
     error = describe_failure(copy, code)
-    outcome = Outcome("FAILED" if error else "done", key, parameters, seconds, memory, made, error)
+    status = "FAILED" if error else "done"
+    outcome = Outcome(status, key, parameters, seconds, memory, artefacts, error)
     if not error:
-        stamp.write_text(json.dumps(dataclasses.asdict(outcome), indent=2) + "\n")
+        write_json(stamp, dataclasses.asdict(outcome))
     return outcome
 
 
@@ -169,26 +188,32 @@ def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
     import papermill
 
     cells = nbformat.read(notebook, as_version=4).cells
-    inputs = [
-        *sorted((ROOT / "ec2face_core").rglob("*.py")),
-        *sorted((ROOT / "ec2face_lab").rglob("*.py")),
-        ROOT / "data/mini",
-        ROOT / "data/paper",
-    ]
+    inputs = [ROOT / "data/mini", ROOT / "data/paper"]
     if not config.data.procedural:
         roots = (config.data.root, config.data.zero_shot_root)
         inputs += [resolve(root) / "manifest.csv" for root in roots]
     if "train" not in papermill.inspect_notebook(str(notebook)):
-        # one that trains writes these instead
-        kept = ("sweeps/sweeps.csv", "fairness/fairness.csv", "baselines")
-        inputs += [config.run_dir / "adapters", *(config.run_dir / name for name in kept)]
+        # a notebook that trains writes these, so they are no inputs of it
+        kept = ("adapters", "sweeps/sweeps.csv", "fairness/fairness.csv", "baselines")
+        inputs += [config.run_dir / name for name in kept]
     code = [cell.source for cell in cells if cell.cell_type == "code"]
-    shaping = [code, parameters, config.digest(), [path_digest(path) for path in inputs]]
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+    digests = [_packages_digest(), config.digest(), *(path_digest(path) for path in inputs)]
+    return content_key([code, sorted(parameters.items()), digests], digits=16)
+
+
+@functools.cache
+def _packages_digest() -> str:
+    """`code_digest` of all modules of both packages."""
+    modules = [
+        module.name
+        for package in (ec2face_core, ec2face_lab)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    return code_digest(["ec2face_core", *modules])
 
 
 def describe_failure(copy: Path, code: int) -> str:
-    """'' for a complete copy and exit code 0, else which cell failed and how."""
+    """Which cell failed and how; '' for a complete copy and exit code 0."""
     import nbformat
 
     if not copy.exists():
@@ -198,24 +223,24 @@ def describe_failure(copy: Path, code: int) -> str:
         for cell in nbformat.read(copy, as_version=4).cells
         if not ADDED & set(cell.metadata.get("tags", ()))
     ]
-    ran = [
+    executed = [
         i for i, cell in enumerate(cells, start=1)
         if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time")
     ]  # fmt: skip
     if code == 0:
-        # `raise SystemExit(0)` ends a notebook silently: the cells after it were never started.
+        # `raise SystemExit(0)` ends a notebook silently, before its other cells are started
         for i, cell in enumerate(cells, start=1):
-            if cell.cell_type == "code" and cell.source.strip() and i not in ran:
+            if cell.cell_type == "code" and cell.source.strip() and i not in executed:
                 return f"cell {i} `{_first_line(cell.source)}` was not executed"
         return ""
-    if not ran:
+    if not executed:
         return f"papermill ended with code {code} before the first cell; see the log"
-    cell = cells[ran[-1] - 1]
+    cell = cells[executed[-1] - 1]
     errors = [output for output in cell.outputs if output.output_type == "error"]
     reason = f"papermill ended with code {code}: the kernel was killed (out of memory?)"
     if errors:
         reason = f"{errors[-1].ename}: {errors[-1].evalue}"
-    return f"cell {ran[-1]} `{_first_line(cell.source)}`: {reason}"
+    return f"cell {executed[-1]} `{_first_line(cell.source)}`: {reason}"
 
 
 def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int, int]:
@@ -229,33 +254,29 @@ def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int,
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         memory = 0
         try:
-            while True:
-                ended, status, usage = os.wait4(child.pid, os.WNOHANG)
-                if ended:
-                    child.returncode = os.waitstatus_to_exitcode(status)
-                    break
+            while child.poll() is None:
                 memory = max(memory, _tree_memory(child.pid))
                 time.sleep(0.5)
-        except BaseException:  # interrupted: papermill takes its kernel along when it is asked to
+        except BaseException:  # interrupted: a papermill that is terminated ends its kernel, too
             child.terminate()
             child.wait()
             raise
-    # The kernel's own count (of its largest process) where /proc does not exist.
-    largest = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return child.returncode, max(memory, largest)
+    return child.returncode, memory
 
 
 def _tree_memory(pid: int) -> int:
-    """Resident bytes of a process and its descendants now, shared pages counted once (Linux)."""
-    process, total = Path(f"/proc/{pid}"), 0
+    """Resident bytes of a process and its descendants now; shared pages count once (on Linux)."""
+    import psutil
+
+    total = 0
     try:
-        for line in (process / "smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                total = 1024 * int(line.split()[1])
-        children = [c for f in process.glob("task/*/children") for c in f.read_text().split()]
-    except OSError:  # ended meanwhile, or no /proc here
-        return total
-    return total + sum(_tree_memory(int(child)) for child in children)
+        process = psutil.Process(pid)
+        for member in (process, *process.children(recursive=True)):
+            memory = member.memory_full_info()
+            total += getattr(memory, "pss", memory.rss)
+    except psutil.Error:  # a process has just ended
+        pass
+    return total
 
 
 def _read_stamp(path: Path) -> dict[str, Any] | None:
@@ -272,8 +293,8 @@ def _modified(folder: Path) -> dict[str, int]:
 
 def _line(outcome: Outcome) -> str:
     """`done  34 s  1.2 GB  fig2, table1`"""
-    made = ", ".join(sorted({Path(name).stem for name in outcome.artefacts}))
-    return f"{outcome.status:10}  {outcome.seconds:6.0f} s  {outcome.memory / 1e9:5.1f} GB  {made}"
+    names = ", ".join(sorted({Path(name).stem for name in outcome.artefacts}))
+    return f"{outcome.status:10}  {outcome.seconds:6.0f} s  {outcome.memory / 1e9:5.1f} GB  {names}"
 
 
 def _first_line(source: str) -> str:

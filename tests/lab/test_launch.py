@@ -81,8 +81,8 @@ def test_lines_for_the_shell():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children end with their parent on Linux only")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_a_child_ends_with_its_parent(module, tmp_path, monkeypatch, how):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_child_ends_with_its_parent(module, tmp_path, monkeypatch, end):
     pid_file = tmp_path / "pid"
     name, env = module(
         "waits",
@@ -97,7 +97,7 @@ def test_a_child_ends_with_its_parent(module, tmp_path, monkeypatch, how):
     wait_for(lambda: pid_file.exists() and pid_file.read_text())
     child = Path(f"/proc/{pid_file.read_text()}")
     assert child.exists()
-    os.kill(parent.pid, how)
+    os.kill(parent.pid, end)
     parent.join(60)
     wait_for(lambda: not child.exists() or "\nState:\tZ" in (child / "status").read_text())
 
@@ -167,9 +167,9 @@ def test_the_line_for_several_machines_works(module, tmp_path):
         subprocess.Popen(shlex.split(line), stdout=subprocess.PIPE, text=True, **start)
         for _ in range(2)
     ]
-    said = "".join(machine.communicate(timeout=300)[0] for machine in machines)
+    output = "".join(machine.communicate(timeout=300)[0] for machine in machines)
     assert [machine.returncode for machine in machines] == [0, 0]
-    assert "rank 0 of 2" in said and "rank 1 of 2" in said
+    assert "rank 0 of 2" in output and "rank 1 of 2" in output
     assert (tmp_path / "runs" / "logs").is_dir()
 
 

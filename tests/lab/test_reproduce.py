@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ec2face_core.config import ConfigError, load_profile
+from ec2face_core.config import ROOT, ConfigError, load_profile
 from ec2face_lab import reproduce
 from ec2face_lab.__main__ import main
 
@@ -124,6 +124,16 @@ def test_identity_follows_code_parameters_and_settings_but_not_text(folder, conf
     nb.cells[2].source = "x = 2"
     nbformat.write(nb, notebook)
     assert reproduce.identity(notebook, parameters, config) != key
+
+
+def test_identity_covers_every_module(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(reproduce, "code_digest", lambda modules: hashed.extend(modules))
+    reproduce._packages_digest.__wrapped__()
+    files = [p for name in ("ec2face_core", "ec2face_lab") for p in (ROOT / name).rglob("*.py")]
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files}
+    modules = {name.removesuffix(".__init__") for name in modules} - {"ec2face_lab"}
+    assert modules <= set(hashed)
 
 
 def test_retrained_adapters_concern_only_notebooks_that_do_not_train(folder, config):
