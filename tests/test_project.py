@@ -1,109 +1,92 @@
-"""What holds the project together: floors, sizes, environment, public names, notebooks at rest."""
+"""What holds the project together: the two packages, the environment, notebooks at rest."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ec2face_core
 from ec2face_core.config import ROOT
 from ec2face_core.runs import path_digest
 
-PACKAGE = ROOT / "ec2face_core"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# The floors of the design, each in rows: a module imports from rows above its own only.
-FLOORS = {
-    1: ["attributes config flow"],
-    2: [
-        "tables tuning weights",
-        "decoupled",
-        "canvas captions checkpoints distribution journal launch lora losses perception "
-        "results statistics validation",
-        "backbone commands conversion plotting",
-    ],
-    3: [
-        "conditioning diagram effects grids guidance metrics rendering reproduce",
-        "dense synthetic",
-        "contrastive datasets folders photos",
-    ],
-    4: ["inventory latents worlds", "critics foundation", "adapters draws pipeline", "generate"],
-    5: [
-        "baselines scoring trainer",
-        "estimation evaluate inspection",
-        "gradients",
-        "experiments sentences",
-        "comparison robustness sweeps",
-        "fairness report",
-    ],
-    6: ["prepare train"],
-}
 PUBLIC = (
     "CLASSES GROUPS PALETTE interpolate reverse_estimate beta class_weights long_tail_weights "
     "flow_matching_loss mask_consistency_loss text_consistency_loss mask_accuracy EC2FacePipeline "
-    "FaceDataset FaceSample FaceParser ClipScorer load_profile Trainer"
+    "FaceDataset FaceSample FaceParser ClipScorer load_profile Trainer "
+    "open_dataset predict_velocity total_loss"
 )
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of the package that a module imports, also inside functions, not for types alone.
-
-    A folder of modules counts as one; what its modules import from one another is left out.
-    """
-    if path.is_dir():
-        return set().union(*map(imports, path.glob("*.py")))
-    found: set[str] = set()
-    depth = len(path.relative_to(PACKAGE).parts)
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            return
-        if isinstance(node, ast.ImportFrom):
-            source = "." * node.level + (node.module or "")
-            inside = re.sub(r"^(\.+|ec2face_core\.?)", "", source)
-            if source.startswith("ec2face_core") or node.level == depth:
-                found.update([inside.split(".")[0]] if inside else [n.name for n in node.names])
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text()))
-    return found
+def modules(package: str) -> dict[str, Path]:
+    """Dotted name -> file of every module of a package."""
+    files = sorted((ROOT / package).rglob("*.py"))
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in files
+    }
 
 
-# -------------------------------------------------------------------------------- the package
+def imports(name: str, file: Path, top_level: bool = False) -> Iterator[str]:
+    """Dotted names that a module imports; also those of functions, unless only at the top level."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(file.read_text())
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: 1 - node.level or None] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
 
 
-def test_every_module_imports_only_from_above_its_own_row():
-    rows = [row.split() for floor in FLOORS.values() for row in floor]
-    row_of = {module: i for i, row in enumerate(rows) for module in row}
-    modules = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    modules |= {path.parent.name: path.parent for path in PACKAGE.glob("*/__init__.py")}
-    assert set(row_of) == set(modules), "FLOORS lists every module of the package, once"
-    assert len(row_of) == sum(map(len, rows))
+# -------------------------------------------------------------------------------- the packages
+
+
+def test_the_core_imports_nothing_of_the_lab():
     wrong = [
         f"{name} imports {used}"
-        for name, path in modules.items()
-        for used in imports(path)
-        if row_of.get(used, -1) >= row_of[name]
+        for name, file in modules("ec2face_core").items()
+        for used in imports(name, file)
+        if used.startswith("ec2face_lab")
     ]
-    assert not wrong, wrong
+    assert not wrong
 
 
-def test_no_module_is_longer_than_400_lines():
-    sources = [*PACKAGE.rglob("*.py"), *(ROOT / "notebooks").rglob("*.py")]
-    long = {p.name: n for p in sources if (n := len(p.read_text().splitlines())) > 400}
-    assert not long, long
+@pytest.mark.parametrize("package", ["ec2face_core", "ec2face_lab"])
+def test_modules_import_each_other_without_a_circle(package):
+    files = modules(package)
+    graph = {
+        name: {used for used in imports(name, file, top_level=True) if used in files} - {package}
+        for name, file in files.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-def test_public_names_are_those_promised():
+def test_no_module_is_longer_than_500_lines():
+    files = [*modules("ec2face_core").values(), *modules("ec2face_lab").values()]
+    long = {file.name: n for file in files if (n := len(file.read_text().splitlines())) > 500}
+    assert not long
+
+
+def test_public_names():
     assert sorted(ec2face_core.__all__) == sorted(PUBLIC.split())
     assert all(hasattr(ec2face_core, name) for name in PUBLIC.split())
     assert set(PUBLIC.split()) <= set(dir(ec2face_core))
@@ -111,7 +94,7 @@ def test_public_names_are_those_promised():
         _ = ec2face_core.Trainr
 
 
-def test_importing_the_package_loads_nothing_heavy():
+def test_importing_the_core_loads_nothing_heavy():
     heavy = "diffusers transformers peft accelerate facer open_clip lpips pyiqa matplotlib pandas"
     code = f"import sys, ec2face_core; print(*sorted(set({heavy.split()}) & set(sys.modules)))"
     done = subprocess.run(
@@ -120,56 +103,51 @@ def test_importing_the_package_loads_nothing_heavy():
     assert done.stdout.strip() == ""
 
 
-@pytest.mark.parametrize(
-    "module", ["plotting", "effects", "grids", "diagram", "results", "tables", "reproduce"]
-)
-def test_drawing_needs_no_model_libraries(module):
-    sources = {module} | imports(PACKAGE / f"{module}.py")
-    heavy = {"diffusers", "transformers", "facer", "open_clip", "pyiqa"}
-    for name in sources:
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-        used = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import)
-                for a in n.names}  # fmt: skip
-        used |= {n.module.split(".")[0] for n in ast.walk(tree)
-                 if isinstance(n, ast.ImportFrom) and n.module}  # fmt: skip
-        assert not used & heavy, name
-
-
 # ---------------------------------------------------------------------------- the environment
 
+# Names that differ between an import and its distribution.
+DISTRIBUTIONS = {
+    "IPython": "ipython", "PIL": "pillow", "facer": "pyfacer", "open_clip": "open_clip_torch",
+    "skimage": "scikit-image", "yaml": "pyyaml",
+}  # fmt: skip
 
-def requirements() -> list[str]:
-    """The dependencies that pyproject.toml declares."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+
+def requirements(*extras: str) -> list[Requirement]:
+    """What pyproject.toml declares for the core and for some of its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *(project["optional-dependencies"][e] for e in extras)]
+    return [Requirement(text) for texts in lists for text in texts]
 
 
-def test_environment_yml_lists_the_packages_of_pyproject():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    assert pip == [*requirements(), "-e ."]
-    (python,) = (d for d in environment["dependencies"] if str(d).startswith("python="))
-    assert python in ("python=3.11", "python=3.12", "python=3.13")
+@pytest.mark.parametrize(("package", "extras"), [("ec2face_core", ()), ("ec2face_lab", ("lab",))])
+def test_what_is_imported_is_declared(package, extras):
+    declared = {canonicalize_name(wanted.name) for wanted in requirements(*extras)}
+    own = {*sys.stdlib_module_names, "ec2face_core", "ec2face_lab"}
+    used = {
+        found.partition(".")[0]
+        for name, file in modules(package).items()
+        for found in imports(name, file)
+    } - own
+    assert {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in used} <= declared
 
 
 def test_the_lock_pins_every_dependency_to_an_allowed_version():
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pattern = r"([A-Za-z0-9._-]+)==(\S+)( ; sys_platform == \"linux\")?"
     matches = [re.fullmatch(pattern, line) for line in lines]
     assert all(matches), [line for line, m in zip(lines, matches, strict=True) if not m]
     pinned = {canonicalize_name(m[1]): m[2] for m in matches}
-    for text in requirements():
-        wanted = Requirement(text)
+    for wanted in requirements("lab", "dev", "quantize"):
         version = pinned[canonicalize_name(wanted.name)]
-        assert version in wanted.specifier, f"{text}, but requirements.lock has {version}"
+        assert version in wanted.specifier, f"{wanted}, but requirements.lock has {version}"
 
 
-def test_ci_runs_the_tests():
-    script = ROOT / ".ci" / "run"
-    assert script.stat().st_mode & 0o111 and "make test" in script.read_text()
-    subprocess.run(["bash", "-n", script], check=True)
+def test_environment_yml_installs_the_project_with_a_supported_python():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert pip == ["-e .[lab,dev,quantize]"]
+    (python,) = (d for d in environment["dependencies"] if str(d).startswith("python="))
+    assert python in ("python=3.11", "python=3.12", "python=3.13")
 
 
 # ---------------------------------------------------------------------------------- notebooks
