@@ -1,10 +1,10 @@
 """The comparison systems of Tables 1 and 2 as faithful miniatures: one file each, one interface.
 
-    from ec2face_core.baselines import load
+    from ec2face_lab.baselines import load
     images = load(config, "UaC").generate(["A smiling woman."], masks, [generator])
 
-`system.py` says what a system is; `style.py`, `unets.py` and `flux.py` are the blocks that several
-share; `train.py` trains one, `draw.py` draws the pictures of a split.
+`system.py` defines a system; `style.py`, `unets.py` and `flux.py` are blocks that several share;
+`train.py` trains one system.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 CVPR 2023), https://github.com/ziqihuangg/Collaborative-Diffusion.
 
 Two uni-modal latent diffusers, text-to-face and mask-to-face, are trained apart and frozen. A
-dynamic diffuser for each then predicts, from (x_t, t, its own condition), how far its modality is
-to be believed at each pixel and step: e = sum_m I_m e_m with I = softmax over m.
+dynamic diffuser for each then predicts, from (x_t, t, its own condition), the influence of its
+modality at each pixel and step: e = sum_m I_m e_m with I = softmax over m.
 
 Simplified: U-Nets of 1.3 M parameters that predict v, which mixes as the noise e does; captions
 enter as CLIP's word features (the original trains a BERT-like encoder of its own); the text
@@ -14,17 +14,15 @@ part; 28 steps of DDIM (50 there).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ec2face_core.data import FaceDataset
+from ec2face_core.attributes import one_hot
 
-from .reading import one_hot, word_features
-from .system import Faces, seeded
+from ..world.training import seeded
+from .encoders import word_features
+from .system import Faces, Generators, Masks, Run, Texts
 from .unets import (
     BATCH,
     LatentFaces,
@@ -45,9 +43,11 @@ MASK_SHARE = 0.6  # of the time for the mask diffuser, the rest for the dynamic 
 class CoDiffusion(TextUnetSystem):
     """Frozen uni-modal diffusers that collaborate through influence maps."""
 
-    name, shares = "CoDiffusion", ("text_unet", "text")
+    name = "CoDiffusion"
+    shares = ("text_unet", "text")
 
     def build(self, seed: int) -> None:
+        """Fill `networks` with random weights, a function of the seed."""
         cells = self.shape[1] * self.shape[2]
         with seeded(seed):
             self.networks["text"] = text_unet(self.shape, self.words)
@@ -56,26 +56,18 @@ class CoDiffusion(TextUnetSystem):
             for kind, width in (("text", self.words), ("mask", MASK_WIDTH)):
                 self.networks[f"{kind}_influence"] = text_unet(self.shape, width, DYNAMIC, 1)
 
-    def fit(
-        self,
-        dataset: FaceDataset,
-        run_dir: Path,
-        seconds: float,
-        seed: int = 42,
-        max_steps: int = 0,
-    ) -> None:
+    def train(self, faces: Faces, run: Run) -> None:
         """Stage 1: the mask diffuser (the text diffuser is shared); stage 2: influence alone."""
-        self.build(seed)
-        faces, nets = LatentFaces(Faces.read(dataset), self.vae), self.networks
-        self.prepare(run_dir.parent / "shared", max_steps=max_steps)
+        latents = LatentFaces(faces, self.vae)
+        nets = self.networks
 
         def mask_loss(generator: torch.Generator) -> Tensor:
-            z, maps, _ = faces.batch(BATCH, generator)
+            z, maps, _ = latents.batch(BATCH, generator)
             tokens = self.mask_tokens(maps)
             return denoising_loss(prediction_of(nets["mask"]), self.scheduler, z, generator, tokens)
 
         def influence_loss(generator: torch.Generator) -> Tensor:
-            z, maps, texts = faces.batch(BATCH, generator)
+            z, maps, texts = latents.batch(BATCH, generator)
             with torch.no_grad():
                 contexts = {"text": word_features(self.clip, texts), "mask": self.mask_tokens(maps)}
             return denoising_loss(
@@ -84,22 +76,18 @@ class CoDiffusion(TextUnetSystem):
 
         diffuser = {k: nets[k] for k in ("mask", "tokens")}
         dynamic = {k: nets[k] for k in ("text_influence", "mask_influence")}
-        rest, limit = (1 - MASK_SHARE) * seconds, (None, max_steps)
-        optimise("mask", mask_loss, diffuser, run_dir, MASK_SHARE * seconds, seed, *limit)
-        optimise("influence", influence_loss, dynamic, run_dir, rest, seed, *limit)
+        optimise(run, "mask", mask_loss, diffuser, share=MASK_SHARE)
+        optimise(run, "influence", influence_loss, dynamic, share=1 - MASK_SHARE)
 
-    def sample(
-        self,
-        prompts: Sequence[str] | None,
-        masks: Tensor | None,
-        generators: Sequence[torch.Generator],
-    ) -> Tensor:
+    def sample(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
         """DDIM with eta 1 and no guidance, as there; one modality alone is its own diffuser's."""
         contexts = self.contexts(prompts, masks)
-        return self.paint(lambda x, t: self.collaborate(x, t, contexts)[0], generators, eta=1.0)
+        return self.decode_samples(
+            lambda x, t: self.collaborate(x, t, contexts)[0], generators, eta=1.0
+        )
 
     @torch.no_grad()
-    def contexts(self, prompts: Sequence[str] | None, masks: Tensor | None) -> dict[str, Tensor]:
+    def contexts(self, prompts: Texts, masks: Masks) -> dict[str, Tensor]:
         """Tokens of each modality that is given, by its name."""
         text = {} if prompts is None else {"text": word_features(self.clip, prompts)}
         return text if masks is None else text | {"mask": self.mask_tokens(masks)}

@@ -19,17 +19,15 @@ of all 19 classes are fair to the other systems.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ec2face_core.data import FaceDataset
-
-from .reading import word_features
-from .system import Faces, seeded
+from ..world.training import seeded
+from .encoders import word_features
+from .system import Faces, Generators, Masks, Run, Texts
 from .unets import (
     BATCH,
     CHANNELS,
@@ -50,53 +48,41 @@ TEXT_GUIDANCE = 2.0
 
 WIDTH = 128  # channels of the encoder's residual blocks
 
-INCREMENT_RATE = 3e-4  # the encoder learns faster, by 10 in the SD1.5 recipe, by 5 here
+INCREMENT_LR = 3e-4  # the encoder learns faster, by 10 in the SD1.5 recipe, by 5 here
 
 
 class ControlNeXt(TextUnetSystem):
     """A frozen text-to-image U-Net, a light mask encoder, and a few trained weights."""
 
-    name, shares = "ControlNeXt", ("text_unet", "unet")
+    name = "ControlNeXt"
+    shares = ("text_unet", "unet")
     own_masks = True
 
     def build(self, seed: int) -> None:
+        """Fill `networks` with random weights, a function of the seed."""
         self.maps = 3 if self.config.baselines.published_masks else 19
         with seeded(seed):
             unet = text_unet(self.shape, self.words)
             encoder = MaskEncoder(self.shape[1:], unet.config.block_out_channels[0] * 4, self.maps)
         self.trained = [k for k, _ in unet.named_parameters() if TRAINED in k]
         increments = [torch.zeros_like(unet.get_parameter(k)) for k in self.trained]
-        self.networks["unet"], self.networks["encoder"] = unet, encoder
+        self.networks["unet"] = unet
+        self.networks["encoder"] = encoder
         self.networks["increments"] = nn.ParameterList(increments)
 
-    def fit(
-        self,
-        dataset: FaceDataset,
-        run_dir: Path,
-        seconds: float,
-        seed: int = 42,
-        max_steps: int = 0,
-    ) -> None:
-        """The shared base first, if it is not there; then encoder and increments together."""
-        self.build(seed)
-        faces = LatentFaces(Faces.read(dataset), self.vae)
-        self.prepare(run_dir.parent / "shared", max_steps=max_steps)
+    def train(self, faces: Faces, run: Run) -> None:
+        """Encoder and increments together."""
+        latents = LatentFaces(faces, self.vae)
 
         def loss(generator: torch.Generator) -> Tensor:
-            z, maps, texts = faces.batch(BATCH, generator)
+            z, maps, texts = latents.batch(BATCH, generator)
             words = word_features(self.clip, drop_texts(texts, DROP, generator))
             return denoising_loss(self.predict, self.scheduler, z, generator, words, maps)
 
         trained = {k: self.networks[k] for k in ("encoder", "increments")}
-        rates = {"increments": INCREMENT_RATE}
-        optimise("control", loss, trained, run_dir, seconds, seed, rates, max_steps)
+        optimise(run, "control", loss, trained, lrs={"increments": INCREMENT_LR})
 
-    def sample(
-        self,
-        prompts: Sequence[str] | None,
-        masks: Tensor | None,
-        generators: Sequence[torch.Generator],
-    ) -> Tensor:
+    def sample(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
         """Text is guided; mask alone has an empty prompt; text alone is the untouched base."""
         empty = word_features(self.clip, [""] * len(generators))
         words = empty if prompts is None else word_features(self.clip, prompts)
@@ -108,16 +94,16 @@ class ControlNeXt(TextUnetSystem):
             pairs = ((x, x), (t, t), (words, empty), (masks, masks))
             return guided(self.predict, weight, *pairs)
 
-        return self.paint(guide, generators)
+        return self.decode_samples(guide, generators)
 
     def predict(self, x_t: Tensor, t: Tensor, words: Tensor, masks: Tensor | None = None) -> Tensor:
         """Prediction `b c h w`, of the base alone where there are no masks `b h w`."""
-        unet, increments = self.networks["unet"], self.networks["increments"]
+        unet = self.networks["unet"]
         if masks is None:
             return unet(x_t, t, words).sample
         time = unet.time_embedding(unet.time_proj(t))
         controls = self.networks["encoder"](self.see(masks), time)
-        pairs = zip(self.trained, increments, strict=True)
+        pairs = zip(self.trained, self.networks["increments"], strict=True)
         weights = {name: unet.get_parameter(name) + increment for name, increment in pairs}
 
         def add(module: nn.Module, inputs: tuple, features: Tensor) -> Tensor:
@@ -143,7 +129,8 @@ class MaskEncoder(nn.Module):
         from diffusers.models.resnet import ResnetBlock2D
 
         super().__init__()
-        self.size, half = tuple(size), WIDTH // 2
+        self.size = tuple(size)
+        half = WIDTH // 2
         self.door = nn.Sequential(
             nn.Conv2d(maps, half, 4, stride=2, padding=1),
             nn.GroupNorm(4, half),
@@ -158,6 +145,7 @@ class MaskEncoder(nn.Module):
         )
 
     def forward(self, mask: Tensor, time: Tensor) -> Tensor:
+        """Controls `b c h w`."""
         x = self.door(mask)
         for block in self.blocks:
             x = block(x, time)
@@ -169,8 +157,10 @@ def cross_normalise(controls: Tensor, features: Tensor) -> Tensor:
 
     Both `b c h w`; moments are over channels and space together, as in the released code.
     """
-    controls, like = controls.float(), features.float()
-    (mean, std), (mean_f, std_f) = (
-        (x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)) for x in (controls, like)
-    )
-    return ((controls - mean) * (std_f / (std + 1e-12)) + mean_f).to(features.dtype)
+
+    def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
+
+    mean, std = moments(controls.float())
+    mean_f, std_f = moments(features.float())
+    return ((controls.float() - mean) * (std_f / (std + 1e-12)) + mean_f).to(features.dtype)

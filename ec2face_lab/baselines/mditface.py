@@ -7,7 +7,7 @@ serve every step. Newer than the paper, which does not compare with it; there is
 so this follows the abstract.
 
 Simplified: the mask's stream is the base's image stream with the LoRA of the mask branch
-(`decoupled.py`), where the original gives each block a third stream.
+(`ec2face_core.fast.decoupled`), where the original gives each block a third stream.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from .flux import FluxSystem
 
 
 class MDiTFace(FluxSystem):
-    """Mask tokens that see mask tokens alone, computed once for all steps."""
+    """Mask tokens that attend to mask tokens only, computed once for all steps."""
 
-    name, attention = "MDiTFace", "decoupled"
+    name = "MDiTFace"
+    attention = "decoupled"
 
-    def remember(self, maps: Tensor) -> Tensor:
+    def encode_masks(self, maps: Tensor) -> Tensor:
         """Latents of the masks' palette images, `b c h w`."""
         return mask_latents_of(self.vae, maps)
 
-    def condition(self, known: Any, z_t: Tensor, t: Tensor) -> Tensor | MaskKVCache:
-        return known
+    def condition(self, encoded: Any, z_t: Tensor, t: Tensor) -> Tensor | MaskKVCache:
+        """The masks as they are, at every step."""
+        return encoded

@@ -12,19 +12,18 @@ of a random face.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ec2face_core.attributes import one_hot
 from ec2face_core.config import Config
-from ec2face_core.data import FaceDataset
 from ec2face_core.perception import FaceParser
 
-from .reading import Centre, one_hot
+from ..world.training import descend, seeded, set_learning_rates
+from .encoders import Centre
 from .style import (
     LAYERS,
     WIDTH,
@@ -36,11 +35,9 @@ from .style import (
     adam,
     leaky,
     perceptual,
-    schedule,
-    update,
     upsample,
 )
-from .system import Faces, seeded, train_stage
+from .system import Faces, Generators, Masks, Run, Texts
 
 CODE = 128  # of a mask
 
@@ -50,7 +47,9 @@ NO_MASK = 0.15  # of the training samples
 
 CENTRED = 512  # faces and captions that the means are taken of
 
-BATCH, RATE = 16, 2e-3
+BATCH = 16
+
+LR = 2e-3
 
 SHARES = {"masks": 0.2, "mapping": 0.8}  # of the seconds
 
@@ -60,12 +59,13 @@ class MaskDecoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.door = Linear(CODE, 64 * 64)
+        self.stem = Linear(CODE, 64 * 64)
         self.convs = nn.ModuleList([Conv(64, 64), Conv(64, 48)])
         self.head = Conv(48, 4 * 19, act=False)
 
     def forward(self, code: Tensor) -> Tensor:
-        x = leaky(self.door(code)).unflatten(1, (64, 8, 8))
+        """Logits `b 19 64 64`."""
+        x = leaky(self.stem(code)).unflatten(1, (64, 8, 8))
         for conv in self.convs:
             x = upsample(conv(x))
         return F.pixel_shuffle(self.head(x).float(), 2)
@@ -81,6 +81,7 @@ class ToLatent(nn.Module):
         self.head = Linear(hidden, WIDTH)
 
     def forward(self, mask: Tensor, text: Tensor) -> Tensor:
+        """Offset of w from the mean, `(b, WIDTH)`."""
         x = torch.cat([mask, text * text.shape[1] ** 0.5], 1)
         for layer in self.layers:
             x = leaky(layer(x))
@@ -106,97 +107,81 @@ class MM2Latent(StyleSystem):
             self.networks["mapping"] = ToLatent(width)
         self.networks["centre"] = Centre(width)
 
-    def fit(
-        self,
-        dataset: FaceDataset,
-        run_dir: Path,
-        seconds: float,
-        seed: int = 42,
-        max_steps: int = 0,
-    ) -> None:
+    def train(self, faces: Faces, run: Run) -> None:
         """Code masks, then map codes to w."""
-        self.build(seed)
-        self.prepare(run_dir.parent / "shared", max_steps=max_steps)
-        faces = Faces.read(dataset)
         self._centre(faces)
-        self._fit_masks(faces, run_dir, seconds, seed, max_steps)
-        self._fit_mapping(run_dir, seconds, seed, max_steps)
-        self.networks.requires_grad_(False).eval()
+        self._train_masks(faces, run)
+        self._train_mapping(run)
 
     @torch.no_grad()
     def _centre(self, faces: Faces) -> None:
         """Mean features of generated faces and of first captions."""
         generators = [torch.Generator().manual_seed(i) for i in range(CENTRED)]
         codes = self.networks["generator"].random_codes(generators, truncation=1.0)
-        images = [self.clip.image_features(self._draw(c)).mean(0) for c in codes.split(64)]
+        images = [self.clip.image_features(self._picture(c)).mean(0) for c in codes.split(64)]
         texts = self.clip.text_features([captions[0] for captions in faces.captions[:CENTRED]])
         self.networks["centre"].picture.copy_(torch.stack(images).mean(0))
         self.networks["centre"].sentence.copy_(texts.mean(0))
 
-    def _fit_masks(self, faces: Faces, run_dir, seconds, seed, max_steps) -> None:
+    def _train_masks(self, faces: Faces, run: Run) -> None:
         encoder = self.networks["mask"]
-        with seeded(seed):
+        with seeded(run.seed):
             decoder = MaskDecoder()
-        optimizer = adam(nn.ModuleList([encoder, decoder]), RATE)
+        optimizer = adam(nn.ModuleList([encoder, decoder]), LR)
 
-        def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
-            schedule(optimizer, RATE, done)
+        def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+            set_learning_rates(optimizer, progress)
             _, label_maps, _ = faces.batch(BATCH, generator)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = F.cross_entropy(decoder(self.mask_codes(label_maps)), label_maps)
-                update(optimizer, loss)
+                descend(optimizer, loss)
             return {"cross_entropy": loss}
 
         state = {"encoder": encoder, "decoder": decoder, "adam": optimizer}
-        train_stage("masks", step, state, run_dir, SHARES["masks"] * seconds, seed, max_steps)
+        run.stage("masks", step, state, SHARES["masks"])
         encoder.requires_grad_(False)
 
-    def _fit_mapping(self, run_dir, seconds, seed, max_steps) -> None:
-        net, style = self.networks["mapping"], self.networks["generator"]
-        optimizer = adam(net, RATE)
+    def _train_mapping(self, run: Run) -> None:
+        net = self.networks["mapping"]
+        style = self.networks["generator"]
+        optimizer = adam(net, LR)
 
-        def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
-            schedule(optimizer, RATE, done)
+        def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+            set_learning_rates(optimizer, progress)
             with torch.autocast("cpu", torch.bfloat16):
                 with torch.no_grad():
                     w = style.map(torch.randn(BATCH, WIDTH, generator=generator))
-                    picture = self._draw(w[:, None].expand(-1, LAYERS, -1))
+                    picture = self._picture(w[:, None].expand(-1, LAYERS, -1))
                     mask = self.mask_codes(self.parser.parse(picture))
                     mask = mask * (torch.rand(BATCH, 1, generator=generator) >= NO_MASK)
                     text = self.pseudo_text(picture, generator)
                 predicted = style.average + net(mask, text)
-                drawn = style(predicted[:, None].expand(-1, LAYERS, -1))
-                likeness = perceptual(self.clip, drawn, picture).mean()
-                loss = mapping_loss(predicted, w) + 0.1 * likeness
-                update(optimizer, loss)
+                mapped = style(predicted[:, None].expand(-1, LAYERS, -1))
+                likeness = perceptual(self.clip, mapped, picture).mean()
+                descend(optimizer, mapping_loss(predicted, w) + 0.1 * likeness)
             return {"absolute": (predicted - w).abs().mean(), "perceptual": likeness}
 
-        state = {"mapping": net, "adam": optimizer}
-        train_stage("mapping", step, state, run_dir, SHARES["mapping"] * seconds, seed, max_steps)
+        run.stage("mapping", step, {"mapping": net, "adam": optimizer}, SHARES["mapping"])
 
     def mask_codes(self, label_maps: Tensor) -> Tensor:
         """Label maps `b h w` -> codes `(b, CODE)` of zero mean and unit variance."""
         return F.layer_norm(self.networks["mask"](one_hot(label_maps)), (CODE,))
 
     def pseudo_text(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Unit embeddings of images [-1, 1], centred and disturbed: what stands for a sentence."""
+        """Unit embeddings of images [-1, 1], centred, with noise: replaces a sentence."""
         text = self.networks["centre"](self.clip.image_features(images), "picture")
         noise = torch.randn(text.shape, generator=generator) / text.shape[1] ** 0.5
         return F.normalize(text + NOISE * noise, dim=1)
 
-    def _draw(self, codes: Tensor) -> Tensor:
+    def _picture(self, codes: Tensor) -> Tensor:
         return self.networks["generator"](codes).clamp(-1, 1)
 
-    def sample(
-        self,
-        prompts: Sequence[str] | None,
-        masks: Tensor | None,
-        generators: Sequence[torch.Generator],
-    ) -> Tensor:
-        """Images `b 3 64 64` in [0, 1]; a given text is not disturbed, so it needs no chance."""
-        net, style = self.networks["mapping"], self.networks["generator"]
+    def sample(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
+        """Images `b 3 64 64` in [0, 1]; no noise is added to the embedding of a given text."""
+        net = self.networks["mapping"]
+        style = self.networks["generator"]
         if prompts is None:
-            faces = self._draw(style.random_codes(generators))
+            faces = self._picture(style.random_codes(generators))
             text = torch.cat(
                 [self.pseudo_text(x[None], g) for x, g in zip(faces, generators, strict=True)]
             )
@@ -204,7 +189,7 @@ class MM2Latent(StyleSystem):
             text = self.networks["centre"](self.clip.text_features(prompts), "sentence")
         mask = torch.zeros(len(text), CODE) if masks is None else self.mask_codes(masks)
         w = style.average + net(mask, text)
-        return self._draw(w[:, None].expand(-1, LAYERS, -1)) / 2 + 0.5
+        return self._picture(w[:, None].expand(-1, LAYERS, -1)) / 2 + 0.5
 
 
 def mapping_loss(predicted: Tensor, w: Tensor) -> Tensor:

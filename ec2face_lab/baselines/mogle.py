@@ -2,7 +2,7 @@
 Generation (Zou et al., 2025, arXiv:2509.00428), https://github.com/XavierJiezou/Face-MoGLE.
 
 The mask is twenty pictures: its palette image for a *global expert* and a binary map of each class
-for nineteen *local experts*, each encoded by the autoencoder. A *dynamic gate*, which sees the
+for nineteen *local experts*, each encoded by the autoencoder. A *dynamic gate*, which takes the
 global tokens, the noisy latent and the time, mixes the experts' outputs token by token into the
 condition tokens of a FLUX with a LoRA on these. Newer than the paper, which does not compare with
 it.
@@ -18,45 +18,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ec2face_core.attributes import NUM_CLASSES
+from ec2face_core.attributes import NUM_CLASSES, one_hot
 from ec2face_core.backbone import encode_images, pack, unpack
 from ec2face_core.mask_branch import mask_latents_of
 
 from .flux import FluxSystem
-from .reading import one_hot
 from .system import SIDE
 
 DROP = 0.1  # of each local map
 
 
 class FaceMoGLE(FluxSystem):
-    """Condition tokens that are a gated mixture of what twenty experts make of the mask."""
+    """Condition tokens that are a gated mixture of the outputs of twenty experts."""
 
     name = "Face-MoGLE"
 
-    def build(self) -> None:
+    def add_networks(self) -> None:
+        """The mixture, and the latent of an empty map."""
         self.networks["mixture"] = Mixture(4 * self.shape[0])
         with torch.no_grad():
-            self.nothing = encode_images(self.vae, -torch.ones(1, 3, SIDE, SIDE))
+            self.blank = encode_images(self.vae, -torch.ones(1, 3, SIDE, SIDE))
 
-    def remember(self, maps: Tensor) -> Tensor:
+    def encode_masks(self, maps: Tensor) -> Tensor:
         """Latents of the palette image and of each class's map, white on black: `b 20 c h w`."""
         classes = one_hot(maps)
-        there = classes.flatten(2).any(2)  # about half of the classes of a mask
-        white = classes[there][:, None].expand(-1, 3, -1, -1) * 2 - 1
-        local = self.nothing.repeat(len(maps), NUM_CLASSES, 1, 1, 1)
-        local[there] = encode_images(self.vae, white)
+        present = classes.flatten(2).any(2)  # about half of the classes of a mask
+        white = classes[present][:, None].expand(-1, 3, -1, -1) * 2 - 1
+        local = self.blank.repeat(len(maps), NUM_CLASSES, 1, 1, 1)
+        local[present] = encode_images(self.vae, white)
         return torch.cat([mask_latents_of(self.vae, maps)[:, None], local], dim=1)
 
-    def drop(self, known: Tensor, generator: torch.Generator) -> Tensor:
-        """Some of the local maps are emptied."""
-        gone = torch.rand(known.shape[:2], generator=generator) < DROP
-        gone[:, 0] = False
-        return torch.where(gone[..., None, None, None], self.nothing, known)
+    def drop(self, encoded: Tensor, generator: torch.Generator) -> Tensor:
+        """Empty some of the local maps."""
+        dropped = torch.rand(encoded.shape[:2], generator=generator) < DROP
+        dropped[:, 0] = False
+        return torch.where(dropped[..., None, None, None], self.blank, encoded)
 
-    def condition(self, known: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+    def condition(self, encoded: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """The mixture at this step, as latents `b c h w`."""
-        tokens = pack(known.flatten(0, 1)).unflatten(0, known.shape[:2])
+        tokens = pack(encoded.flatten(0, 1)).unflatten(0, encoded.shape[:2])
         return unpack(self.networks["mixture"](tokens, pack(z_t), t), *self.shape[1:])
 
 
@@ -79,11 +79,12 @@ class Mixture(nn.Module):
         )
 
     def forward(self, tokens: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """Condition tokens `b n d`; arguments as in `weights`, tokens of all twenty pictures."""
         outputs = torch.stack([f(x) for f, x in zip(self.experts, tokens.unbind(1), strict=True)])
         return torch.einsum("kbnd,bnk->bnd", outputs, self.weights(tokens[:, 0], noisy, t))
 
     def weights(self, whole: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """How much each expert counts at each token, `b n 20`, sums 1.
+        """Weight of each expert at each token, `b n 20`, sums 1.
 
         Args:
             whole: tokens of the palette image, `b n d`.

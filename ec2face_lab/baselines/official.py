@@ -11,17 +11,14 @@ Each repository names its pictures in its own way (read in its code):
     codiffusion  {mask file}/{caption}/000000_x_{k}.png: the first of each batch counts
     controlnext, mm2latent, face-mogle, mditface, plain    {id}.png or .jpg
 
-Chosen here: everything is mapped and looked at before anything is scored, and all that is wrong is
-one report. What an official script writes beside its pictures (codes, masks, further samples,
-pictures of captions that were not asked for) is known by name and left out; any other file is
-reported. Pictures of another size than the profile's are resized once, all alike, bicubic.
+Chosen here: everything is mapped and checked before anything is scored, and one report lists all
+problems. Files that an official script writes beside its pictures (codes, masks, further samples,
+pictures of other captions) are known by name and left out; any other file is reported. Pictures of
+another size than the profile's are resized once, all alike, bicubic.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,12 +27,12 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from ec2face_core.data import IMAGE_SUFFIXES, DataError, Report, Row
-from ec2face_core.runs import parallel, path_digest
+from ec2face_core.runs import content_key, parallel, path_digest, whole_file
 
-CAPTIONS = 10  # of a face in MM-CelebA-HQ, which PixelFace+ counts by
+CAPTIONS = 10  # of a face in MM-CelebA-HQ; the keys of PixelFace+ count them
 
 
-class Wrong(ValueError):
+class UnknownFaceError(ValueError):
     """A picture that belongs to no face; the message says why."""
 
 
@@ -47,14 +44,18 @@ class Naming:
         split: of the faces that the repository was given.
     """
 
-    beside = r"about\.json"  # files that lie there and are no pictures to score
+    others = r"about\.json"  # files that are no pictures to score
 
     def __init__(self, rows: Mapping[str, Row], split: str) -> None:
         self.rows = rows
         self.fed = {name: row for name, row in rows.items() if row.split == split}
 
     def identify(self, path: PurePosixPath) -> str | None:
-        """Id of a file; "" for a picture that is left out; None for no picture. Raises Wrong."""
+        """Id of a file; "" for a picture that is left out; None for no picture.
+
+        Raises:
+            UnknownFaceError: the picture belongs to no face.
+        """
         if path.suffix.lower() not in IMAGE_SUFFIXES or len(path.parts) > 1:
             return None
         return self.known(path.stem)
@@ -63,25 +64,30 @@ class Naming:
         """Where the picture of a face should lie."""
         return f"{name}.png"
 
-    def cause(self, missing: Sequence[str], ids: Sequence[str], others: int) -> str:
-        """Why the pictures of `missing` may not be there: a trap of the repository, or "".
+    def cause(self, missing: Sequence[str], ids: Sequence[str], left_out: int) -> str:
+        """Why pictures may be missing, if it is a known trap of the repository; else "".
 
         Args:
+            missing: faces without a picture.
             ids: the faces to score.
-            others: how many pictures were left out.
+            left_out: number of pictures that were left out.
         """
         return ""
 
     def known(self, name: str) -> str:
+        """The id itself, if it is of the split."""
         if name not in self.fed:
-            raise Wrong(f"no face {name} of this split")
+            raise UnknownFaceError(f"no face {name} of this split")
         return name
 
 
 class TediGAN(Naming):
-    beside = r"inverted_codes\.(pt|npy)"
+    """By id; the loader may drop the last batch."""
 
-    def cause(self, missing: Sequence[str], ids: Sequence[str], others: int) -> str:
+    others = r"inverted_codes\.(pt|npy)"
+
+    def cause(self, missing: Sequence[str], ids: Sequence[str], left_out: int) -> str:
+        """The known trap of this repository, or ""."""
         if list(missing) != sorted(ids)[-len(missing) :]:
             return ""
         return (
@@ -96,7 +102,7 @@ class UaC(Naming):
     In `results/face` they lie in `non_grid/<modality>/`, which may be left out.
     """
 
-    beside = r"grid/.+"
+    others = r"grid/.+"
 
     def __init__(self, rows: Mapping[str, Row], split: str) -> None:
         super().__init__(rows, split)
@@ -105,9 +111,11 @@ class UaC(Naming):
             self.same.setdefault(self.text(name), []).append(name)
 
     def text(self, name: str) -> str:
+        """The caption as a folder name."""
         return self.rows[name].caption.split(":")[0].strip()
 
     def identify(self, path: PurePosixPath) -> str | None:
+        """As in `Naming`."""
         if path.suffix != ".png" or not path.stem.isdigit() or len(path.parts) < 2:
             return None
         folder = re.sub(r"^non_grid/[^/]+/", "", path.parent.as_posix())
@@ -115,12 +123,13 @@ class UaC(Naming):
             return None
         same = self.same.get(folder.strip())
         if same is None:
-            raise Wrong("no face of this split has this caption")
+            raise UnknownFaceError("no face of this split has this caption")
         if int(path.stem) >= len(same):
-            raise Wrong(f"only {len(same)} face(s) of this split have this caption")
+            raise UnknownFaceError(f"only {len(same)} face(s) of this split have this caption")
         return same[int(path.stem)]
 
     def expected(self, name: str) -> str:
+        """Where the picture of a face should lie."""
         text = self.text(name)
         return f"{text}/{self.same[text].index(name)}.png"
 
@@ -128,7 +137,7 @@ class UaC(Naming):
 class PixelFace(Naming):
     """By a key that counts captions; other captions than the manifest's are left out."""
 
-    beside = r"text/[^/]+\.txt"
+    others = r"text/[^/]+\.txt"
 
     def __init__(self, rows: Mapping[str, Row], split: str) -> None:
         super().__init__(rows, split)
@@ -136,27 +145,30 @@ class PixelFace(Naming):
         self.order = sorted(rows) if whole else []
 
     def identify(self, path: PurePosixPath) -> str | None:
+        """As in `Naming`."""
         match = re.fullmatch(r"(\d+)_\d{6}\.png", str(path))
         if not match:
             return None
         place, index = divmod(int(match[1]), CAPTIONS)
         if not self.order:
-            raise Wrong("keys count all faces 0 ... n - 1, but the manifest has gaps")
+            raise UnknownFaceError("keys count all faces 0 ... n - 1, but the manifest has gaps")
         if place >= len(self.order):
-            raise Wrong(f"key {match[1]} lies beyond {len(self.order)} faces")
+            raise UnknownFaceError(f"key {match[1]} lies beyond {len(self.order)} faces")
         name = self.order[place]
         return name if name in self.fed and self.rows[name].caption_index == index else ""
 
     def expected(self, name: str) -> str:
+        """Where the picture of a face should lie."""
         if not self.order:
             return name
         return f"{self.order.index(name) * CAPTIONS + self.rows[name].caption_index}_*.png"
 
-    def cause(self, missing: Sequence[str], ids: Sequence[str], others: int) -> str:
-        if not others:
+    def cause(self, missing: Sequence[str], ids: Sequence[str], left_out: int) -> str:
+        """The known trap of this repository, or ""."""
+        if not left_out:
             return ""
         return (
-            f"{others} pictures are of other captions or faces: datasets.py draws one caption of "
+            f"{left_out} pictures are of other captions or faces: datasets.py draws one caption of "
             "ten at random, calculate_fid.py saves half of each batch. Fix the caption to the "
             "manifest's caption_index and save the whole batch"
         )
@@ -166,22 +178,24 @@ class CoDiffusion(Naming):
     """By the mask's file name; the folder below it has to be the manifest's caption."""
 
     # a copy of the mask, and what its options write
-    beside = r"([^/]+)/.+/(\1|\d{6}_(x_inter|pred_x0|z_0|mixed|\w+_influence_function)\.png)"
+    others = r"([^/]+)/.+/(\1|\d{6}_(x_inter|pred_x0|z_0|mixed|\w+_influence_function)\.png)"
 
     def identify(self, path: PurePosixPath) -> str | None:
+        """As in `Naming`."""
         if not re.fullmatch(r"\d{6}_x_0\.png", path.name) or len(path.parts) < 3:
             return None
         name = self.known(PurePosixPath(path.parts[0]).stem)
         caption = "/".join(path.parts[1:-1])
         if caption.strip().casefold() != self.rows[name].caption.strip().casefold():
-            raise Wrong(f"the caption of face {name} is {self.rows[name].caption!r}")
+            raise UnknownFaceError(f"the caption of face {name} is {self.rows[name].caption!r}")
         return name if path.name.startswith("000000_") else ""
 
     def expected(self, name: str) -> str:
+        """Where the picture of a face should lie."""
         return f"{name}.png/{self.rows[name].caption}/000000_x_0.png"
 
 
-ADAPTERS: dict[str, type[Naming]] = {
+LAYOUTS: dict[str, type[Naming]] = {
     "tedigan": TediGAN,
     "uac": UaC,
     "pixelface": PixelFace,
@@ -202,14 +216,16 @@ SYSTEM_OF: dict[str, str] = {
 
 
 def adopt(
-    folder: Path, adapter: str, rows: Mapping[str, Row], ids: Sequence[str], size: int, work: Path
+    folder: Path, layout: str, rows: Mapping[str, Row], ids: Sequence[str], size: int, work: Path
 ) -> Path:
     """A folder of `{id}.png`, `size` pixels wide, from what an official repository wrote.
 
     Args:
-        folder: its pictures, of the adapter's naming.
-        rows: the manifest that the repository was fed with, in full.
+        folder: its pictures.
+        layout: how they are named, one of LAYOUTS.
+        rows: the whole manifest that the repository worked on.
         ids: the faces to score; pictures of other faces of `rows` may be there.
+        size: side of the new pictures in pixels.
         work: where the renamed pictures go, in a folder named by their content.
 
     Returns:
@@ -219,15 +235,14 @@ def adopt(
         DataError: pictures are missing, unreadable, grey, transparent, not square, of mixed sizes,
             of no face, or there twice; other files lie there. One report names them all.
     """
-    files, report = find_pictures(folder, adapter, rows, ids)
+    files, report = find_pictures(folder, layout, rows, ids)
     sizes = _check(files, report)
     report.raise_if_bad()
-    own = {name: folder / f"{name}.png" for name in ids}
-    if files == own and sizes == {size}:
+    plain = {name: folder / f"{name}.png" for name in ids}
+    if files == plain and sizes == {size}:
         return folder
-    about = [size, sorted((name, path_digest(path)) for name, path in files.items())]
-    target = work / f"{adapter}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}"
-    target.mkdir(parents=True, exist_ok=True)
+    digests = sorted((name, path_digest(path)) for name, path in files.items())
+    target = work / f"{layout}-{content_key([size, digests])}"
 
     def write(name: str) -> None:
         path = target / f"{name}.png"
@@ -236,42 +251,43 @@ def adopt(
                 picture = file.convert("RGB")
             if picture.width != size:
                 picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-            part = path.with_name(f".{path.name}.{os.getpid()}")
-            picture.save(part, "PNG")
-            part.replace(path)
+            with whole_file(path) as part:
+                picture.save(part, "PNG")
 
     list(parallel(write, ids))
     return target
 
 
 def find_pictures(
-    folder: Path, adapter: str, rows: Mapping[str, Row], ids: Sequence[str]
+    folder: Path, layout: str, rows: Mapping[str, Row], ids: Sequence[str]
 ) -> tuple[dict[str, Path], Report]:
-    """The picture of each id that has one, in the order of `ids`, and a report of what is wrong.
+    """The picture of each id that has one, in the order of `ids`, and a report of all problems.
 
     Raises:
         DataError: no such folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder of pictures")
-    naming = ADAPTERS[adapter](rows, rows[ids[0]].split)
-    report, found, others = Report(folder, len(ids)), {}, 0
+    naming = LAYOUTS[layout](rows, rows[ids[0]].split)
+    report = Report(folder, len(ids))
+    found: dict[str, Path] = {}
+    left_out = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         inside = PurePosixPath(path.relative_to(folder).as_posix())
         try:
             name = naming.identify(inside)
-        except Wrong as error:
+        except UnknownFaceError as error:
             report.add(path, error)
             continue
-        if name is None and not re.fullmatch(naming.beside, str(inside)):
-            report.add(path, f"no file that {adapter} writes: take it out of the folder")
-        others += name == ""
+        if name is None and not re.fullmatch(naming.others, str(inside)):
+            report.add(path, f"no file that {layout} writes: take it out of the folder")
+        left_out += name == ""
         if name and found.setdefault(name, path) != path:
             report.add(path, f"duplicate of face {name}: {found[name].relative_to(folder)}")
     missing = [name for name in ids if name not in found]
     for name in missing:
         report.add(naming.expected(name), f"missing: the picture of face {name}")
-    if missing and (cause := naming.cause(missing, ids, others)):
+    if missing and (cause := naming.cause(missing, ids, left_out)):
         report.add(naming.expected(missing[-1]), cause)
     return {name: found[name] for name in ids if name in found}, report
 
@@ -279,21 +295,20 @@ def find_pictures(
 def _check(files: Mapping[str, Path], report: Report) -> set[int]:
     """Report every picture that is unreadable, not RGB, not square or unlike the others in size."""
 
-    def look(path: Path) -> tuple[str, int]:
+    def check(path: Path) -> tuple[str, int]:
         try:
             with Image.open(path) as file:
                 file.load()
-                mode, size = file.mode, file.size
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             return f"unreadable image ({error})", 0
-        if mode != "RGB" or "transparency" in file.info:
+        if file.mode != "RGB" or "transparency" in file.info:
             kind = {"L": "grey", "LA": "grey", "1": "grey", "I;16": "grey", "P": "palette"}
-            return f"{kind.get(mode, 'transparent')} image ({mode}): pictures are RGB", 0
-        if size[0] != size[1]:
-            return f"wrong size {size[0]}x{size[1]}: pictures are square", 0
-        return "", size[0]
+            return f"{kind.get(file.mode, 'transparent')} image ({file.mode}): pictures are RGB", 0
+        if file.width != file.height:
+            return f"wrong size {file.width}x{file.height}: pictures are square", 0
+        return "", file.width
 
-    seen = dict(zip(files.values(), parallel(look, files.values()), strict=True))
+    seen = dict(zip(files.values(), parallel(check, files.values()), strict=True))
     usual = Counter(size for _, size in seen.values() if size).most_common(1)
     for path, (reason, size) in seen.items():
         if reason or size != usual[0][0]:

@@ -1,8 +1,8 @@
 """PixelFace+ (Du et al., ACM Multimedia 2023): mask features gate words, pixel by pixel, in a GAN.
 
-At every resolution each pixel asks the words of the caption with the features of its mask (GCMF),
-a gate made of mask features and answer decides how much of the answer passes, and a modulated
-convolution reads it beside mask features and Fourier features of the coordinates. A discriminator
+At every resolution each pixel attends to the words of the caption, with the features of its mask as
+query (GCMF). A gate computed from mask features and answer scales the answer, and a modulated
+convolution takes it beside mask features and Fourier features of the coordinates. A discriminator
 of picture and mask, a matched or mismatched sentence, R1 and a CLIP loss on the picture.
 
 Simplified: three resolutions in steps of 2 instead of 4 (8, 16, 32, unfolded to 64), at each of
@@ -17,17 +17,17 @@ are what the other systems see.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ec2face_core.config import Config
-from ec2face_core.data import FaceDataset
 
-from .reading import word_features
+from ..world.training import descend, moving_average, seeded, set_learning_rates
+from .encoders import word_features
 from .style import (
     WIDTH,
     Conv,
@@ -37,15 +37,13 @@ from .style import (
     adam,
     add_rgb,
     adversarial_loss,
+    average_decay,
     leaky,
     r1_penalty,
     rgb_layers,
-    schedule,
-    update,
-    update_average,
     upsample,
 )
-from .system import Faces, System, seeded, train_stage
+from .system import Faces, Generators, Masks, Run, System, Texts
 
 CHANNELS = {8: 224, 16: 128, 32: 64}  # by side of the feature map
 
@@ -53,11 +51,17 @@ FEATURES = 32  # of the mask, and of the words' answer, at each pixel
 
 FREQUENCIES = 4  # of the coordinates
 
-BATCH, RATE, R1, R1_EVERY = 8, 2e-3, 1.0, 16
+BATCH = 8
+
+LR = 2e-3
+
+R1 = 1.0  # weight of the gradient penalty
+
+R1_EVERY = 16  # steps
 
 
 class GatedWords(nn.Module):
-    """GCMF: pixels ask the words with their mask's features, and a gate lets the answer pass."""
+    """GCMF: cross-attention from mask features to words, and a gate on the answer."""
 
     def __init__(self, side: int, words: int, maps: int) -> None:
         super().__init__()
@@ -66,7 +70,8 @@ class GatedWords(nn.Module):
             [Conv(maps * self.fold**2, FEATURES, 1), Conv(FEATURES, FEATURES)]
         )
         self.query = nn.Conv2d(FEATURES, FEATURES, 1)
-        self.key, self.value = nn.Linear(words, FEATURES), nn.Linear(words, FEATURES)
+        self.key = nn.Linear(words, FEATURES)
+        self.value = nn.Linear(words, FEATURES)
         self.gate = nn.Conv2d(2 * FEATURES, FEATURES, 1)
 
     def forward(self, maps: Tensor, words: Tensor, real: Tensor) -> Tensor:
@@ -86,7 +91,8 @@ class PixelGenerator(nn.Module):
         super().__init__()
         self.mapping = nn.ModuleList(Linear(WIDTH, WIDTH, gain=0.01) for _ in range(3))
         self.const = nn.Parameter(torch.randn(1, CHANNELS[8], 8, 8))
-        self.words, self.convs = nn.ModuleDict(), nn.ModuleDict()
+        self.words = nn.ModuleDict()
+        self.convs = nn.ModuleDict()
         self.rgb = rgb_layers(CHANNELS)
         before = CHANNELS[8]
         for side, c in CHANNELS.items():
@@ -100,17 +106,19 @@ class PixelGenerator(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor, maps: Tensor, words: Tensor, real: Tensor) -> Tensor:
-        """z `(b, WIDTH)`, maps `b k 64 64`, words `b n d`, `b n` -> images `b 3 64 64`."""
+        """Z `(b, WIDTH)`, maps `b k 64 64`, words `b n d`, `b n` -> images `b 3 64 64`."""
         w = F.normalize(z, dim=-1) * math.sqrt(WIDTH)
         for linear in self.mapping:
             w = leaky(linear(w))
-        x, image = self.const.expand(len(z), -1, -1, -1), None
+        x = self.const.expand(len(z), -1, -1, -1)
+        image = None
         for side in CHANNELS:
-            layers, here = self.convs[str(side)], fourier(side).to(x.dtype)
+            layers = self.convs[str(side)]
+            coordinates = fourier(side).to(x.dtype).expand(len(z), -1, -1, -1)
             if image is not None:
                 x = upsample(layers[2](x, w))
-            asked = self.words[str(side)](maps, words, real).to(x.dtype)
-            x = torch.cat([x, asked, here.expand(len(z), -1, -1, -1)], 1)
+            answer = self.words[str(side)](maps, words, real).to(x.dtype)
+            x = torch.cat([x, answer, coordinates], 1)
             x = layers[1](layers[0](x.contiguous(memory_format=torch.channels_last), w), w)
             image = add_rgb(image, self.rgb[str(side)](x, w))
         return image
@@ -126,88 +134,76 @@ class PixelFace(System):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.maps = 3 if config.baselines.published_masks else 19
-        with seeded(config.seed):
-            self.networks["generator"] = self.build()
+        self.build(config.seed)
 
-    def build(self) -> PixelGenerator:
-        """A generator with random weights."""
+    def build(self, seed: int) -> None:
+        """Fill `networks` with random weights, a function of the seed."""
         width = self.clip.model.token_embedding.weight.shape[1]
-        return PixelGenerator(width, self.maps)
-
-    def fit(
-        self,
-        dataset: FaceDataset,
-        run_dir: Path,
-        seconds: float,
-        seed: int = 42,
-        max_steps: int = 0,
-    ) -> None:
-        """One adversarial stage; `networks` holds the moving average of the generator."""
-        average, sentences = self.networks["generator"], self.clip.text_features([""]).shape[1]
         with seeded(seed):
-            net = self.build()
-            critic, head = Discriminator(3 + self.maps), Linear(sentences, WIDTH)
-        average.load_state_dict(net.state_dict())
-        judges = nn.ModuleDict({"critic": critic, "head": head})
-        optimizers = [adam(m, RATE, momentum=0.0) for m in (net, judges)]
-        faces, scale = Faces.read(dataset), self.clip.model.logit_scale.exp().detach()
+            self.networks["generator"] = PixelGenerator(width, self.maps)
+
+    def train(self, faces: Faces, run: Run) -> None:
+        """One adversarial stage; the generator becomes the moving average of the weights."""
+        net = self.networks["generator"]
+        with seeded(run.seed + 1):
+            discriminator = Discriminator(3 + self.maps)
+            head = Linear(self.clip.text_features([""]).shape[1], WIDTH)
+        judges = nn.ModuleDict({"discriminator": discriminator, "head": head})
+        average = moving_average(net, partial(average_decay, batch=BATCH))
+        adam_g = adam(net, LR, momentum=0.0)
+        adam_d = adam(judges, LR, momentum=0.0)
+        scale = self.clip.model.logit_scale.exp().detach()
 
         def judge(x: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-            return critic(torch.cat([x, maps], 1))
+            return discriminator(torch.cat([x, maps], 1))
 
-        def draw(maps: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
-            z = torch.randn(BATCH, WIDTH, generator=generator)
-            return net(z, maps, word_features(self.clip, captions), self.real(captions))
-
-        def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
-            for optimizer in optimizers:
-                schedule(optimizer, RATE, done, hold=0.5)
+        def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+            for optimizer in (adam_g, adam_d):
+                set_learning_rates(optimizer, progress, hold=0.5)
             x, label_maps, captions = faces.batch(BATCH, generator)
-            maps, sentence = self.see(label_maps), self.clip.text_features(captions)
-            values = {}
+            maps = self.see(label_maps)
+            sentence = self.clip.text_features(captions)
+            penalties = {}
             with torch.autocast("cpu", torch.bfloat16):
                 judges.requires_grad_(True)
-                fake = draw(maps, captions, generator)
+                z = torch.randn(BATCH, WIDTH, generator=generator)
+                fake = net(z, maps, word_features(self.clip, captions), self.real(captions))
                 real_logit, real = judge(x, maps)
-                fake_logit, made = judge(fake.detach(), maps)
-                told = head(sentence)
-                loss_d = adversarial_loss(real_logit, fake_logit) + matching_loss(real, made, told)
+                fake_logit, features = judge(fake.detach(), maps)
+                loss_d = adversarial_loss(real_logit, fake_logit)
+                loss_d = loss_d + matching_loss(real, features, head(sentence))
                 if number % R1_EVERY == 0:
-                    values["r1"] = r1_penalty(lambda x: judge(x, maps), x)
-                update(optimizers[1], loss_d + 0.5 * R1 * R1_EVERY * values.get("r1", 0.0))
+                    penalties["r1"] = r1_penalty(lambda x: judge(x, maps), x)
+                descend(adam_d, loss_d + 0.5 * R1 * R1_EVERY * penalties.get("r1", 0.0))
                 judges.requires_grad_(False)
-                fake_logit, made = judge(fake, maps)
-                loss_g = F.softplus(-fake_logit) + F.softplus(-match(made, head(sentence)))
+                fake_logit, features = judge(fake, maps)
+                loss_g = F.softplus(-fake_logit) + F.softplus(-match(features, head(sentence)))
                 logits = scale * self.clip.image_features(fake) @ sentence.T
                 loss_clip = F.cross_entropy(logits, torch.arange(BATCH))
-                update(optimizers[0], loss_g.mean() + loss_clip)
-            update_average(average, net, BATCH, number * BATCH)
-            return values | {"generator": loss_g.mean(), "discriminator": loss_d, "clip": loss_clip}
+                descend(adam_g, loss_g.mean() + loss_clip)
+            average.update_parameters(net)
+            losses = {"generator": loss_g.mean(), "discriminator": loss_d, "clip": loss_clip}
+            return penalties | losses
 
         state = {"net": net, "average": average, "judges": judges}
-        state |= {"adam": optimizers[0], "adam_critic": optimizers[1]}
-        train_stage("adversarial", step, state, run_dir, seconds, seed, max_steps)
-        self.networks.requires_grad_(False).eval()
+        run.stage("adversarial", step, state | {"adam_g": adam_g, "adam_d": adam_d})
+        net.load_state_dict(average.module.state_dict())
 
     def real(self, texts: Sequence[str]) -> Tensor:
         """Which tokens of a caption belong to it, `b n`: CLIP pools at the last of them."""
         tokens = self.clip.tokenizer(list(texts))
         return torch.arange(tokens.shape[1]) <= tokens.argmax(1, keepdim=True)
 
-    def sample(
-        self,
-        prompts: Sequence[str] | None,
-        masks: Tensor | None,
-        generators: Sequence[torch.Generator],
-    ) -> Tensor:
+    def sample(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
         """Images `b 3 64 64` in [0, 1]."""
         z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators])
-        words, real = word_features(self.clip, prompts), self.real(prompts)
+        words = word_features(self.clip, prompts)
+        real = self.real(prompts)
         return (self.networks["generator"](z, self.see(masks), words, real) / 2 + 0.5).clamp(0, 1)
 
 
 def cross_attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> Tensor:
-    """Every pixel's answer from the words: query `b f s s`, key and value `b n f`, real `b n`."""
+    """Cross-attention from pixels to words: query `b f s s`, key and value `b n f`, real `b n`."""
     q = query.flatten(2).transpose(1, 2)
     scores = q @ key.transpose(1, 2) / math.sqrt(q.shape[-1])
     weights = scores.masked_fill(~real[:, None], -torch.inf).softmax(-1)

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ec2face_core.config import Config
-
-from .system import Faces, System, seeded, train_stage
+from ..world.training import descend, moving_average, seeded, set_learning_rates
+from .system import Faces, Run, System
 
 if TYPE_CHECKING:
     from ec2face_core.perception import ClipScorer
@@ -38,7 +37,15 @@ LAYERS = 10  # modulated convolutions, each with its own slot of W+
 STAGES = ((4, False), (4, False), (8, True), (8, False), (16, True), (16, False), (16, False),
           (32, True), (32, False), (32, False))  # fmt: skip  # side, whether it was just doubled
 
-BATCH, RATE, R1, R1_EVERY, HALF_LIFE = 16, 2e-3, 1.0, 16, 2500  # half-life in samples
+BATCH = 16
+
+LR = 2e-3
+
+R1 = 1.0  # weight of the gradient penalty
+
+R1_EVERY = 16  # steps
+
+HALF_LIFE = 2500  # samples, of the moving average
 
 
 class Linear(nn.Module):
@@ -48,9 +55,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs) / gain)
         self.bias = nn.Parameter(torch.full((outputs,), bias / gain))
-        self.scale, self.gain = gain / math.sqrt(inputs), gain
+        self.scale = gain / math.sqrt(inputs)
+        self.gain = gain
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(..., inputs)` -> `(..., outputs)`."""
         return F.linear(x, self.weight * self.scale, self.bias * self.gain)
 
 
@@ -64,6 +73,7 @@ class Conv(nn.Module):
         self.scale = 1 / math.sqrt(inputs * kernel**2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`b inputs h w` -> `b outputs h w`."""
         w = self.weight * self.scale
         y = F.conv2d(x, w, self.bias, padding=w.shape[-1] // 2)
         return y if self.bias is None else leaky(y)
@@ -87,7 +97,9 @@ class ModulatedConv(nn.Module):
         self.scale = 1 / math.sqrt(inputs * kernel**2)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        s, weight = self.style(w), self.weight * self.scale
+        """Feature maps `b inputs h w`, w `(b, width)` -> `b outputs h w`."""
+        s = self.style(w)
+        weight = self.weight * self.scale
         y = F.conv2d(x * s[:, :, None, None].to(x.dtype), weight, padding=weight.shape[-1] // 2)
         if self.rgb:
             return y + self.bias[:, None, None].to(y.dtype)
@@ -150,7 +162,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
-        self.door = Conv(4 * channels, CHANNELS[32], 1)
+        self.stem = Conv(4 * channels, CHANNELS[32], 1)
         self.blocks = nn.ModuleList()
         for side, c in ((32, CHANNELS[32]), (16, CHANNELS[16]), (8, CHANNELS[8])):
             out = CHANNELS[side // 2]
@@ -163,8 +175,9 @@ class Discriminator(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Planes `b channels 64 64` -> logits and features."""
         x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
-        x = self.door(x)
+        x = self.stem(x)
         for first, second, skip in self.blocks:
             y = second(F.avg_pool2d(first(x), 2))
             x = (y + skip(F.avg_pool2d(x, 2))) * math.sqrt(0.5)
@@ -187,6 +200,7 @@ class Encoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Planes `b channels 64 64` -> `(b, outputs)`."""
         x = F.pixel_unshuffle(x, 4).contiguous(memory_format=torch.channels_last)
         for i, conv in enumerate(self.convs):
             x = conv(x if i in (0, 1) else F.avg_pool2d(x, 2))
@@ -194,9 +208,9 @@ class Encoder(nn.Module):
 
 
 def rgb_layers(channels: Mapping[int, int]) -> nn.ModuleDict:
-    """By side, what draws a feature map: 3 planes, at the last side 4 x 3 that unfold to twice it.
+    """Layers from feature maps to RGB, by side; the last gives 4 x 3 planes that unfold to 2 x 2.
 
-    The four pixels that a place unfolds to start equal: else a grid is seen for long.
+    The four pixels of a place start equal: otherwise a grid stays visible for long.
     """
     layers = nn.ModuleDict(
         {str(side): ModulatedConv(c, 3, kernel=1, rgb=True) for side, c in channels.items()}
@@ -240,27 +254,16 @@ def r1_penalty(discriminator: nn.Module, x: Tensor) -> Tensor:
     return gradient.square().sum((1, 2, 3)).mean()
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, net: nn.Module, samples: int, seen: int) -> None:
-    """Exponential moving average with a half-life of 2,500 samples, shorter at the start."""
-    half_life = min(HALF_LIFE, 0.05 * seen + 1)
-    keep = 0.5 ** (samples / half_life)
-    for a, b in zip(average.parameters(), net.parameters(), strict=True):
-        a.lerp_(b, 1 - keep)
-    for a, b in zip(average.buffers(), net.buffers(), strict=True):
-        a.copy_(b)
-
-
-def schedule(optimizer: torch.optim.Optimizer, rate: float, done: float, hold: float = 0.0) -> None:
-    """Rate at the fraction `done`: warm-up over 2 %, constant until `hold`, then cosine to 0."""
-    later = max(0.0, done - hold) / (1 - hold)
-    factor = min(1.0, (done + 1e-3) / 0.02) * (0.5 + 0.5 * math.cos(math.pi * later))
-    for group in optimizer.param_groups:
-        group["lr"] = rate * factor
+def average_decay(updates: int, batch: int) -> float:
+    """Decay of the moving average: a half-life of 2,500 samples, shorter at the start."""
+    return 0.5 ** (batch / min(HALF_LIFE, 0.05 * updates * batch + 1))
 
 
 def perceptual(clip: ClipScorer, a: Tensor, b: Tensor) -> Tensor:
-    """LPIPS' distance, mean of three layers of the guiding CLIP, `(b,)`; images [-1, 1]."""
+    """LPIPS' distance in three layers of the guiding CLIP, `(b,)`.
+
+    a, b: images `b 3 h w` in [-1, 1].
+    """
     x = torch.cat([a, b]) / 2 + 0.5
     maps = clip.model.visual.forward_intermediates(
         (x - clip.mean) / clip.std, indices=[0, 1, 2], intermediates_only=True
@@ -275,55 +278,44 @@ class StyleSystem(System):
 
     shares = ("style", "generator")
 
-    def pretrain(self, shared_dir: Path, max_steps: int) -> None:
-        """The generator becomes the moving average of the trained weights."""
-        _train_style(self.config, self.networks["generator"], shared_dir, max_steps)
+    def pretrain(self, run: Run) -> None:
+        """Adversarial training; the generator becomes the moving average of the weights."""
+        with seeded(run.seed):
+            net = StyleGenerator()
+            discriminator = Discriminator()
+        average = moving_average(net, partial(average_decay, batch=BATCH))
+        adam_g = adam(net, LR, momentum=0.0)
+        adam_d = adam(discriminator, LR, momentum=0.0)
+        faces = Faces.of_foundation(self.config)
+
+        def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+            for optimizer in (adam_g, adam_d):
+                set_learning_rates(optimizer, progress, hold=0.6)
+            real, _, _ = faces.batch(BATCH, generator)
+            penalties = {}
+            with torch.autocast("cpu", torch.bfloat16):
+                discriminator.requires_grad_(True)
+                codes = _mixed_codes(net, generator)
+                fake = net(codes)
+                loss_d = adversarial_loss(discriminator(real)[0], discriminator(fake.detach())[0])
+                if number % R1_EVERY == 0:
+                    penalties["r1"] = r1_penalty(discriminator, real)
+                descend(adam_d, loss_d + 0.5 * R1 * R1_EVERY * penalties.get("r1", 0.0))
+                discriminator.requires_grad_(False)
+                loss_g = F.softplus(-discriminator(fake)[0]).mean()
+                descend(adam_g, loss_g)
+            net.average.lerp_(codes.detach()[:, 0].mean(0), 0.01)
+            average.update_parameters(net)
+            return penalties | {"generator": loss_g, "discriminator": loss_d}
+
+        state = {"net": net, "average": average, "discriminator": discriminator}
+        run.stage("style", step, state | {"adam_g": adam_g, "adam_d": adam_d})
+        self.networks["generator"].load_state_dict(average.module.state_dict())
 
 
-def _train_style(config: Config, average: StyleGenerator, shared_dir: Path, max_steps: int) -> None:
-    with seeded(config.seed):
-        net, critic = StyleGenerator(), Discriminator()
-    average.load_state_dict(net.state_dict())
-    optimizers = [adam(m, RATE, momentum=0.0) for m in (net, critic)]
-    faces = Faces.of_world(config)
-
-    def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor | float]:
-        for optimizer in optimizers:
-            schedule(optimizer, RATE, done, hold=0.6)
-        real, _, _ = faces.batch(BATCH, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            critic.requires_grad_(True)
-            codes = _mixed_codes(net, generator)
-            fake = net(codes)
-            loss_d = adversarial_loss(critic(real)[0], critic(fake.detach())[0])
-            penalty = torch.zeros(())
-            if number % R1_EVERY == 0:
-                penalty = r1_penalty(critic, real)
-            update(optimizers[1], loss_d + 0.5 * R1 * R1_EVERY * penalty)
-            critic.requires_grad_(False)
-            loss_g = F.softplus(-critic(fake)[0]).mean()
-            update(optimizers[0], loss_g)
-        net.average.lerp_(codes.detach()[:, 0].mean(0), 0.01)
-        update_average(average, net, BATCH, number * BATCH)
-        values = {"generator": loss_g, "discriminator": loss_d}
-        return values | ({"r1": penalty} if number % R1_EVERY == 0 else {})
-
-    state = {"net": net, "average": average, "critic": critic}
-    state |= {"adam": optimizers[0], "adam_critic": optimizers[1]}
-    seconds = config.baselines.foundation_seconds
-    train_stage("style", step, state, shared_dir, seconds, config.seed, max_steps)
-
-
-def adam(net: nn.Module, rate: float, momentum: float = 0.9) -> torch.optim.Adam:
-    """StyleGAN's optimiser; its loops fused, which matters for so small batches."""
-    return torch.optim.Adam(net.parameters(), rate, betas=(momentum, 0.99), fused=True)
-
-
-def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step down the gradient of `loss`."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+def adam(net: nn.Module, lr: float, momentum: float = 0.9) -> torch.optim.Adam:
+    """StyleGAN's optimiser; its loops are fused, which matters for small batches."""
+    return torch.optim.Adam(net.parameters(), lr, betas=(momentum, 0.99), fused=True)
 
 
 def _mixed_codes(net: StyleGenerator, generator: torch.Generator) -> Tensor:

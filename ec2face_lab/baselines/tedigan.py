@@ -1,30 +1,27 @@
 """TediGAN (Xia et al., CVPR 2021): every modality is a code in the W+ of one frozen generator.
 
 An encoder inverts faces into W+, another maps label maps there, and a third brings sentences to the
-codes of their faces. The layer index decides which modality speaks: coarse layers take the mask's
-code, fine layers the sentence's. At sampling a few steps of CLIP optimisation refine the code
+codes of their faces. The layer index chooses the modality: coarse layers take the mask's code,
+fine layers the sentence's. At sampling a few steps of CLIP optimisation refine the code
 (TediGAN-B, arXiv 2104.08910).
 
 Simplified: the encoders have no adversarial term (as in pSp, which the released code trains for
 masks); p_i = 1 in the visual-linguistic similarity; LPIPS is taken in the guiding CLIP's layers;
 the sentence feature of that CLIP replaces the recurrent text encoder. Twenty steps of optimisation
-instead of 200, in the layers that the text owns; a mask alone is not optimised. For other faces of
+instead of 200, in the layers of the text; a mask alone is not optimised. For other faces of
 one condition the last layers lean towards a random code by 0.3 instead of being replaced by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ec2face_core.attributes import one_hot
 from ec2face_core.config import Config
-from ec2face_core.data import FaceDataset
 
-from .reading import one_hot
+from ..world.training import descend, seeded, set_learning_rates
 from .style import (
     LAYERS,
     WIDTH,
@@ -35,16 +32,20 @@ from .style import (
     adam,
     leaky,
     perceptual,
-    schedule,
-    update,
 )
-from .system import Faces, seeded, train_stage
+from .system import Faces, Generators, Masks, Run, Texts
 
 MASK_LAYERS = 6  # layers 0-5 take the mask's code, 6-9 the sentence's
 
-FREE_LAYERS, DIVERSITY = 2, 0.3  # the last layers lean towards a random code by this much
+FREE_LAYERS = 2  # the last layers, which lean towards a random code
 
-BATCH, RATE, MARGIN = 16, 2e-3, 0.2
+DIVERSITY = 0.3  # by this much
+
+BATCH = 16
+
+LR = 2e-3
+
+MARGIN = 0.2  # of the ranking loss
 
 SHARES = {"visual": 0.45, "mask": 0.45, "text": 0.1}  # of the seconds
 
@@ -59,6 +60,7 @@ class SentenceEncoder(nn.Module):
         self.head = Linear(hidden, LAYERS * WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Sentence features -> offsets."""
         x = x * self.features**0.5  # unit vectors -> unit variance
         for layer in self.layers:
             x = leaky(layer(x))
@@ -87,30 +89,19 @@ class TediGAN(StyleSystem):
             width = self.clip.text_features([""]).shape[1]
             self.networks["text"] = SentenceEncoder(width)
 
-    def fit(
-        self,
-        dataset: FaceDataset,
-        run_dir: Path,
-        seconds: float,
-        seed: int = 42,
-        max_steps: int = 0,
-    ) -> None:
+    def train(self, faces: Faces, run: Run) -> None:
         """Invert faces, then masks, then sentences."""
-        self.build(seed)
-        self.prepare(run_dir.parent / "shared", max_steps=max_steps)
-        faces = Faces.read(dataset)
-        with seeded(seed):
+        with seeded(run.seed):
             visual = Encoder(3, LAYERS * WIDTH)
-        for name, encoder in (("visual", visual), ("mask", self.networks["mask"])):
-            self._fit_encoder(name, encoder, faces, run_dir, seconds, seed, max_steps)
-        self._fit_text(visual, faces, run_dir, seconds, seed, max_steps)
-        self.networks.requires_grad_(False).eval()
+        self._train_encoder("visual", visual, faces, run)
+        self._train_encoder("mask", self.networks["mask"], faces, run)
+        self._train_text(visual, faces, run)
 
-    def _fit_encoder(self, name, encoder, faces, run_dir, seconds, seed, max_steps) -> None:
-        optimizer = adam(encoder, RATE)
+    def _train_encoder(self, name: str, encoder: nn.Module, faces: Faces, run: Run) -> None:
+        optimizer = adam(encoder, LR)
 
-        def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
-            schedule(optimizer, RATE, done)
+        def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+            set_learning_rates(optimizer, progress)
             x, label_maps, _ = faces.batch(BATCH, generator)
             with torch.autocast("cpu", torch.bfloat16):
                 offsets = encoder(x if name == "visual" else one_hot(label_maps))
@@ -118,59 +109,46 @@ class TediGAN(StyleSystem):
                 pixels = F.mse_loss(picture, x)
                 likeness = perceptual(self.clip, picture, x).mean()
                 loss = pixels + 0.8 * likeness + 0.005 * offsets.square().mean()
-                update(optimizer, loss)
+                descend(optimizer, loss)
             return {"pixels": pixels, "perceptual": likeness}
 
-        state = {"encoder": encoder, "adam": optimizer}
-        train_stage(name, step, state, run_dir, SHARES[name] * seconds, seed, max_steps)
+        run.stage(name, step, {"encoder": encoder, "adam": optimizer}, SHARES[name])
 
-    def _fit_text(self, visual, faces, run_dir, seconds, seed, max_steps) -> None:
+    def _train_text(self, visual: nn.Module, faces: Faces, run: Run) -> None:
         encoder = self.networks["text"]
-        optimizer = adam(encoder, RATE)
+        optimizer = adam(encoder, LR)
 
-        def step(number: int, done: float, generator: torch.Generator) -> Mapping[str, Tensor]:
-            schedule(optimizer, RATE, done)
+        def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+            set_learning_rates(optimizer, progress)
             x, _, captions = faces.batch(4 * BATCH, generator)
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                of_faces = visual(x)
-            of_sentences = encoder(self.clip.text_features(captions))
-            similarity = F.mse_loss(of_sentences, of_faces)
-            ranking = ranking_loss(of_sentences, of_faces, MARGIN)
-            update(optimizer, similarity + 0.1 * ranking)
+                face_codes = visual(x)
+            text_codes = encoder(self.clip.text_features(captions))
+            similarity = F.mse_loss(text_codes, face_codes)
+            ranking = ranking_loss(text_codes, face_codes, MARGIN)
+            descend(optimizer, similarity + 0.1 * ranking)
             return {"similarity": similarity, "ranking": ranking}
 
-        state = {"encoder": encoder, "adam": optimizer}
-        train_stage("text", step, state, run_dir, SHARES["text"] * seconds, seed, max_steps)
+        run.stage("text", step, {"encoder": encoder, "adam": optimizer}, SHARES["text"])
 
     def _codes(self, offsets: Tensor) -> Tensor:
         """Offsets `(b, LAYERS * WIDTH)` from the mean w -> codes `(b, LAYERS, WIDTH)`."""
         return self.networks["generator"].average + offsets.unflatten(1, (LAYERS, WIDTH))
 
     @torch.no_grad()
-    def codes(
-        self,
-        prompts: Sequence[str] | None,
-        masks: Tensor | None,
-        generators: Sequence[torch.Generator],
-    ) -> Tensor:
+    def codes(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
         """Codes `(b, LAYERS, WIDTH)` before optimisation; what is not given is random."""
         random = self.networks["generator"].random_codes(generators)
         codes = random.clone()
         if prompts is not None:
             codes = self._codes(self.networks["text"](self.clip.text_features(prompts)))
         if masks is not None:
-            codes[:, :MASK_LAYERS] = self._codes(self.networks["mask"](one_hot(masks)))[
-                :, :MASK_LAYERS
-            ]
+            mask_codes = self._codes(self.networks["mask"](one_hot(masks)))
+            codes[:, :MASK_LAYERS] = mask_codes[:, :MASK_LAYERS]
         codes[:, -FREE_LAYERS:].lerp_(random[:, -FREE_LAYERS:], DIVERSITY)
         return codes
 
-    def sample(
-        self,
-        prompts: Sequence[str] | None,
-        masks: Tensor | None,
-        generators: Sequence[torch.Generator],
-    ) -> Tensor:
+    def sample(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
         """Images `b 3 64 64` in [0, 1]."""
         codes = self.codes(prompts, masks, generators)
         if prompts is not None and self.clip_steps:
@@ -187,7 +165,7 @@ class TediGAN(StyleSystem):
             codes = torch.cat([start[:, :first], free], 1)
             image = self.clip.image_features(self.networks["generator"](codes))
             away = (free - start[:, first:]).square().mean((1, 2))
-            update(optimizer, (1 - (image * text).sum(1) + 2.0 * away).sum())
+            descend(optimizer, (1 - (image * text).sum(1) + 2.0 * away).sum())
         return torch.cat([start[:, :first], free.detach()], 1)
 
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from ec2face_core.config import Config, ConfigError
 from ec2face_core.data import open_dataset
-from ec2face_core.runs import provenance, read_metrics
+from ec2face_core.runs import provenance, read_metrics, write_json
 
 from . import build
 from .int8_weights import shared_file
-from .training_inputs import claim, origin, shared_origin
+from .system import Run
+from .training_inputs import record_inputs, shared_inputs, training_inputs
 
 
 def spent(run_dir: Path) -> dict[str, dict[str, float]]:
     """Steps and seconds of optimisation of every stage that was trained in a folder, by name."""
-    last = {p.parent.name: read_metrics(p.parent) for p in sorted(run_dir.glob("*/metrics.jsonl"))}
+    logs = {p.parent.name: read_metrics(p.parent) for p in sorted(run_dir.glob("*/metrics.jsonl"))}
     return {
         name: {key: rows[-1][key] for key in ("step", "seconds")}
-        for name, rows in last.items()
+        for name, rows in logs.items()
         if rows
     }
 
@@ -54,7 +54,7 @@ def train_system(
     shared = out.parent / "shared"
     if system.shares:
         if not shared_file(out, system.shares[0]).is_file():
-            claim(shared, shared_origin(config))
+            record_inputs(shared, shared_inputs(config))
         system.prepare(shared)
     if shared_only:
         if not system.shares:
@@ -62,15 +62,15 @@ def train_system(
         print(f"shared by {system.name} and others: {shared}")
         return
     seconds = seconds or system.budget(config)
-    about = origin(config, type(system), out, seconds, seed)
-    claim(out, about)
-    system.fit(open_dataset(config, "train"), out, seconds, seed)
+    inputs = training_inputs(config, type(system), out, seconds, seed)
+    record_inputs(out, inputs)
+    system.fit(open_dataset(config, "train"), Run(out, seconds, seed))
     system.save(out)
     before = {stage: last for stage, last in spent(shared).items() if stage in system.shares}
     record = provenance(
-        config, system=system.name, seed=seed, budget=seconds, stands_on=about,
+        config, system=system.name, seed=seed, budget=seconds, stands_on=inputs,
         stages=spent(out), shared=before,
         parameters=system.parameters(), threads=torch.get_num_threads(),
     )  # fmt: skip
-    (out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(out / "provenance.json", record)
     print(f"{system.name}: {system.parameters():,} parameters, {out}")

@@ -25,19 +25,18 @@ each map is an expert of its own, and their scores are added, each with weight 1
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ec2face_core.attributes import CLASS_ID
+from ec2face_core.attributes import CLASS_ID, one_hot
 from ec2face_core.config import Config
-from ec2face_core.data import FaceDataset
 
-from .reading import Centre, one_hot
-from .system import Faces, System, seeded
+from ..world.training import seeded
+from .encoders import Centre
+from .system import Faces, Generators, Masks, Run, System, Texts
 from .unets import BATCH, ddim_sample, denoising_loss, encode_all, optimise
 
 if TYPE_CHECKING:
@@ -80,17 +79,8 @@ class UaC(System):
             self.networks["text"] = PixelDiffuser(self.shape, features=width)
         self.networks["centre"] = Centre(width)
 
-    def fit(
-        self,
-        dataset: FaceDataset,
-        run_dir: Path,
-        seconds: float,
-        seed: int = 42,
-        max_steps: int = 0,
-    ) -> None:
+    def train(self, faces: Faces, run: Run) -> None:
         """The two diffusers one after the other, each in half of the time."""
-        self.build(seed)
-        faces = Faces.read(dataset)
         features = encode_all(self.clip.image_features, faces)
         texts = self.clip.text_features([captions[0] for captions in faces.captions])
         centre = self.networks["centre"]
@@ -100,7 +90,7 @@ class UaC(System):
 
         def loss_of(kind: str) -> Callable[[torch.Generator], Tensor]:
             def loss(generator: torch.Generator) -> Tensor:
-                rows, _ = faces.draw(BATCH, generator)
+                rows, _ = faces.sample(BATCH, generator)
                 x0 = F.pixel_unshuffle(faces.images[rows].float() / 127.5 - 1, FOLD)
                 label_maps = faces.label_maps[rows].long()
                 condition = features[rows] if kind == "text" else self.see(label_maps)
@@ -112,19 +102,14 @@ class UaC(System):
 
         for kind in ("mask", "text"):
             trained = {kind: self.networks[kind]}
-            optimise(kind, loss_of(kind), trained, run_dir, seconds / 2, seed, None, max_steps)
+            optimise(run, kind, loss_of(kind), trained, share=0.5)
 
     def see(self, masks: Tensor) -> Tensor:
         """Label maps `b h w` -> the maps that the mask diffuser sees, `b maps h w` in {0, 1}."""
         maps = one_hot(masks)
         return maps if self.maps == 19 else maps[:, [CLASS_ID["skin"], CLASS_ID["hair"]]]
 
-    def sample(
-        self,
-        prompts: Sequence[str] | None,
-        masks: Tensor | None,
-        generators: Sequence[torch.Generator],
-    ) -> Tensor:
+    def sample(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
         """Images [0, 1]: DDIM of the composed prediction. Text alone is guided, too (w > 1)."""
         conditions = {} if masks is None else {"mask": self.see(masks)}
         if prompts is not None:
@@ -157,7 +142,8 @@ class PixelDiffuser(nn.Module):
         from diffusers import UNet2DModel
 
         super().__init__()
-        self.maps, time = maps, 4 * CHANNELS[0]
+        self.maps = maps
+        time = 4 * CHANNELS[0]
         self.unet = UNet2DModel(
             sample_size=shape[1],
             in_channels=shape[0] + (MAP_WIDTH if maps else 0),
@@ -175,6 +161,7 @@ class PixelDiffuser(nn.Module):
         self.door = door if maps else nn.Linear(features, time, bias=False)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Predicted x_0."""
         if self.maps:
             return self.unet(torch.cat([x_t, self.door(condition)], 1), t).sample
         unit = condition * condition.shape[1] ** 0.5  # variance 1 for a feature of length 1
@@ -190,7 +177,8 @@ def compose(
 
     Args:
         scores: prediction (with condition, without) of each model, by name.
-        weights, reliability: w and b by name; b is brought to sum 1 over the models that take part.
+        weights: w by name.
+        reliability: b by name; brought to sum 1 over the models that take part.
     """
     total = sum(reliability[k] for k in scores)
     e0 = sum(reliability[k] / total * without for k, (_, without) in scores.items())

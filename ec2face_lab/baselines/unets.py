@@ -1,7 +1,7 @@
-"""Latent diffusion in miniature: what CoDiffusion, ControlNeXt and UaC stand on.
+"""Latent diffusion in miniature: the foundation of CoDiffusion, ControlNeXt and UaC.
 
-U-Nets and schedulers are diffusers' own classes. `TextUnetSystem` makes the text-to-image U-Net
-that CoDiffusion takes as its text diffuser and ControlNeXt as its frozen base, once for both.
+U-Nets and schedulers are diffusers' own classes. `TextUnetSystem` trains the text-to-image U-Net
+once, which CoDiffusion takes as its text diffuser and ControlNeXt as its frozen base.
 
 Chosen here:
 - Latents are the miniature VAE's (8 x 16 x 16, mean 0, std 1); all latents are encoded
@@ -10,18 +10,15 @@ Chosen here:
 - Every latent U-Net predicts v instead of the noise: at t = T, where samples begin, an error of
   predicted noise is 80 times as large in x_0. Mixing predictions is the same for both, as long as
   weights add up to 1: v, as x_0, is affine in the noise.
-- Steps of sampling are equally long and end at 0, as the scheduler's step supposes: where they do
-  not divide T (28 do not) the first one begins a little below T.
-- Times of a batch are stratified over [0, T): the same expectation, less noise.
+- Steps of sampling are equally long and end at 0, as the scheduler's step assumes: where their
+  number does not divide T (28 does not) the first one begins a little below T.
+- Times of a batch are stratified over [0, T), which keeps the expectation and lowers the variance.
 """
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ec2face_core.backbone import decode_latents, encode_images, load_backbone
 from ec2face_core.config import Config
 
-from .reading import word_features
-from .system import Faces, System, train_stage
+from ..world.training import descend, set_learning_rates
+from .encoders import word_features
+from .system import Faces, Generators, Run, System
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -40,7 +38,9 @@ if TYPE_CHECKING:
 
 CHANNELS = (40, 72)  # of a uni-modal U-Net: 1.3 M parameters
 
-BATCH, RATE, WARM_UP = 32, 1.5e-3, 100
+BATCH = 32
+
+LR = 1.5e-3
 
 HEAVIEST = 5.0  # weight of an error of x_0
 
@@ -66,14 +66,8 @@ class LatentSystem(System):
         self.scheduler = ldm_scheduler()
         self.build(config.seed)
 
-    @abstractmethod
-    def build(self, seed: int) -> None:
-        """Fill `networks` with random weights, a function of the seed."""
-
     @torch.no_grad()
-    def paint(
-        self, predict: Callable, generators: Sequence[torch.Generator], eta: float = 0.0
-    ) -> Tensor:
+    def decode_samples(self, predict: Callable, generators: Generators, eta: float = 0.0) -> Tensor:
         """Sample latents with `predict(z_t, t) -> v` and decode: images [0, 1] `b 3 h w`."""
         steps = self.config.sampling.steps
         z = ddim_sample(predict, self.scheduler, self.shape, generators, steps, eta)
@@ -89,7 +83,7 @@ class LatentFaces:
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
         """Random faces: latents `b c h w`, label maps `b h w` int64, a caption each."""
-        rows, texts = self.faces.draw(size, generator)
+        rows, texts = self.faces.sample(size, generator)
         return self.z[rows], self.faces.label_maps[rows].long(), texts
 
 
@@ -139,48 +133,41 @@ def ldm_scheduler() -> DDIMScheduler:
 
 
 def optimise(
+    run: Run,
     name: str,
     loss: Callable[[torch.Generator], Tensor],
     trained: Mapping[str, nn.Module],
-    run_dir: Path,
-    seconds: float,
-    seed: int,
-    rates: Mapping[str, float] | None = None,
-    max_steps: int = 0,
+    share: float = 1.0,
+    lrs: Mapping[str, float] | None = None,
 ) -> None:
     """One stage of training: AdamW, warm-up, cosine to 0 by the time spent, bfloat16 autocast.
 
     Args:
+        run: the training.
+        name: of the stage.
         loss: generator of a step -> scalar.
         trained: modules to train and to keep in checkpoints, by name.
-        rates: the highest learning rate of a module, where it is not `RATE`.
+        share: of the run's seconds.
+        lrs: peak learning rate of a module, where it is not `LR`.
     """
-    rates = dict(rates or {})
+    lrs = lrs or {}
     groups = [
-        {"params": list(module.parameters()), "lr": rates.get(key, RATE)}
+        {"params": list(module.parameters()), "lr": lrs.get(key, LR)}
         for key, module in trained.items()
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    highest = [group["lr"] for group in groups]
-    weights = [p for group in groups for p in group["params"]]
 
-    def step(number: int, fraction: float, generator: torch.Generator) -> dict[str, Any]:
-        rate = min(1.0, (number + 1) / WARM_UP) * (1 + math.cos(math.pi * fraction)) / 2
-        for group, top in zip(optimizer.param_groups, highest, strict=True):
-            group["lr"] = top * rate
+    def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        set_learning_rates(optimizer, progress)
         # the backward pass of the CPU's flash kernel is slower than plain matrix products
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             value = loss(generator)
-        optimizer.zero_grad()
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        return {"loss": value.detach(), "grad_norm": norm, "rate": rate}
+        descend(optimizer, value, clip=1.0)
+        return {"loss": value}
 
     for module in trained.values():
         module.requires_grad_(True).train()
-    state = {**trained, "optimizer": optimizer}
-    train_stage(name, step, state, run_dir, seconds, seed, max_steps)
+    run.stage(name, step, {**trained, "optimizer": optimizer}, share)
     for module in trained.values():
         module.requires_grad_(False).eval()
 
@@ -196,9 +183,17 @@ def denoising_loss(
 
     v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho 2022), a = `scheduler.alphas_cumprod[t]`.
     Where the scheduler takes x_0 (`prediction_type` sample), the same error is 1 / (1 - a) of that
-    of x_0; this weight is cut at `HEAVIEST`, as nearly clean pictures would outweigh all others.
+    of x_0; this weight is clipped at `HEAVIEST`, else nearly clean pictures outweigh all others.
+
+    Args:
+        predict: the network.
+        scheduler: of the noise.
+        x0: clean samples `b c h w`.
+        generator: of times and noise.
+        conditions: further arguments of `predict`.
     """
-    b, total = len(x0), scheduler.config.num_train_timesteps
+    b = len(x0)
+    total = scheduler.config.num_train_timesteps
     t = ((torch.arange(b) + torch.rand(b, generator=generator)) / b * total).long()
     noise = torch.randn(x0.shape, generator=generator)
     predicted = predict(scheduler.add_noise(x0, noise, t), t, *conditions).float()
@@ -222,18 +217,17 @@ def drop_texts(texts: Sequence[str], share: float, generator: torch.Generator) -
 class TextUnetSystem(LatentSystem):
     """A latent system on the text-to-image U-Net, which it shares."""
 
-    def pretrain(self, shared_dir: Path, max_steps: int) -> None:
-        """The U-Net learns faces from captions."""
-        unet, config = self.networks[self.shares[1]], self.config
-        faces = LatentFaces(Faces.of_world(config), self.vae)
+    def pretrain(self, run: Run) -> None:
+        """Train the U-Net on faces with captions."""
+        unet = self.networks[self.shares[1]]
+        faces = LatentFaces(Faces.of_foundation(self.config), self.vae)
 
         def loss(generator: torch.Generator) -> Tensor:
             z, _, texts = faces.batch(BATCH, generator)
             words = word_features(self.clip, drop_texts(texts, TEXT_DROP, generator))
             return denoising_loss(prediction_of(unet), self.scheduler, z, generator, words)
 
-        how = (config.baselines.foundation_seconds, config.seed, None, max_steps)
-        optimise("text_unet", loss, {"unet": unet}, shared_dir, *how)
+        optimise(run, "text_unet", loss, {"unet": unet})
 
 
 # ----------------------------------------------------------------------------------- sampling
@@ -244,7 +238,7 @@ def ddim_sample(
     predict: Callable[[Tensor, Tensor], Tensor],
     scheduler: DDIMScheduler,
     shape: Sequence[int],
-    generators: Sequence[torch.Generator],
+    generators: Generators,
     steps: int,
     eta: float = 0.0,
 ) -> Tensor:
@@ -252,17 +246,20 @@ def ddim_sample(
 
     Args:
         predict: (x_t `b c h w`, t `b`) -> v, or what the scheduler takes, `b c h w`.
+        scheduler: of the noise.
         shape: of one sample.
-        generators: one for each sample: neither batch nor order counts.
+        generators: one for each sample, so that neither batch nor order counts.
+        steps: of sampling.
+        eta: share of fresh noise.
     """
     scheduler.set_timesteps(steps)
-    # of equal length, the last one ends at x_0; few steps have to begin where the noise is pure
+    # Steps of equal length, of which the last ends at x_0; few steps must begin at pure noise.
     length = scheduler.config.num_train_timesteps // steps
     x = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
     for t in torch.arange(steps, 0, -1) * length - 1:
-        told = predict(x, t.expand(len(x)))
+        prediction = predict(x, t.expand(len(x)))
         x = scheduler.step(
-            told,
+            prediction,
             t,
             x,
             eta=eta,
@@ -272,10 +269,14 @@ def ddim_sample(
     return x
 
 
-def guided(predict: Callable[..., Tensor], weight: float, *arguments: tuple[Tensor, Tensor]):
+def guided(
+    predict: Callable[..., Tensor], weight: float, *arguments: tuple[Tensor, Tensor]
+) -> Tensor:
     """Classifier-free guidance: `e0 + weight (e - e0)`, both in one batch.
 
     Args:
+        predict: the network.
+        weight: 1 is without guidance.
         arguments: (with condition, without) of each argument of `predict`.
     """
     if weight == 1:

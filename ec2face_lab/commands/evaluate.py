@@ -15,7 +15,7 @@ from pathlib import Path
 from ec2face_core.config import VARIANTS, Config, ConfigError, config_from_args, user_path
 from ec2face_core.data import FaceDataset, Report, open_dataset, read_manifest
 
-from ..baselines.official import ADAPTERS, SYSTEM_OF, adopt
+from ..baselines.official import LAYOUTS, SYSTEM_OF, adopt
 from ..cache import write_frame
 from ..plots.render_tables import METHODS, render_markdown
 from ..study.intervals import summarise
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=user_path, metavar="DIR", help="score these pictures; generate none"
     )
     parser.add_argument(
-        "--layout", choices=ADAPTERS,
+        "--layout", choices=LAYOUTS,
         help="the official repository that wrote --images; plain ({id}.png) if it is not given",
     )  # fmt: skip
     parser.add_argument(

@@ -199,6 +199,7 @@ class MiniParserNet(nn.Module):
         self.head = nn.Conv2d(widths[0], 4 * NUM_CLASSES, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of images; the second result is empty, as facer's networks have one."""
         image = image.to(self.mean.dtype)
         if image.shape[-1] != self.size or image.shape[-2] != self.size:
             image = F.interpolate(

@@ -38,7 +38,7 @@ from ec2face_core.runs import provenance, whole_file, write_json
 from ec2face_core.train import leave_group
 
 from .networks import tiny_backbone
-from .sources import DataSource, caption_of, dense_condition
+from .sources import DataSource, Description, caption_of, dense_condition
 from .training import descend, moving_average, set_learning_rates, train
 
 SEED = 5_001
@@ -189,13 +189,21 @@ def encode_pool(
     torch.save(pool, work / f"pool{part}.pt")
 
 
+def read_pool(work: Path) -> tuple[Tensor, Tensor, list[Description]]:
+    """All parts of a pool: latents `n c h w` and of conditions `n 2 c h w`, and descriptions."""
+    pools = [torch.load(path) for path in sorted(work.glob("pool*.pt"))]
+    z_image = torch.cat([pool["image"] for pool in pools])
+    z_condition = torch.cat([pool["condition"] for pool in pools])
+    return z_image, z_condition, [row for pool in pools for row in pool["rows"]]
+
+
 # -------------------------------------------------------------------------------- transformer
 
 
 class TextToVelocity(nn.Module):
     """Transformer and text encoders as one module, which DDP needs."""
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.transformer = backbone.transformer
         self.clip = backbone.text_encoder
@@ -209,6 +217,7 @@ class TextToVelocity(nn.Module):
         z_condition: Tensor | None,
         keep: Tensor | None,
     ) -> Tensor:
+        """Velocity `b c h w`; ids: tokens of CLIP and of T5, the rest as in `predict_velocity`."""
         text = TextEmbedding(self.t5(ids[1])[0], self.clip(ids[0]).pooler_output)
         return predict_velocity(self.transformer, z_t, t, text, z_condition, keep)
 
@@ -274,10 +283,7 @@ def train_flux(source: DataSource, out: Path, samples: int, batch: int, lr: floa
     )
     ranks = accelerator.num_processes
     steps = samples // (batch * ranks)
-    pools = [torch.load(work / f"pool{i}.pt") for i in range(len(list(work.glob("pool*.pt"))))]
-    z_image = torch.cat([p["image"] for p in pools])
-    z_condition = torch.cat([p["condition"] for p in pools])
-    rows = [row for p in pools for row in p["rows"]]
+    z_image, z_condition, rows = read_pool(work)
     held = min(256, len(rows) // 4)  # the last faces of the pool are held out
     wrapped = accelerator.prepare_model(model)
     average = moving_average(model, lambda updates: min(0.999, (updates + 1) / (updates + 10)))

@@ -1,14 +1,14 @@
-"""Draws `synthetic.Scenes`: image, label map and dense maps from the same shapes, at any size.
+"""Renders `scenes.Scenes`: image, label map and dense maps from the same shapes, at any size.
 
-Every part is a signed distance (negative inside, in units of the image side). The image blends a
-part with the coverage `clamp(1/2 - sdf / pixel)`; the label map takes it where the pixel centre is
-inside: the two agree to the pixel. Parts are painted back to front, eyes and brows over glasses,
-as CelebAMask-HQ's `g_mask.py` does. A height field painted along gives depth, normals and shading.
+Every part is a signed distance that is painted on a `canvas.Canvas`, back to front, eyes and brows
+over glasses, as CelebAMask-HQ's `g_mask.py` does. A height field that is painted along gives depth,
+normals and shading.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,11 @@ from .canvas import Canvas, Geometry, ellipse
 
 if TYPE_CHECKING:
     from .scenes import Scenes
+
+
+Parameters = dict[str, Tensor]  # of `Scenes`, `b 1 1`, colours `b 3 1 1`
+
+Part = Callable[[Canvas, Geometry, Parameters], None]
 
 
 @dataclass
@@ -60,16 +65,16 @@ def render(scenes: Scenes, size: int, device: str = "cpu") -> Rendered:
     return _shade(canvas, p, scenes.look)
 
 
-def _some(canvas: Canvas, g: Geometry, p: dict[str, Tensor], flag: str, draw) -> None:
-    """Draw a rare part on those faces of the batch that have it."""
+def _some(canvas: Canvas, g: Geometry, p: Parameters, flag: str, paint: Part) -> None:
+    """Paint a rare part on those faces of the batch that have it."""
     rows = p[flag].flatten().nonzero().flatten()
     if len(rows):
         part = canvas.take(rows)
-        draw(part, g.take(rows), {name: value[rows] for name, value in p.items()})
+        paint(part, g.take(rows), {name: value[rows] for name, value in p.items()})
         canvas.put(rows, part)
 
 
-def _head_shape(g: Geometry, p: dict[str, Tensor]) -> Tensor:
+def _head_shape(g: Geometry, p: Parameters) -> Tensor:
     """Skull above, jaw below; the jaw's power makes it round or square."""
     middle = 0.5 * (p["head_top"] + p["face_h"] + 0.5)
     top = ellipse(g.x, g.y - middle, p["face_w"] * 1.02, middle - p["head_top"], 2.3)
@@ -83,16 +88,17 @@ def _head_shape(g: Geometry, p: dict[str, Tensor]) -> Tensor:
     return torch.where(g.y < middle, top, jaw)
 
 
-def _waves(g: Geometry, p: dict[str, Tensor]) -> Tensor:
+def _waves(g: Geometry, p: Parameters) -> Tensor:
     """Displacement of the hair's outline: none for straight, ripples for wavy, curls for curly."""
     amount = torch.tensor([0.0, 0.010, 0.016], device=g.y.device)[p["hair_style"].long()]
     frequency = torch.tensor([20.0, 34.0, 58.0], device=g.y.device)[p["hair_style"].long()]
     return amount * torch.sin(frequency * g.y + 0.3 * frequency * g.x + p["wave_phase"])
 
 
-def _hair_shape(g: Geometry, p: dict[str, Tensor]) -> Tensor:
+def _hair_shape(g: Geometry, p: Parameters) -> Tensor:
     """Everything the hair covers, before the face is cut out of it."""
-    long, volume = p["hair_length"], p["hair_volume"]
+    long = p["hair_length"]
+    volume = p["hair_volume"]
     rx = p["face_w"] + 0.034 + 0.036 * long + (0.030 + 0.030 * long) * volume
     top = p["head_top"] - 0.06 - 0.09 * volume
     dome = ellipse(g.x, g.y - 0.42, rx, 0.42 - top, 2.2)
@@ -102,7 +108,7 @@ def _hair_shape(g: Geometry, p: dict[str, Tensor]) -> Tensor:
     return torch.minimum(dome.masked_fill((g.y > 0.52) & (long < 0.5), 1.0), fall) + _waves(g, p)
 
 
-def _strands(g: Geometry, p: dict[str, Tensor]) -> Tensor:
+def _strands(g: Geometry, p: Parameters) -> Tensor:
     """Hair colour with strands and a sheen, `b 3 h w`."""
     style = p["hair_style"]
     bend = style * 0.03 * torch.sin(26 * g.y + p["wave_phase"])
@@ -115,9 +121,11 @@ def _strands(g: Geometry, p: dict[str, Tensor]) -> Tensor:
 # --- parts, back to front ---
 
 
-def _background(canvas: Canvas, g: Geometry, p: dict[str, Tensor], look: str) -> None:
-    angle, f = p["bg_angle"], p["bg_freq"]
-    x, y = g.page_x, g.page_y
+def _background(canvas: Canvas, g: Geometry, p: Parameters, look: str) -> None:
+    angle = p["bg_angle"]
+    f = p["bg_freq"]
+    x = g.page_x
+    y = g.page_y
     ramp = 0.5 + 0.5 * (torch.cos(angle) * x * 1.6 + torch.sin(angle) * (y - 0.5) * 1.6)
     if look == "first":  # gradients, soft lights, panels
         lights = 0.5 + 0.5 * torch.sin(f * 2 * x + angle) * torch.sin(f * 1.7 * y + 2 * angle)
@@ -130,13 +138,13 @@ def _background(canvas: Canvas, g: Geometry, p: dict[str, Tensor], look: str) ->
     canvas.rgb.copy_(p["bg_a"] * (1 - mix) + p["bg_b"] * mix)
 
 
-def _back_hair(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _back_hair(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     shape = _hair_shape(g, p).masked_fill(p["bald"] > 0, 1.0)
     dark = _strands(g, p) * 0.72
     canvas.paint(shape, dark, "hair", 0.10 + 0.1 * (0.2 - g.x**2))
 
 
-def _neck_and_clothes(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _neck_and_clothes(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     half = 0.145 + 0.03 * p["male"] + 0.5 * (g.y - 0.86).clamp(min=0)
     sides = (g.x - 0.01 * p["yaw"]).abs() - half
     neck = torch.maximum(sides, 0.7 - g.y)
@@ -152,7 +160,7 @@ def _neck_and_clothes(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None
     canvas.paint(cloth, (p["cloth_rgb"] * folds[:, None]).clamp(0, 1), "cloth", 0.15 - 0.2 * g.x**2)
 
 
-def _necklace(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _necklace(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     drop = p["necklace_y"] - 0.9 * g.x**2 / 0.3
     chain = torch.maximum((g.y - drop).abs() - p["necklace_w"], g.x.abs() - 0.12)
     pearl = 0.85 + 0.3 * torch.sin(150 * g.x) ** 2
@@ -161,7 +169,7 @@ def _necklace(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(shape, (p["necklace_rgb"] * pearl[:, None]).clamp(0, 1), "neck_l", 0.22 + 0 * g.x)
 
 
-def _ears(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _ears(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     for side, name, cover in ((1, "l_ear", "cover_l"), (-1, "r_ear", "cover_r")):
         x = side * g.x - p["face_w"] * 1.02 - 0.012 + 0.035 * side * p["yaw"].clamp(-1, 1)
         y = g.y - 0.545 + 0.25 * x
@@ -171,7 +179,7 @@ def _ears(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
                      p["skin_rgb"] * 0.68, opacity=0.8, soft=0.02)  # fmt: skip
 
 
-def _head(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _head(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     head = _head_shape(g, p)
     dome = (1 - (g.x / 0.34) ** 2 - ((g.y - 0.5) / 0.62) ** 2).clamp(min=0.02).sqrt()
     canvas.paint(head, p["skin_rgb"], "skin", 0.06 + 0.34 * dome)
@@ -188,7 +196,7 @@ def _head(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(fold, dark, opacity=0.35 * p["smiling"], soft=0.012)
 
 
-def _beard(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _beard(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     head = _head_shape(g, p)
     edge = 0.66 + 0.9 * (0.22 - g.u.abs()).clamp(-0.1, 0.12)  # cheeks free, jaw covered
     beard = torch.maximum(head, edge - g.v)
@@ -197,17 +205,18 @@ def _beard(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(beard, colour, opacity=p["beard_density"], soft=0.03)
 
 
-def _mustache(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _mustache(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     y = g.v - 0.692 - 1.6 * g.u**2
     canvas.paint(ellipse(g.u, y, 0.085, 0.017, 2.5), p["hair_rgb"] * 0.85, opacity=0.85, soft=0.012)
 
 
-def _lens(g: Geometry, p: dict[str, Tensor]) -> Tensor:
-    x, y = g.u.abs() - p["eye_x"] - 0.004, g.v - p["eye_y"] - 0.012
+def _lens(g: Geometry, p: Parameters) -> Tensor:
+    x = g.u.abs() - p["eye_x"] - 0.004
+    y = g.v - p["eye_y"] - 0.012
     return ellipse(x, y, p["lens_w"], p["lens_h"], p["lens_p"])
 
 
-def _glasses(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _glasses(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     lens = _lens(g, p)
     bridge = torch.maximum((g.v - p["eye_y"] + 0.01).abs() - 0.007, g.u.abs() - 0.05)
     temple = torch.maximum(
@@ -219,19 +228,20 @@ def _glasses(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(frame, p["frame_rgb"], "eye_g", canvas.height + 0.01)
 
 
-def _sunglasses(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _sunglasses(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     lens = _lens(g, p)
     glare = 0.18 * torch.exp(-(((g.u - g.v + 0.5) / 0.05) ** 2))[:, None]
     canvas.paint(lens, p["frame_rgb"] * 0.6 + glare, "eye_g", canvas.height + 0.008)
 
 
-def _eyes_and_brows(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _eyes_and_brows(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     dark = p["skin_rgb"] * 0.35
     for side, eye, brow in ((1, "l_eye", "l_brow"), (-1, "r_eye", "r_brow")):
         x = side * g.u - p["eye_x"]  # outwards from the nose is positive
         y = g.v - p["eye_y"] + p["eye_tilt"] * x
         arc = (1 - (x / p["eye_w"]) ** 2).clamp(min=0)
-        upper, lower = p["eye_h"] * 1.15 * arc, p["eye_h"] * 0.85 * arc
+        upper = p["eye_h"] * 1.15 * arc
+        lower = p["eye_h"] * 0.85 * arc
         almond = torch.maximum(torch.maximum(-upper - y, y - lower), x.abs() - p["eye_w"])
         socket = ellipse(x, y + 0.006, p["eye_w"] * 1.45, p["eye_h"] * 2.3)
         shadow = torch.where(p["heavy_makeup"][:, None] > 0, p["shadow_rgb"], p["skin_rgb"] * 0.72)
@@ -260,7 +270,7 @@ def _eyes_and_brows(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
                      opacity=0.88)  # fmt: skip
 
 
-def _nose(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _nose(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     tip = p["nose_y"]
     s = ((g.v - 0.445) / (tip - 0.445)).clamp(0, 1)  # 0 at the root, 1 at the base
     half = 0.026 + (p["nose_w"] - 0.012) * s**1.7
@@ -276,7 +286,7 @@ def _nose(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
                  opacity=0.35, soft=0.03)  # fmt: skip
 
 
-def _mouth(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _mouth(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     x = g.u / p["mouth_w"]
     arch = (1 - x**2).clamp(min=0)
     line = p["mouth_y"] - p["smile"] * (x**2).clamp(max=1.2) + 0.4 * p["smile"]
@@ -305,7 +315,7 @@ def _mouth(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     )
 
 
-def _front_hair(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _front_hair(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     hair = _hair_shape(g, p)
     x = g.x - p["hair_part"] * (1 - p["bangs"])
     fringe = 0.375 + 0.012 * torch.sin(90 * g.x + p["wave_phase"])
@@ -326,7 +336,7 @@ def _front_hair(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     )
 
 
-def _earrings(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _earrings(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     size = p["earring_size"]
     kind = p["earring_type"]
     glitter = (0.9 + 0.25 * torch.sin(140 * g.x) * torch.sin(140 * g.y))[:, None]
@@ -346,7 +356,7 @@ def _earrings(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
         )
 
 
-def _hat(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
+def _hat(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     kind = p["hat_type"]
     rx = p["face_w"] + 0.07 + 0.02 * p["hair_volume"]
     dome = ellipse(g.x, g.y - p["hat_y"], rx, p["hat_y"] + 0.02, 2.5)
@@ -365,7 +375,7 @@ def _hat(canvas: Canvas, g: Geometry, p: dict[str, Tensor]) -> None:
     canvas.paint(brim, colour * 0.82, "hat", 0.42 - 0.3 * g.x**2 + 0 * g.y)
 
 
-def _shade(canvas: Canvas, p: dict[str, Tensor], look: str) -> Rendered:
+def _shade(canvas: Canvas, p: Parameters, look: str) -> Rendered:
     """Lambert shading of the albedo by the height field, a tint, and the dense maps."""
     depth = canvas.height
     slope = 0.5 / (4 * canvas.pixel)  # central differences per image side, relief halved
@@ -374,7 +384,8 @@ def _shade(canvas: Canvas, p: dict[str, Tensor], look: str) -> Rendered:
     dy = ((pad[:, 2:, 1:-1] - pad[:, :-2, 1:-1]) * slope * 2).clamp(-1.5, 1.5)
     normals = torch.stack([-dx, -dy, torch.ones_like(dx)], 1)
     normals = normals / normals.norm(dim=1, keepdim=True)
-    angle, tilt = p["light_angle"], p["light_tilt"]
+    angle = p["light_angle"]
+    tilt = p["light_tilt"]
     light = torch.stack([torch.sin(angle) * tilt, -0.5 * torch.cos(angle) * tilt,
                          1.15 - 0.5 * tilt], 1)  # fmt: skip
     light = light / light.norm(dim=1, keepdim=True)

@@ -10,6 +10,7 @@ Attribute frequencies and pixel shares follow the long tail measured on 1,000 pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,12 +42,15 @@ FREQUENCIES = {
 }  # fmt: skip
 
 
+Values = dict[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Scenes:
     """Parameters of a batch of faces: name -> float64 array `(b,)` or `(b, 3)` for colours."""
 
     look: str  # first | second
-    values: dict[str, np.ndarray]
+    values: Values
 
     def __len__(self) -> int:
         return len(self.values["male"])
@@ -71,7 +75,7 @@ class Scenes:
 class _Uniforms:
     """Hands out columns of a `(b, k)` table of uniform numbers in a fixed order."""
 
-    def __init__(self, uniforms: np.ndarray):
+    def __init__(self, uniforms: np.ndarray) -> None:
         self.columns = iter(uniforms.T)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> np.ndarray:
@@ -120,21 +124,32 @@ def sample_scenes(
         np.random.default_rng((seed, int(i), look == "second")).random(_COLUMNS) for i in indices
     ]
     d = _Uniforms(np.stack(table))
-    v: dict[str, np.ndarray] = {}
+    v: Values = {}
+    _person(v, d, frequency)
+    _pose(v, d)
+    _hair(v, d)
+    _features(v, d)
+    _skin(v, d)
+    _accessories(v, d, frequency)
+    _surroundings(v, d)
+    v["lipstick"] = v["lipstick"] * (1 - v["beard"])
+    return Scenes(look, v)
 
-    # who it is
-    male = d.flag(frequency["male"])
-    v["male"] = male
-    young = d.flag(0.78)
-    v["young"] = young
-    tone = d.uniform() ** 1.4
-    v["tone"] = tone
-    v["pale_skin"] = (tone < 0.06).astype(float)
-    chubby = d.flag(0.1)
-    v["chubby"] = chubby
-    v["oval_face"] = d.flag(0.3) * (1 - chubby)
 
-    # pose and head
+def _person(v: Values, d: _Uniforms, frequency: dict[str, Any]) -> None:
+    """Gender, age, skin tone and shape of the head."""
+    v["male"] = d.flag(frequency["male"])
+    v["young"] = d.flag(0.78)
+    v["tone"] = d.uniform() ** 1.4
+    v["pale_skin"] = (v["tone"] < 0.06).astype(float)
+    v["chubby"] = d.flag(0.1)
+    v["oval_face"] = d.flag(0.3) * (1 - v["chubby"])
+
+
+def _pose(v: Values, d: _Uniforms) -> None:
+    """Pose and outline of the head."""
+    male = v["male"]
+    chubby = v["chubby"]
     v["roll"] = d.uniform(-0.1, 0.1)
     v["yaw"] = d.uniform(-1, 1) * np.abs(d.uniform()) ** 0.5
     v["pitch"] = d.uniform(-0.02, 0.02)
@@ -146,8 +161,11 @@ def sample_scenes(
     v["jaw"] = d.uniform(1.9, 2.2) + 0.3 * male + 0.25 * chubby
     v["head_top"] = d.uniform(0.10, 0.13)
 
-    # hair
-    old = 1 - young
+
+def _hair(v: Values, d: _Uniforms) -> None:
+    """Hair, and which ears it covers."""
+    male = v["male"]
+    old = 1 - v["young"]
     v["bald"] = d.flag(male * (0.05 + 0.13 * old))
     hair = 1 - v["bald"]
     v["hair_colour"] = d.choice(0.27, 0.36 - 0.1 * old, 0.22 - 0.08 * old, 0.09 - 0.05 * old, 0.06)
@@ -171,7 +189,10 @@ def sample_scenes(
     v["cover_l"] = d.flag(cover)  # hair over the ear
     v["cover_r"] = np.where(d.flag(0.75) > 0, v["cover_l"], d.flag(cover))
 
-    # features
+
+def _features(v: Values, d: _Uniforms) -> None:
+    """Eyes, brows, nose and mouth."""
+    male = v["male"]
     v["eye_x"] = d.uniform(0.098, 0.112)
     v["eye_y"] = d.uniform(0.46, 0.48)
     v["narrow_eyes"] = d.flag(0.12)
@@ -203,7 +224,13 @@ def sample_scenes(
     v["lip_l"] = d.uniform(0.023, 0.029) + 0.010 * v["big_lips"]
     v["teeth"] = np.maximum(smiling, d.flag(0.5))
 
-    # skin
+
+def _skin(v: Values, d: _Uniforms) -> None:
+    """Make-up, beard, wrinkles and the colours of skin and lips."""
+    male = v["male"]
+    young = v["young"]
+    tone = v["tone"]
+    old = 1 - v["young"]
     v["heavy_makeup"] = d.flag((1 - male) * 0.55 * (0.4 + 0.6 * young))
     v["lipstick"] = np.maximum(v["heavy_makeup"], d.flag((1 - male) * 0.3))
     v["rosy_cheeks"] = d.flag((1 - male) * 0.16)
@@ -219,7 +246,10 @@ def sample_scenes(
     v["lip_rgb"] = np.where(v["lipstick"][:, None] > 0, lipstick, natural)
     v["shadow_rgb"] = d.colour(0.15, 0.5)
 
-    # accessories
+
+def _accessories(v: Values, d: _Uniforms, frequency: dict[str, Any]) -> None:
+    """Earrings, necklace, eyeglasses and hat."""
+    male = v["male"]
     for name in ("earrings", "necklace", "eyeglasses", "hat"):
         women, men = frequency[name]
         v[name] = d.flag(np.where(male > 0, men, women))
@@ -245,7 +275,9 @@ def sample_scenes(
     v["hat_rgb"] = d.colour(0.05, 0.9)
     v["hat_stripe"] = d.uniform(0.5, 1.4)
 
-    # clothes, background, light
+
+def _surroundings(v: Values, d: _Uniforms) -> None:
+    """Clothes, background and light."""
     v["shoulder_y"] = d.uniform(0.835, 1.055)
     v["neckline"] = d.uniform(0.0, 1.0)
     v["cloth_rgb"] = d.colour(0.05, 0.95)
@@ -258,6 +290,3 @@ def sample_scenes(
     v["light_tilt"] = d.uniform(0.35, 0.9)
     v["ambient"] = d.uniform(0.5, 0.68)
     v["warmth"] = d.uniform(-0.05, 0.07)
-
-    v["lipstick"] = v["lipstick"] * (1 - v["beard"])
-    return Scenes(look, v)

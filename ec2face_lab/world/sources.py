@@ -196,7 +196,7 @@ class FolderFaces:
     styles = ("mm-celeba-hq",)
     condition_shares: ClassVar = {"regions": 0.6, "edges": 0.2, "low resolution": 0.2}
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path) -> None:
         self.name = root.name
         dataset = FaceDataset(root, "train", SIZE)
         samples = [dataset[i] for i in range(len(dataset))]

@@ -17,9 +17,13 @@ from ec2face_core.config import Config, ConfigError
 from ec2face_core.data import open_dataset
 from ec2face_core.runs import path_digest
 from ec2face_lab import baselines
-from ec2face_lab.baselines import NEWER, SYSTEMS, build, system
-from ec2face_lab.baselines.storage import read_weights, write_weights
-from ec2face_lab.study.pictures import NOTICE, draw_split, load_pictures
+from ec2face_lab.baselines import NEWER, SYSTEMS, build
+from ec2face_lab.baselines.int8_weights import read_weights, write_weights
+from ec2face_lab.baselines.system import Run
+from ec2face_lab.study.painters import NOTICE
+from ec2face_lab.study.pictures import PictureSet
+from ec2face_lab.study.png import load_pictures
+from ec2face_lab.world import training
 
 MODULES = "style tedigan mm2latent pixelface unets uac codiffusion controlnext flux"
 STAGES = {
@@ -32,7 +36,7 @@ STAGES = {
     "Face-MoGLE": ["control"],
     "MDiTFace": ["control"],
 }
-LONG = 1e30  # seconds: steps decide, and learning rates do not feel how long they took
+LONG = 1e30  # seconds, so that steps end a stage and learning rates do not depend on the time
 PROMPTS = ["A woman with black hair.", "The man has eyeglasses."]
 
 
@@ -63,14 +67,16 @@ def trained(request, config, faces, runs):
     name = request.param
     with pytest.MonkeyPatch.context() as patch:
         for module in MODULES.split():
-            module = importlib.import_module(f"ec2face_core.baselines.{module}")
+            module = importlib.import_module(f"ec2face_lab.baselines.{module}")
             patch.setattr(module, "BATCH", 2)
             if hasattr(module, "CENTRED"):
                 patch.setattr(module, "CENTRED", 8)
-        patch.setattr(system, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
-        straight, stopped = build(name, config), build(name, config)
-        straight.fit(faces, runs / f"{name}-straight", LONG, max_steps=2)
-        save, left = system.save_checkpoint, 2 * len(STAGES[name]) - 1
+        patch.setattr(training, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
+        straight = build(name, config)
+        stopped = build(name, config)
+        straight.fit(faces, Run(runs / f"{name}-straight", LONG, max_steps=2))
+        save = training.save_checkpoint
+        left = 2 * len(STAGES[name]) - 1
 
         def save_or_die(*arguments, **options):
             nonlocal left
@@ -79,12 +85,12 @@ def trained(request, config, faces, runs):
             if not left:
                 raise Killed
 
-        patch.setattr(system, "save_checkpoint", save_or_die)
+        patch.setattr(training, "save_checkpoint", save_or_die)
         with pytest.raises(Killed):
-            stopped.fit(faces, runs / name, LONG, max_steps=2)
-        patch.setattr(system, "save_checkpoint", save)
+            stopped.fit(faces, Run(runs / name, LONG, max_steps=2))
+        patch.setattr(training, "save_checkpoint", save)
         stopped = build(name, config)
-        stopped.fit(faces, runs / name, LONG, max_steps=2)
+        stopped.fit(faces, Run(runs / name, LONG, max_steps=2))
     for one in (straight, stopped):
         one.clip_steps = 1  # of TediGAN
     return straight, stopped, runs / name
@@ -100,20 +106,21 @@ def noise(n: int = 2) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
-def test_resumed_training_goes_on_as_if_never_stopped(trained, config):
+def test_resumed_training_equals_an_uninterrupted_one(trained, config):
     straight, stopped, folder = trained
-    a, b = straight.networks.state_dict(), stopped.networks.state_dict()
+    a = straight.networks.state_dict()
+    b = stopped.networks.state_dict()
     assert a.keys() == b.keys()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
     fresh = build(straight.name, config).networks.state_dict()
     moved = {k.split(".")[0] for k in a if not torch.equal(a[k], fresh[k])}
     assert moved == set(straight.networks), "every network has been trained"
     assert not any(p.requires_grad for p in straight.networks.parameters())
-    journals = {path.parent.name: path for path in folder.glob("*/metrics.jsonl")}
-    assert set(journals) == set(STAGES[straight.name])
-    for journal in journals.values():
-        rows = [json.loads(line) for line in journal.read_text().splitlines()]
-        assert [row["step"] for row in rows] == [1, 2], journal
+    logs = {path.parent.name: path for path in folder.glob("*/metrics.jsonl")}
+    assert set(logs) == set(STAGES[straight.name])
+    for log in logs.values():
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2], log
         assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
@@ -167,29 +174,6 @@ def test_one_condition_alone_where_the_original_has_it(trained, masks):
         own.generate(None, None, noise())
     with pytest.raises(ValueError, match="3 generators"):
         own.generate(PROMPTS, masks, noise(3))
-
-
-def test_a_stage_ends_when_its_time_is_spent_over_all_its_runs(tmp_path, monkeypatch):
-    clock, seen = iter(range(100)), []
-    monkeypatch.setattr(system.time, "process_time", lambda: float(next(clock)))  # 1 s a step
-    monkeypatch.setattr(system, "CHECKPOINT_SECONDS", -1.0)
-
-    def step(number, fraction, generator):
-        seen.append((number, fraction, int(generator.initial_seed())))
-        if number == 2 and len(seen) == 3:
-            raise Killed
-        return {"loss": 0.0}
-
-    state = {"net": torch.nn.Linear(2, 2)}
-    with pytest.raises(Killed):
-        system.train_stage("stage", step, state, tmp_path, 5.0, 3)
-    system.train_stage("stage", step, state, tmp_path, 5.0, 3)
-    numbers, fractions, seeds = zip(*seen, strict=True)
-    assert numbers == (0, 1, 2, 2, 3, 4), "two steps before, and three of the five seconds left"
-    assert fractions == pytest.approx((0, 0.2, 0.4, 0.4, 0.6, 0.8))
-    assert seeds[2] == seeds[3] and len(set(seeds)) == 5
-    system.train_stage("stage", step, state, tmp_path, 5.0, 3)
-    assert len(seen) == 6, "nothing is left to spend"
 
 
 def test_other_sizes_are_refused_before_anything_is_trained(config):
@@ -280,25 +264,27 @@ def modified(folder: Path, name: str) -> int:
     return (folder / f"{name}.png").stat().st_mtime_ns
 
 
-def test_a_split_is_drawn_once_and_completed(config, tmp_path):
+def test_a_split_is_generated_once_and_completed(config, tmp_path):
     config = config.replace(adapters=str(tmp_path / "adapters"), profile=str(tmp_path / "run"))
     with pytest.raises(FileNotFoundError, match="no weights of MM2Latent"):
-        draw_split(config, "MM2Latent", "test", progress=False)
+        PictureSet(config, "MM2Latent", "test").generate(progress=False)
     assert not (config.run_dir / "images").exists()
     build("MM2Latent", config).save(tmp_path / "baselines" / "mm2latent")
-    folder = draw_split(config, "MM2Latent", "test", progress=False)
-    ids = open_dataset(config, "test").ids
+    pictures = PictureSet(config, "MM2Latent", "test")
+    folder = pictures.generate(progress=False)
+    ids = pictures.dataset.ids
     assert {path.stem for path in folder.glob("*.png")} == set(ids)
     with Image.open(folder / f"{ids[0]}.png") as picture:
         assert picture.size == (64, 64) and picture.mode == "RGB"
         assert picture.text["Disclaimer"] == NOTICE and "MM2Latent" in picture.text["Model"]
-    before, times = load_pictures(folder, ids), [modified(folder, name) for name in ids]
+    before = load_pictures(folder, ids)
+    times = [modified(folder, name) for name in ids]
     (folder / f"{ids[2]}.png").unlink()
-    assert draw_split(config, "MM2Latent", "test", progress=False) == folder
-    again = [modified(folder, name) == time for name, time in zip(ids, times, strict=True)]
-    assert again == [True, True, False, True]
+    assert PictureSet(config, "MM2Latent", "test").generate(progress=False) == folder
+    same = [modified(folder, name) == time for name, time in zip(ids, times, strict=True)]
+    assert same == [True, True, False, True]
     # a level of 255, as sums of a smaller batch may be rounded otherwise
     assert (load_pictures(folder, ids) - before).abs().max() < 1.5 / 127.5
     other = build("MM2Latent", config.replace(seed=7))
     other.save(tmp_path / "baselines" / "mm2latent")
-    assert draw_split(config, "MM2Latent", "test", limit=1, progress=False) != folder
+    assert PictureSet(config, "MM2Latent", "test", limit=1).folder != folder

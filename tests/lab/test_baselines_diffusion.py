@@ -11,7 +11,7 @@ from ec2face_core.config import Config
 from ec2face_lab.baselines import unets
 from ec2face_lab.baselines.codiffusion import CoDiffusion
 from ec2face_lab.baselines.controlnext import ControlNeXt, cross_normalise
-from ec2face_lab.baselines.reading import word_features
+from ec2face_lab.baselines.encoders import word_features
 from ec2face_lab.baselines.uac import UaC, compose, pixel_scheduler
 
 

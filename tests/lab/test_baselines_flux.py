@@ -117,17 +117,17 @@ def test_the_gated_mixture_written_out():
 def test_mogle_sees_the_palette_image_and_each_class_alone(config, masks):
     own = build("Face-MoGLE", config)
     with torch.no_grad():
-        known = own.remember(masks)
+        known = own.encode_masks(masks)
         assert known.shape == (2, 20, *own.shape)
         assert torch.allclose(known[:, 0], mask_latents_of(own.vae, masks), atol=1e-5)
         picture = torch.where(masks[1] == 13, 1.0, -1.0).expand(1, 3, -1, -1)
         assert torch.allclose(known[1:, 14], encode_images(own.vae, picture), atol=1e-4)
-        absent = own.remember(torch.zeros(1, 64, 64, dtype=torch.long))[0, 2:]
-    assert torch.allclose(absent, own.nothing.expand_as(absent), atol=1e-4)
+        absent = own.encode_masks(torch.zeros(1, 64, 64, dtype=torch.long))[0, 2:]
+    assert torch.allclose(absent, own.blank.expand_as(absent), atol=1e-4)
 
     many = torch.randn(400, 20, 1, 1, 1).expand(-1, -1, *own.shape) + 10
     dropped = own.drop(many, torch.Generator().manual_seed(1))
-    gone = (dropped == own.nothing).flatten(2).all(2)
+    gone = (dropped == own.blank).flatten(2).all(2)
     assert ((dropped == many).flatten(2).all(2) ^ gone).all() and not gone[:, 0].any()
     assert gone[:, 1:].float().mean() == pytest.approx(0.1, abs=0.015)
 
@@ -137,7 +137,7 @@ def test_its_tokens_change_from_step_to_step_and_mditface_s_do_not(config, masks
     for name, changes in (("Face-MoGLE", True), ("MDiTFace", False)):
         own = build(name, config)
         with torch.no_grad():
-            known, z = own.remember(masks), torch.randn(2, *own.shape)
+            known, z = own.encode_masks(masks), torch.randn(2, *own.shape)
             first, other = own.condition(known, z, t), own.condition(known, z, early)
             assert pack(first).shape == (2, 64, 4 * own.shape[0])
             assert torch.equal(first, other) != changes

@@ -13,7 +13,7 @@ from ec2face_core.attributes import PALETTE
 from ec2face_core.config import Config
 from ec2face_core.data import open_dataset
 from ec2face_lab.baselines import build, mm2latent, pixelface, style, tedigan
-from ec2face_lab.baselines.reading import word_features
+from ec2face_lab.baselines.encoders import word_features
 
 PROMPTS = ["A woman with black hair.", "The man has eyeglasses."]
 

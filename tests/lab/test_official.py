@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from ec2face_core.data import MANIFEST_COLUMNS, DataError, Row, open_dataset
-from ec2face_lab.baselines.official import ADAPTERS, adopt, find_pictures
 from ec2face_lab.__main__ import main
+from ec2face_lab.baselines.official import LAYOUTS, adopt, find_pictures
 
 SIZE = 16
 FACES = [str(i) for i in range(12)]
@@ -60,13 +60,13 @@ def write(path: Path, name: str = "0", size: int = SIZE, mode: str = "RGB") -> N
     Image.new("RGB", (size, size), colour(name)).convert(mode).save(path)
 
 
-def official(root: Path, adapter: str) -> Path:
+def official(root: Path, layout: str) -> Path:
     """A folder as the official repository leaves it, its other files included."""
-    for name, place in PICTURES[adapter].items():
+    for name, place in PICTURES[layout].items():
         write(root / place.replace(".jpg", ".png"), name)
         if place.endswith(".jpg"):
             (root / place.replace(".jpg", ".png")).rename(root / place)  # the content decides
-    for place in BESIDE.get(adapter, ()):
+    for place in BESIDE.get(layout, ()):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(b"not read")
     return root
@@ -93,15 +93,15 @@ def test_pixelface_s_random_captions_are_named_as_the_cause(tmp_path):
     assert "2 pictures are of other captions" in report and "at random" in report
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_each_naming_finds_its_faces(adapter, tmp_path):
-    root = official(tmp_path / "theirs", adapter)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_naming_finds_its_faces(layout, tmp_path):
+    root = official(tmp_path / "theirs", layout)
     for ids in (TEST, TEST[2:]):  # also where the first faces only are asked for
-        files, report = find_pictures(root, adapter, ROWS, ids)
+        files, report = find_pictures(root, layout, ROWS, ids)
         assert not report.problems
-        want = {name: root / PICTURES[adapter][name] for name in ids}
+        want = {name: root / PICTURES[layout][name] for name in ids}
         assert files == want and list(files) == ids
-    folder = adopt(root, adapter, ROWS, TEST, SIZE, tmp_path / "work")
+    folder = adopt(root, layout, ROWS, TEST, SIZE, tmp_path / "work")
     assert folder.parent == tmp_path / "work"
     for name in TEST:
         assert Image.open(folder / f"{name}.png").getpixel((0, 0)) == colour(name)
@@ -110,13 +110,13 @@ def test_each_naming_finds_its_faces(adapter, tmp_path):
     assert small != folder and Image.open(small / "8.png").size == (8, 8)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_a_gap_and_a_stranger_are_named(adapter, tmp_path):
-    root = official(tmp_path, adapter)
-    (root / PICTURES[adapter]["9"]).unlink()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gap_and_a_stranger_are_named(layout, tmp_path):
+    root = official(tmp_path, layout)
+    (root / PICTURES[layout]["9"]).unlink()
     write(root / "elsewhere.webp.png")
     (root / "notes.txt").write_text("x")
-    files, report = find_pictures(root, adapter, ROWS, TEST)
+    files, report = find_pictures(root, layout, ROWS, TEST)
     assert list(files) == ["8", "10", "11"]
     reasons = dict(report.problems)
     assert set(reasons) - {"elsewhere.webp.png", "notes.txt"} and len(reasons) == 3
@@ -130,12 +130,12 @@ def test_duplicates_by_each_way_to_make_them(tmp_path):
         "pixelface": "100_000011.png",
         "codiffusion": "8.png/she smiles./000000_x_0.png",
     }
-    for adapter, extra in cases.items():
-        root = official(tmp_path / adapter, adapter)
+    for layout, extra in cases.items():
+        root = official(tmp_path / layout, layout)
         write(root / extra)
-        _, report = find_pictures(root, adapter, ROWS, TEST)
+        _, report = find_pictures(root, layout, ROWS, TEST)
         (problem,) = report.problems
-        assert "duplicate of face" in problem[1], adapter
+        assert "duplicate of face" in problem[1], layout
 
 
 def test_pictures_of_no_face(tmp_path):
@@ -145,11 +145,11 @@ def test_pictures_of_no_face(tmp_path):
         "pixelface": ("120_000001.png", "beyond the 12|beyond 12"),
         "codiffusion": ("8.png/A man./000000_x_0.png", "caption of face 8 is 'She smiles.'"),
     }
-    for adapter, (extra, reason) in cases.items():
-        root = official(tmp_path / adapter, adapter)
+    for layout, (extra, reason) in cases.items():
+        root = official(tmp_path / layout, layout)
         write(root / extra)
         with pytest.raises(DataError, match=reason):
-            adopt(root, adapter, ROWS, TEST, SIZE, tmp_path / "work")
+            adopt(root, layout, ROWS, TEST, SIZE, tmp_path / "work")
     gaps = {name: row for name, row in ROWS.items() if name != "3"}
     with pytest.raises(DataError, match="the manifest has gaps"):
         adopt(tmp_path / "pixelface", "pixelface", gaps, TEST, SIZE, tmp_path / "work")
@@ -186,7 +186,7 @@ def test_the_lost_last_batch_of_tedigan_is_explained(tmp_path):
 
 
 def test_command_line(tiny_config, tmp_path, monkeypatch, capsys):
-    """The adapter's pictures arrive under their ids; a manifest restricts and is compared."""
+    """The pictures arrive under their ids; a manifest restricts and is compared."""
     faces = open_dataset(tiny_config, "test")
     config, seen = tmp_path / "config.yaml", []
     tiny_config.save(config)

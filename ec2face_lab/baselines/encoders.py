@@ -1,4 +1,4 @@
-"""How the comparison systems read: captions through the guiding CLIP, masks as maps or colours."""
+"""Captions for the comparison systems: features of the guiding CLIP, and words that it lacks."""
 
 from __future__ import annotations
 
@@ -9,28 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ec2face_core.attributes import NUM_CLASSES, palette_tensor
-from ec2face_core.config import Config
-
 if TYPE_CHECKING:
     from ec2face_core.perception import ClipScorer
-
-
-def one_hot(label_maps: Tensor) -> Tensor:
-    """Label maps `b h w` -> one-hot `b 19 h w` float32 in {0, 1}."""
-    return F.one_hot(label_maps, NUM_CLASSES).movedim(-1, 1).float()
-
-
-def coloured(label_maps: Tensor) -> Tensor:
-    """Label maps `b h w` -> the palette's colours `b 3 h w` in [-1, 1]."""
-    return palette_tensor()[label_maps].movedim(-1, 1)
-
-
-def guiding_clip(config: Config) -> ClipScorer:
-    """The CLIP whose sentence features every system is conditioned on."""
-    from ec2face_core.perception import ClipScorer
-
-    return ClipScorer.from_config(config.perception)
 
 
 @torch.no_grad()
@@ -42,22 +22,23 @@ def word_features(clip: ClipScorer, texts: Sequence[str]) -> Tensor:
 
 
 def unknown_words(clip: ClipScorer, texts: Sequence[str]) -> list[str]:
-    """Words of captions that the CLIP's vocabulary has no token for: it spells them out."""
+    """Words of captions that are no token of the CLIP's vocabulary, so that it spells them."""
     tokenizer = clip.tokenizer.tokenizer
-    vocabulary, backend = tokenizer.get_vocab(), tokenizer.backend_tokenizer
-    found = {}
+    vocabulary = tokenizer.get_vocab()
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    words = {}
     for text in texts:
-        for piece, (a, b) in backend.pre_tokenizer.pre_tokenize_str(text.lower()):
+        for piece, (start, end) in split(text.lower()):
             if f"{piece}</w>" not in vocabulary:
-                found[text[a:b]] = None
-    return list(found)
+                words[text[start:end]] = None
+    return list(words)
 
 
 class Centre(nn.Module):
     """Unit features of pictures and sentences, each kind centred on its own mean.
 
-    In so small a CLIP the two lie further apart than in FaRL, so a network that was trained on
-    pictures' features could not read sentences' without.
+    In so small a CLIP the two lie further apart than in FaRL: without centring, a network trained
+    on features of pictures cannot read those of sentences.
     """
 
     def __init__(self, width: int) -> None:

@@ -1,10 +1,10 @@
-"""Weights on disk: a byte each, and what two systems share once, beside their folders.
+"""Weights on disk: one byte each, and shared ones in a file of their own.
 
     data/mini/baselines/{tedigan, uac, ...}/weights.safetensors
     data/mini/baselines/shared/{style, text_unet}.safetensors
 
-Matrices and kernels are kept as 8-bit integers, so that all systems together stay small. What
-stands on shared weights is trained on what was read back, so nothing is lost between.
+Matrices and kernels are kept as 8-bit integers, so that all systems together stay small. Systems
+on shared weights are trained with the weights as they are read back.
 """
 
 from __future__ import annotations
@@ -15,11 +15,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-SMALLEST, SCALE = 1024, "/scale"  # of tensors that are kept in 8 bits; name of their scales
+from ec2face_core.runs import whole_file
+
+SMALLEST = 1024  # elements of a tensor that is kept in 8 bits
+
+SCALE = "/scale"  # suffix of the names of scales
 
 
 def shared_weights(path: Path, net: nn.Module, train: Callable[[], None]) -> None:
-    """Fill and freeze `net` from the file `path`, which `train`, filling `net`, makes at first."""
+    """Fill and freeze a network from a file, or train it first where there is none.
+
+    Args:
+        path: of the file.
+        net: the network.
+        train: trains `net` in place.
+    """
     if not path.is_file():
         train()
         write_weights(path, net)
@@ -28,7 +38,7 @@ def shared_weights(path: Path, net: nn.Module, train: Callable[[], None]) -> Non
 
 
 def shared_file(folder: Path, stage: str) -> Path:
-    """Where what a system of this folder shares lies: `shared/<stage>.safetensors` beside it."""
+    """Shared weights of a system with this folder: `shared/<stage>.safetensors` beside it."""
     return folder.parent / "shared" / f"{stage}.safetensors"
 
 
@@ -47,10 +57,8 @@ def write_weights(path: Path, net: nn.Module) -> None:
             tensors[f"{key}{SCALE}"] = scale
             value = (flat / scale[:, None]).round().to(torch.int8).view(value.shape)
         tensors[key] = value.half() if value.is_floating_point() else value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
-    part.replace(path)
+    with whole_file(path) as part:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
 
 
 def read_weights(path: Path, net: nn.Module) -> None:
@@ -59,6 +67,7 @@ def read_weights(path: Path, net: nn.Module) -> None:
 
     tensors = load_file(path)
     for key in [k for k in tensors if k.endswith(SCALE)]:
-        scale, name = tensors.pop(key), key.removesuffix(SCALE)
+        scale = tensors.pop(key)
+        name = key.removesuffix(SCALE)
         tensors[name] = tensors[name] * scale.view(-1, *[1] * (tensors[name].ndim - 1))
     net.load_state_dict(tensors)
