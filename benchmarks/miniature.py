@@ -1,4 +1,4 @@
-"""How fast the miniature is on this machine: one table, kept as CSV with its provenance.
+"""How fast the miniature is on this machine: one table as CSV, with its provenance.
 
     .venv/bin/python benchmarks/miniature.py
 
@@ -20,22 +20,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OUT = Path(__file__).with_suffix(".csv")
 BATCH = 8
-Row = tuple[str, float, str, str]  # what, value, unit, limit that the project set itself
+Row = tuple[str, float, str, str]  # what, value, unit, limit
 
 
 def best(measure: Callable[[], float], times: int = 3) -> float:
-    """The smallest of a few measurements: what disturbs a machine only ever adds time."""
+    """The smallest of a few measurements, because a disturbance only adds time."""
     return min(measure() for _ in range(times))
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Seconds of a call."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def imports() -> Iterator[Row]:
-    """What the package costs beyond torch, in a fresh interpreter each."""
+    """The import of the package beyond torch, in a fresh interpreter each."""
 
     def run(code: str) -> float:
         command = (
@@ -48,7 +49,7 @@ def imports() -> Iterator[Row]:
 
 
 def faces() -> Iterator[Row]:
-    """Procedural faces: scenes and drawing."""
+    """Procedural faces: scenes and rendering."""
     from ec2face_lab.world.rendering import render
     from ec2face_lab.world.scenes import sample_scenes
 
@@ -87,7 +88,7 @@ def systems() -> Iterator[Row]:
 
 
 def training() -> Iterator[Row]:
-    """Median step of every variant whose training lies in `runs/`, from its journal."""
+    """Median step of every variant whose training lies in `runs/`, from its metrics log."""
     from ec2face_core.config import VARIANTS
     from ec2face_core.runs import read_metrics
 
@@ -110,6 +111,7 @@ def reproduced() -> Iterator[Row]:
 
 
 def main() -> None:
+    """Measure, print and write the table."""
     from ec2face_core.config import load_profile
     from ec2face_core.runs import provenance
 

@@ -1,4 +1,4 @@
-"""The networks of a training step at random weights, in two sizes: what counting and timing needs.
+"""The networks of a training step at random weights, in two sizes, for counting and timing.
 
 `flux` is the paper's: FLUX.1-dev, its autoencoder, a parser built like FaRL's and CLIP ViT-L-14, at
 512 px. `tiny` has the miniature's classes, small enough for a CPU. On the meta device nothing is
@@ -26,7 +26,7 @@ from ec2face_lab.world.networks import MiniParserNet, build_mini_clip, mini_clip
 
 @dataclass(frozen=True)
 class Size:
-    """Configurations of the networks, and the shapes of what they read."""
+    """Configurations of the networks, and the shapes of their inputs."""
 
     transformer: dict[str, Any]  # of FluxTransformer2DModel
     vae: dict[str, Any]  # of AutoencoderKL
@@ -52,7 +52,8 @@ class FarlParser(nn.Module):
     (logits `b 19 112 112`, {}), facer's contract. 161 M parameters.
     """
 
-    LAYERS, BINS = (3, 5, 7, 11), (1, 2, 3, 6)
+    LAYERS = (3, 5, 7, 11)
+    BINS = (1, 2, 3, 6)
 
     def __init__(self, classes: int = 19, d: int = 768, side: int = 448) -> None:
         import timm
@@ -75,6 +76,7 @@ class FarlParser(nn.Module):
         self.head = nn.Conv2d(d, classes, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits `b 19 112 112` of images `b 3 448 448` in [0, 1]."""
         layers = self.vit.forward_intermediates(
             image, indices=list(self.LAYERS), intermediates_only=True
         )
@@ -96,7 +98,7 @@ def _up(d: int) -> nn.Module:
 
 
 def _conv(inputs: int, outputs: int, kernel: int) -> nn.Module:
-    """mmseg's ConvModule."""
+    """The ConvModule of mmseg."""
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
@@ -150,20 +152,24 @@ SIZES = {
 
 
 class RandomParser(FaceParser):
-    """FaceParser around a network that is given."""
+    """A FaceParser around a given network."""
 
     def __init__(self, net: nn.Module, size: int) -> None:
-        self.net, self.size = net, size
+        self.net = net
+        self.size = size
 
 
 class RandomClip(ClipScorer):
-    """ClipScorer around a network that is given; every text is the same."""
+    """A ClipScorer around a given network; every text has the same tokens."""
 
     def __init__(self, model: nn.Module, side: int, length: int, device: str) -> None:
-        self.model, self.size, self.mode, self.device = model, side, "bicubic", device
+        self.model = model
+        self.size = side
+        self.mode = "bicubic"
+        self.device = device
         self.tokenizer = lambda texts: torch.zeros(len(texts), length, dtype=torch.long)
-        mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
-        self.mean, self.std = mean.to(device), std.to(device)
+        self.mean = torch.tensor(CLIP_MEAN, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(CLIP_STD, device=device).view(1, 3, 1, 1)
 
 
 @dataclass
@@ -192,7 +198,8 @@ def build_pixel_path(size: Size, device: str) -> tuple[nn.Module, RandomParser, 
 
     clip_config = size.clip()
     with torch.device(device), _default_dtype(size.dtype):
-        vae, parser = AutoencoderKL(**size.vae), size.parser()
+        vae = AutoencoderKL(**size.vae)
+        parser = size.parser()
         clip = build_mini_clip(clip_config)
     for net in (vae, parser, clip):
         net.requires_grad_(False).eval()
@@ -225,7 +232,8 @@ class Inputs:
 
 def inputs(size: Size, batch: int, device: str) -> Inputs:
     """A random batch."""
-    c, side = size.vae["latent_channels"], size.latent_side
+    c = size.vae["latent_channels"]
+    side = size.latent_side
     with torch.device(device):
         config = {"joint_attention_dim": 4096, "pooled_projection_dim": 768} | size.transformer
         text = TextEmbedding(
@@ -239,14 +247,22 @@ def inputs(size: Size, batch: int, device: str) -> Inputs:
 
 @contextmanager
 def flash_on_meta() -> Iterator[None]:
-    """Let meta tensors attend by the flash kernel, as they would on a GPU.
+    """Use the flash kernel for attention of meta tensors, as on a GPU.
 
-    PyTorch chooses the plain formula for them: the same forward FLOPs, but a backward of 4 instead
-    of 5 matrix products (flash computes the probabilities again), and the probabilities are kept.
+    PyTorch uses the plain formula for them. Its forward FLOPs are the same, but its backward has 4
+    matrix products instead of 5 (flash computes the probabilities again) and keeps the
+    probabilities.
     """
     stock = F.scaled_dot_product_attention
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, *args, **kwargs):
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         if query.is_meta and attn_mask is None:
             return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
         return stock(query, key, value, attn_mask, *args, **kwargs)

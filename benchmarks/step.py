@@ -1,23 +1,23 @@
-"""What a training step and a sampling cost on this machine: time, FLOPs, memory, side by side.
+"""What a training step and a sampling cost on this machine: time, FLOPs and memory.
 
     .venv/bin/python benchmarks/step.py                              tiny networks, on the CPU
     .venv/bin/python benchmarks/step.py --size flux --device cuda    the paper's, at random weights
     .venv/bin/python benchmarks/step.py --size flux --count          counted only, on any machine
 
 Writes `benchmarks/step-<size>.csv` and `.json` (`step-<size>-count` with --count). All rows are run
-in turn, `--repeats` times, in one process, and the best time of each is kept: what disturbs a
-machine only ever adds time, and it disturbs neighbours alike. Columns:
+in turn, `--repeats` times, in one process, and the best time of each is kept, because a disturbance
+only adds time. Columns:
 
-    draws        noise draws that share one pass over a mask (decoupled attention)
-    batch        noise draws, i.e. samples, of one call
+    draws        samples that share one pass over a mask (decoupled attention, noise repeats)
+    batch        samples of one call
     seconds      of one call, a training step without its optimiser
     TF           counted on the very call (1 MAC = 2 FLOP), recomputation and all terms included
     TFLOP/s, share   TF over seconds, and that over the rate of one large matrix product
-    saved_MB     per sample: most that autograd kept for backward at any time, each storage once,
-                 no parameters. Not seen are the keys and values of the mask that decoupled
-                 attention with recomputation holds besides (0.7 GB of FLUX.1-dev), and with
-                 --count the casts of autocast.
-    peak_GB      on a GPU: most memory allocated, weights included
+    saved_MB     per sample: the most that autograd kept for backward at any time, each storage
+                 once, without parameters. It omits the mask's keys and values that decoupled
+                 attention with recomputation also holds (0.7 GB of FLUX.1-dev), and with --count
+                 the casts of autocast.
+    peak_GB      on a GPU: the most memory that was allocated, weights included
 """
 
 from __future__ import annotations
@@ -58,13 +58,15 @@ COLUMNS = (
     "component", "attention", "checkpointing", "draws", "batch", "seconds", "samples_per_s", "TF",
     "TFLOP/s", "share", "saved_MB", "peak_GB",
 )  # fmt: skip
-TAIL, EVERYWHERE = "transformer, LoRA on mask tokens only", "transformer, LoRA times 0 or 1 on all"
-CACHED, UNCACHED = "sampling, mask once", "sampling, mask every step"
+TAIL = "transformer, LoRA on mask tokens only"
+EVERYWHERE = "transformer, LoRA times 0 or 1 on all"
+CACHED = "sampling, mask once"
+UNCACHED = "sampling, mask every step"
 
 
 @dataclass
 class Case:
-    """A row: what is run, and how the transformer is set up for it."""
+    """A row: the call, and how the transformer is set up for it."""
 
     component: str
     work: Callable[[], object]
@@ -78,8 +80,9 @@ class Case:
 
 def cases(n: Networks, x: Inputs, size: Size) -> Iterator[Case]:
     """Every row of the table."""
-    b, target = len(x.t), torch.randn_like(x.z)
-    guidance = PixelConsistency(n.vae, n.clip, n.parser, LossConfig())
+    b = len(x.t)
+    target = torch.randn_like(x.z)
+    consistency = PixelConsistency(n.vae, n.clip, n.parser, LossConfig())
 
     def mixed() -> AbstractContextManager:
         """As in training at paper scale: weights in bfloat16, the LoRA float32 under autocast."""
@@ -99,7 +102,7 @@ def cases(n: Networks, x: Inputs, size: Size) -> Iterator[Case]:
         if pixels:
             z_hat = reverse_estimate(x.z, v, x.t)
             with mixed():
-                g, *_ = guidance.gradient(z_hat, ["face"] * b, x.label_map, x.t)
+                g, *_ = consistency.gradient(z_hat, ["face"] * b, x.label_map, x.t)
             loss = loss + (z_hat * g).sum() / b
         return torch.autograd.grad(loss, n.parameters)
 
@@ -135,7 +138,7 @@ def cases(n: Networks, x: Inputs, size: Size) -> Iterator[Case]:
 
 
 def prepare(case: Case, n: Networks, size: Size) -> None:
-    """Bring the one transformer into the state that a row wants."""
+    """Bring the transformer into the state of a row."""
     from peft.tuners.lora import LoraLayer
 
     config = LoraConfig(rank=size.rank, alpha=size.rank, attention=case.attention or "joint")
@@ -161,13 +164,16 @@ class Saved(saved_tensors_hooks):
     def __init__(self, n: Networks) -> None:
         nets = (n.transformer, n.vae, n.parser.net, n.clip.model)
         weights = {t.untyped_storage()._cdata for net in nets for t in net.state_dict().values()}
-        holders, total = Counter(), self
-        self.bytes = self.peak = 0
+        holders: Counter[int] = Counter()
+        total = self
+        self.bytes = 0
+        self.peak = 0
 
         class Kept:
             def __init__(self, tensor: Tensor) -> None:
                 storage = tensor.untyped_storage()
-                self.tensor, self.key = tensor, storage._cdata
+                self.tensor = tensor
+                self.key = storage._cdata
                 self.nbytes = 0 if self.key in weights else storage.nbytes()
                 holders[self.key] += 1
                 if holders[self.key] == 1:
@@ -185,7 +191,8 @@ class Saved(saved_tensors_hooks):
 def count(case: Case, n: Networks, size: Size) -> None:
     """FLOPs, bytes saved and, on a GPU, peak memory of one call, which also warms up."""
     prepare(case, n, size)
-    saved, flops = Saved(n), FlopCounterMode(display=False)
+    saved = Saved(n)
+    flops = FlopCounterMode(display=False)
     if cuda := n.parameters[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
     with flash_on_meta(), saved, flops:
@@ -221,14 +228,15 @@ def row_of(case: Case, batch: int, rate: float) -> dict[str, Any]:
         row |= {"TF": case.counted["flops"] / 1e12, "saved_MB": case.counted["saved"] / batch / 1e6}
         row["peak_GB"] = case.counted["peak"] / 1e9 if "peak" in case.counted else ""
     if case.seconds:
-        best, speed = min(case.seconds), case.counted["flops"] / min(case.seconds)
+        best = min(case.seconds)
+        speed = case.counted["flops"] / best
         row |= {"seconds": best, "samples_per_s": batch / best}
         row |= {"TFLOP/s": speed / 1e12, "share": speed / rate}
     return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How many times faster (if only counted: fewer FLOPs) the LoRA and the sampling are."""
+    """Factors by which the LoRA and the sampling are faster, or by which they need fewer FLOPs."""
     cost = {row["component"]: row["seconds"] or row["TF"] for row in rows}
     pairs = {TAIL: EVERYWHERE, CACHED: UNCACHED}
     ran = {k: v for k, v in pairs.items() if "out of memory" not in (cost[k], cost[v])}
@@ -236,6 +244,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def arguments() -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -256,13 +265,17 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Count, measure, print and write the table."""
     from tqdm.auto import tqdm
 
     args = arguments()
-    begin, size = time.perf_counter(), SIZES[args.size]
+    begin = time.perf_counter()
+    size = SIZES[args.size]
     device = "meta" if args.count else args.device
-    n, x = build(size, device), inputs(size, args.batch, device)
-    rows_to_do, rate = list(cases(n, x, size)), 0.0
+    n = build(size, device)
+    x = inputs(size, args.batch, device)
+    rows_to_do = list(cases(n, x, size))
+    rate = 0.0
     rounds = 0 if args.count else args.repeats
     with tqdm(total=len(rows_to_do) * (1 + rounds), unit="call", mininterval=1) as bar:
         for case in rows_to_do:
