@@ -1,0 +1,1 @@
+"""Figures and tables: how results are plotted, rendered and saved."""

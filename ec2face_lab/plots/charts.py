@@ -1,9 +1,6 @@
-"""Functions from data to matplotlib figures, in one style; saving is `results.save_figure`'s line.
+"""Charts: reliability and β(t), training curves, the long tail, accuracy of classes.
 
-Every function returns a `Figure` of its own (no pyplot state, so a notebook shows it once, by
-naming it last in a cell). Images are `b 3 h w` floats in [-1, 1], label maps `b h w` class ids.
-Sizes are chosen for a README of 900 pixels: 8 points and more at a width of at most 10 inches.
-Here: the style and every chart. Picture grids are in `grids.py`, Fig. 1 in `diagram.py`.
+Every function takes data and returns a `Figure` in the style of `style.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, CLASSES, GROUPS, display_name
+from ec2face_core.losses import beta
 from ec2face_core.runs import read_metrics
 
 from .style import (
@@ -44,11 +43,6 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------ curves
 
 
-def beta_values(t: np.ndarray, steepness: float, center: float) -> np.ndarray:
-    """β(t) of Eq. 8 on a numpy grid."""
-    return 1 / (1 + np.exp(steepness * (t - center)))
-
-
 @styled
 def reliability_figure(
     images: Tensor,
@@ -60,9 +54,12 @@ def reliability_figure(
     """Fig. 2: the reverse estimate x̃ at several t, and how its quality falls with t.
 
     Args:
-        images: `rows times 3 h w`, decoded reverse estimates.
+        images: decoded reverse estimates `(rows, times, 3, h, w)` in [-1, 1].
+        times: t of each column of images.
         curves: columns t, metric, value, ci_low, ci_high (the last two may be missing); one panel
-            a metric, each with β(t) dashed on a second axis.
+            per metric, each with β(t) dashed on a second axis.
+        steepness: γ_s of Eq. 8.
+        center: t_c of Eq. 8.
     """
     metrics = list(dict.fromkeys(curves["metric"]))
     strip = len(images) * min(9 / len(times), 1.25) + 0.2
@@ -73,13 +70,13 @@ def reliability_figure(
             show(ax, picture(image))
             if i == 0:
                 ax.set_title(f"t = {t:g}", fontsize=8.5, pad=3)
-    t = np.linspace(0, 1, 101)
+    t = torch.from_numpy(np.linspace(0, 1, 101))
     panels = bottom.subplots(1, len(metrics), squeeze=False)[0]
     for k, (ax, metric) in enumerate(zip(panels, metrics, strict=True)):
         _band(ax, curves[curves["metric"] == metric], "t", CYCLE[k % 7])
         ax.set(title=metric, xlabel="t", xlim=(0, 1))
         twin = ax.twinx()
-        (dashed,) = twin.plot(t, beta_values(t, steepness, center), "--", color="0.45", lw=1.3)
+        (dashed,) = twin.plot(t, beta(t, steepness, center), "--", color="0.45", lw=1.3)
         twin.set(ylim=(0, 1.02), yticks=[0, 0.5, 1] if ax is panels[-1] else [])
         twin.spines["right"].set_visible(ax is panels[-1])
     label = f"β(t), right axis: $\\gamma_s$ = {steepness:g}, $t_c$ = {center:g}"
@@ -99,16 +96,18 @@ def _band(ax: Axes, rows: DataFrame, x: str, colour: str, label: str | None = No
 def beta_curves(
     settings: Sequence[tuple[float, float]], reliability: DataFrame | None = None
 ) -> Figure:
-    """β(t) for pairs (steepness, center), the first one emphasised, over measured reliability.
+    """β(t) of Eq. 8 over measured reliability.
 
-    reliability: columns t, metric, value scaled to [0, 1] (1 = as good as at t = 0), optional.
+    Args:
+        settings: pairs (steepness, center); the first one is emphasised.
+        reliability: columns t, metric, value in [0, 1] (1 = as good as at t = 0), optional.
     """
     fig = new_figure(5.6, 3.2)
     ax = fig.subplots()
-    t = np.linspace(0, 1, 201)
+    t = torch.from_numpy(np.linspace(0, 1, 201))
     for k, (steepness, center) in enumerate(settings):
         label = f"β: $\\gamma_s$ = {steepness:g}, $t_c$ = {center:g}"
-        ax.plot(t, beta_values(t, steepness, center), color=CYCLE[k], lw=2.4 if k == 0 else 1.4,
+        ax.plot(t, beta(t, steepness, center), color=CYCLE[k], lw=2.4 if k == 0 else 1.4,
                 label=label)  # fmt: skip
     if reliability is not None:
         for marker, (metric, rows) in zip("os^Dv", reliability.groupby("metric"), strict=False):
@@ -125,8 +124,12 @@ def beta_curves(
 def training_curves(runs: Mapping[str, Path | DataFrame], smoothing: float = 0.9) -> Figure:
     """The losses of one or several runs against the step, from `metrics.jsonl`.
 
-    runs: name -> path of the file, or its rows. One panel for each of total, flow, text and mask
-    that was logged. Pale: as logged; dark: exponential mean with the given smoothing.
+    Pale lines are the logged values, dark lines their exponential mean.
+
+    Args:
+        runs: name -> path of the file, or its rows. There is one panel for each of total, flow,
+            text and mask that was logged.
+        smoothing: weight of the past in the mean.
     """
     import pandas as pd
 
@@ -161,15 +164,15 @@ def training_curves(runs: Mapping[str, Path | DataFrame], smoothing: float = 0.9
 def long_tail_distribution(frequency: DataFrame) -> Figure:
     """Fig. 5: each class's share of the pixels (bars, log scale) and of the images (points).
 
-    frequency: the rows of `statistics.attribute_frequency` (class, pixel_share, image_share; the
-        shares in percent).
+    frequency: rows with class, pixel_share and image_share, the shares in percent.
     """
     from matplotlib.patches import Patch
 
     rows = frequency.sort_values("pixel_share", ascending=False)
     groups = {i: name for name, ids in GROUPS.items() for i in ids}
     ids = [CLASS_ID[name] for name in rows["class"]]
-    x, colours = np.arange(len(ids)), [GROUP_COLOURS[groups[i]] for i in ids]
+    x = np.arange(len(ids))
+    colours = [GROUP_COLOURS[groups[i]] for i in ids]
     fig = new_figure(8.4, 4.2)
     top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=[1.6, 1])
 
@@ -201,13 +204,13 @@ def class_accuracy(
     ceiling: str | None = "real",
     classes: Sequence[str] = CLASSES,
 ) -> Figure:
-    """Fig. 4: accuracy of each class by method with 95 % intervals, and the ceiling as a line.
+    """Fig. 4: accuracy of each class by method with 95 % intervals, and the ceiling as lines.
 
     Args:
         rows: long rows with method, metric (class name), value, ci_low, ci_high in percent.
-        labels: method -> legend text, in drawing order (for example without_ltal, with_ltal).
-        ceiling: the method whose accuracy is drawn as a black line on each class.
-        classes: which, in this order.
+        labels: method -> legend text, in the order of the bars.
+        ceiling: the method whose accuracy is a black line at each class; None: no lines.
+        classes: names of the classes, in order.
     """
     fig = new_figure(9, 3.3)
     ax = fig.subplots()
@@ -215,11 +218,13 @@ def class_accuracy(
     colours = (SKY, BLUE, ORANGE, GREEN, PURPLE)
     x = np.arange(len(classes))
     for k, (method, label) in enumerate(labels.items()):
-        of = rows[rows["method"] == method].set_index("metric").reindex(classes)
-        at = x + (k - (len(labels) - 1) / 2) * width
-        errors = np.stack([of["value"] - of["ci_low"], of["ci_high"] - of["value"]])
+        values = rows[rows["method"] == method].set_index("metric").reindex(classes)
+        below = values["value"] - values["ci_low"]
+        above = values["ci_high"] - values["value"]
+        errors = np.clip(np.nan_to_num(np.stack([below, above])), 0, None)
+        centres = x + (k - (len(labels) - 1) / 2) * width
         bars = {"color": colours[k], "label": label, "ecolor": "0.2", "error_kw": {"lw": 1}}
-        ax.bar(at, of["value"], width, yerr=np.clip(np.nan_to_num(errors), 0, None), **bars)
+        ax.bar(centres, values["value"], width, yerr=errors, **bars)
     if ceiling is not None:
         top = rows[rows["method"] == ceiling].set_index("metric").reindex(classes)["value"]
         ax.hlines(top, x - 0.45, x + 0.45, color="black", lw=1.4, label="ceiling: real images")
@@ -236,9 +241,11 @@ def class_accuracy(
 
 @styled
 def class_table(rows: DataFrame, labels: Mapping[str, str]) -> Figure:
-    """Accuracy of every class (down) by method (across), numbers in shaded cells.
+    """Accuracy of every class (rows) by method (columns), numbers in shaded cells.
 
-    rows: long rows with method, metric (class name), value, n; labels: method -> heading.
+    Args:
+        rows: long rows with method, metric (class name), value, n.
+        labels: method -> heading.
     """
     from matplotlib.colors import PowerNorm
 
@@ -248,11 +255,11 @@ def class_table(rows: DataFrame, labels: Mapping[str, str]) -> Figure:
     support = rows.groupby("metric")["n"].max()
     fig = new_figure(2.3 + 1.15 * len(labels), 0.55 + 0.235 * len(names))
     ax = fig.subplots()
-    shade = PowerNorm(3, 0, 110)  # spreads the top, where most classes of good systems lie
+    shade = PowerNorm(3, 0, 110)  # more contrast at the top, where most classes lie
     ax.imshow(values, cmap="Blues", norm=shade, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        text, colour = ("–", "0.3") if np.isnan(value) else (f"{value:.1f}", "black")
-        colour = "white" if shade(value) > 0.6 else colour
+        text = "–" if np.isnan(value) else f"{value:.1f}"
+        colour = "0.3" if np.isnan(value) else "white" if shade(value) > 0.6 else "black"
         ax.text(j, i, text, ha="center", va="center", fontsize=8.5, color=colour)
     ticks = [f"{display_name(CLASS_ID[n])}  (n = {support[n]:,.0f})" for n in names]
     ax.set_yticks(range(len(names)), ticks)

@@ -1,7 +1,7 @@
-"""Fig. 1: the training framework, drawn from the facts of the model and configuration in hand.
+"""Fig. 1: the training framework, drawn from the facts of a model and a configuration.
 
-Nothing in it is fixed text about sizes: parameter and token counts, blocks, LoRA rank, loss
-coefficients, β(t) and the class weights are those that were passed.
+No size in it is fixed text: parameter and token counts, blocks, LoRA rank, loss coefficients, β(t)
+and the class weights are arguments.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ec2face_core.attributes import CLASS_ID, GROUPS, display_name
+from ec2face_core.losses import beta
 
-from .charts import beta_values
 from .style import BLUE, GREY, ORANGE, RED, new_figure, show, styled
 
 if TYPE_CHECKING:
@@ -22,16 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-WIDTH, HEIGHT = 100, 58  # drawing units, a tenth of an inch each
-
-FROZEN, TRAINED, LOSS = "#e8f0f7", "#fdebd0", "#fbe3da"
-
+WIDTH = 100  # in units of a tenth of an inch
+HEIGHT = 58
+FROZEN = "#e8f0f7"
+TRAINED = "#fdebd0"
+LOSS = "#fbe3da"
 TOKENS = {"text": BLUE, "noise": GREY, "mask": ORANGE}
 
 
 @styled
 def framework_diagram(facts: Mapping[str, Any]) -> Figure:
-    """The paper's Fig. 1 with real numbers.
+    """Fig. 1: the training framework with the numbers of a model and a configuration.
 
     Args:
         facts: mapping with
@@ -57,7 +59,9 @@ def framework_diagram(facts: Mapping[str, Any]) -> Figure:
 
 def _conditions(ax: Axes, facts: Mapping[str, Any]) -> None:
     """Left: caption, face and mask become text, noise and mask tokens."""
-    names, counts, pictures = facts["names"], facts["parameters"], facts["pictures"]
+    names = facts["names"]
+    counts = facts["parameters"]
+    pictures = facts["pictures"]
     caption = textwrap.shorten(facts["caption"], 62, placeholder=" …")
     _box(ax, 1, 46, 12, 11, textwrap.fill(f"“{caption}”", 16), "white", italic=True)
     _picture(ax, 2, 33, 10, pictures["image"], "face x")
@@ -77,8 +81,9 @@ def _conditions(ax: Axes, facts: Mapping[str, Any]) -> None:
 
 
 def _transformer(ax: Axes, facts: Mapping[str, Any]) -> None:
-    """Middle: the frozen transformer, and the LoRA that acts on the mask tokens alone."""
-    (double, single), counts = facts["blocks"], facts["parameters"]
+    """Middle: the frozen transformer, and the LoRA applied to mask tokens only."""
+    double, single = facts["blocks"]
+    counts = facts["parameters"]
     total = sum(facts["tokens"].values())
     _box(ax, 47, 19, 21, 38, "", FROZEN)
     header = f"{facts['names']['transformer']}\n{_count(counts['transformer'])}, frozen"
@@ -94,8 +99,10 @@ def _transformer(ax: Axes, facts: Mapping[str, Any]) -> None:
 
 
 def _consistency(ax: Axes, facts: Mapping[str, Any]) -> None:
-    """Bottom: reverse estimate, decoder, critics, β(t)."""
-    loss, names, counts = facts["loss"], facts["names"], facts["parameters"]
+    """Bottom: reverse estimate, decoder, the guides CLIP and parser, β(t)."""
+    loss = facts["loss"]
+    names = facts["names"]
+    counts = facts["parameters"]
     _band(ax, 30.5, 0.4, 69.1, 16.8)
     _arrow(ax, (52, 18.8), (52, 12.2))
     ax.text(52.8, 17.9, "$v_\\theta$", fontsize=10, va="center")
@@ -110,15 +117,15 @@ def _consistency(ax: Axes, facts: Mapping[str, Any]) -> None:
             f"$\\mathcal{{L}}_{{{name}}}$ (Eq. {equation})\n{names[part]}, {_count(counts[part])}"
         )
         _box(ax, 83.5, y, 15.5, 5.6, text, LOSS)
-    guidance = (
+    formula = (
         f"$\\mathcal{{L}}_{{mcc}}=\\beta(t)\\,({loss.alpha_text:g}\\,\\mathcal{{L}}_{{text}}+"
         f"{loss.alpha_mask:g}\\,\\mathcal{{L}}_{{mask}})$  (Eq. 9)"
     )
     ax.text(31.3, 15.6, "Consistency guidance", fontsize=8.5, weight="bold", va="center")
-    ax.text(82.5, 15.9, guidance, fontsize=8.5, va="center", ha="right")
+    ax.text(82.5, 15.9, formula, fontsize=8.5, va="center", ha="right")
     inset = ax.inset_axes((32.5, 3.6, 11.3, 8.8), transform=ax.transData)
-    t = np.linspace(0, 1, 101)
-    inset.plot(t, beta_values(t, loss.steepness, loss.center), color=RED)
+    t = torch.from_numpy(np.linspace(0, 1, 101))
+    inset.plot(t, beta(t, loss.steepness, loss.center), color=RED)
     inset.set(xticks=[0, 1], yticks=[0, 1], xlim=(0, 1), ylim=(0, 1.05))
     inset.set_xlabel("t", labelpad=-8, fontsize=8.5)
     heading = f"β(t): $\\gamma_s$={loss.steepness:g}, $t_c$={loss.center:g}"
@@ -204,7 +211,7 @@ def _tokens(ax: Axes, x: float, y: float, colour: str, label: str) -> None:
 
 
 def _count(n: int) -> str:
-    """Parameters as a reader says them: 216 k, 2.3 M, 11.9 B."""
+    """A parameter count with a unit: 216 k, 2.3 M, 11.9 B."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= size:
             return f"{n / size:.3g} {unit}"

@@ -1,13 +1,13 @@
-"""Figures of differences: what a part, a setting, a critic or an altered mask changes.
+"""Figures of differences: the effect of a loss, a setting, a guide or an altered mask.
 
-The style is `plotting.py`'s. Points are means with 95 % intervals over faces; a grey band is what
-another training seed changes by itself, so that a setting has to leave it to count.
+Points are means with 95 % intervals over faces. A grey band is the range of other training seeds;
+a setting counts only if its difference lies outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-SERIES, BLACK = (SKY, *CYCLE[:-1]), "0.15"
+SERIES = (SKY, *CYCLE[:-1])
+BLACK = "0.15"
 
 
 @styled
@@ -29,13 +30,13 @@ def difference_figure(
     paper: DataFrame,
     metrics: Sequence[str] = ("RFA", "OAA", "Text"),
 ) -> Figure:
-    """Differences of variants: the mean over seeds with its 95 % interval, each seed, the paper.
+    """Differences of methods: the mean over seeds with its 95 % interval, each seed, the paper.
 
     Args:
-        rows: long rows of one critic; a method is a difference such as `mask - none`.
-        seeds: the same of each seed alone, methods `mask - none, seed 43`.
-        paper: method, metric, value.
-        metrics: one panel each; in points.
+        rows: long rows of one perception model; a method is a difference such as `mask - none`.
+        seeds: the same for each seed alone, methods `mask - none, seed 43`.
+        paper: columns method, metric, value.
+        metrics: one panel each; values are in points.
     """
     labels = list(dict.fromkeys(rows["method"]))
     fig = new_figure(9, 0.9 + 0.45 * len(labels))
@@ -43,20 +44,30 @@ def difference_figure(
     y = np.arange(len(labels))
     for ax, metric in zip(panels, metrics, strict=True):
         ax.axvline(0, color="0.4", lw=1)
-        _dots(ax, rows, metric, labels, y, BLUE, "ours, 95 % interval over faces", ms=6, lw=2)
+        _dots(
+            ax,
+            rows,
+            metric,
+            labels,
+            y,
+            color=BLUE,
+            label="ours, 95 % interval over faces",
+            ms=6,
+            lw=2,
+        )
         each = seeds[seeds["metric"] == metric]
-        at = [labels.index(method.rpartition(", seed ")[0]) - 0.22 for method in each["method"]]
-        ax.plot(each["value"], at, "o", mfc="none", mec=SKY, ms=4.5, label="each training seed")
-        theirs = paper[paper["metric"] == metric]
-        at = [labels.index(method) + 0.22 for method in theirs["method"]]
-        ax.plot(theirs["value"], at, "D", color=ORANGE, ms=5, label="paper")
+        rise = [labels.index(method.rpartition(", seed ")[0]) - 0.22 for method in each["method"]]
+        ax.plot(each["value"], rise, "o", mfc="none", mec=SKY, ms=4.5, label="each training seed")
+        printed = paper[paper["metric"] == metric]
+        rise = [labels.index(method) + 0.22 for method in printed["method"]]
+        ax.plot(printed["value"], rise, "D", color=ORANGE, ms=5, label="paper")
         ax.set(title=metric, xlabel="difference (points)")
         ax.grid(axis="x")
     return _labelled(fig, labels, 3)
 
 
 def noise_band(noise: DataFrame, metric: str) -> tuple[float, float]:
-    """Least and greatest difference that another seed of the same training makes, 0 included."""
+    """Smallest and largest difference between seeds of the same training, including 0."""
     values = [0.0, *noise[noise["metric"] == metric]["value"]]
     return min(values), max(values)
 
@@ -72,10 +83,11 @@ def sweep_figure(
     """Paired differences of a sweep's points to its reference, one panel a metric.
 
     Args:
-        rows: long rows of one critic, method = point; differences in points.
-        noise: the same of other training seeds of the reference: their range is the grey band.
-        labels: point -> what to print, in drawing order.
-        reference: what to print for the point that is subtracted.
+        rows: long rows of one perception model, method = point; differences in points.
+        noise: the same for other training seeds of the reference; their range is the grey band.
+        labels: point -> its label, from top to bottom.
+        reference: label of the point that is subtracted.
+        metrics: one panel each.
     """
     names = list(labels)
     fig = new_figure(9, 1.0 + 0.32 * len(names))
@@ -84,7 +96,9 @@ def sweep_figure(
     for ax, metric in zip(panels, metrics, strict=True):
         ax.axvspan(*noise_band(noise, metric), color=GREY, alpha=0.25, lw=0,
                    label="range of other training seeds")  # fmt: skip
-        _dots(ax, rows, metric, names, y, BLUE, "this setting, 95 % interval over faces")
+        _dots(
+            ax, rows, metric, names, y, color=BLUE, label="this setting, 95 % interval over faces"
+        )
         ax.axvline(0, color="0.4", lw=1, label=f"reference: {reference}")
         ax.set(title=metric, xlabel="difference (points)")
         ax.grid(axis="x")
@@ -101,15 +115,17 @@ def length_figure(
     """Metrics against a number, a line with its 95 % band for each series.
 
     Args:
-        rows: long rows of one critic, method = point.
+        rows: long rows of one perception model, method = point.
         series: legend text -> (x, point) of its points; at most seven.
+        xlabel: label of the number.
+        metrics: one panel each.
     """
     fig = new_figure(9, 2.9 if len(series) < 4 else 3.4)
     for ax, metric in zip(fig.subplots(1, len(metrics)), metrics, strict=True):
-        of = rows[rows["metric"] == metric].set_index("method")
+        scores = rows[rows["metric"] == metric].set_index("method")
         for (label, points), colour in zip(series.items(), SERIES, strict=False):
             x, names = zip(*sorted(points), strict=True)
-            line = of.reindex(list(names))
+            line = scores.reindex(list(names))
             ax.fill_between(x, line["ci_low"].to_numpy(float), line["ci_high"].to_numpy(float),
                             color=colour, alpha=0.18, lw=0)  # fmt: skip
             ax.plot(x, line["value"].to_numpy(float), "o-", color=colour, label=label, ms=4)
@@ -129,27 +145,34 @@ def length_figure(
 def fairness_figure(
     rows: DataFrame,
     names: Mapping[str, str],
-    ways: Mapping[str, tuple[str, str, str]],
+    conditions: Mapping[str, tuple[str, str, str]],
     metrics: Sequence[str] = ("RFA", "OAA", "Text"),
 ) -> Figure:
-    """Systems down, a mark with its interval for each way in which they were trained or seen.
+    """Paired differences to comparison systems, a marker for each condition of the comparison.
 
     Args:
-        rows: long rows of paired differences, one critic; a method is `<difference>, <way>`.
-        names: system -> its difference, in drawing order.
-        ways: way -> (legend text, marker, colour); those without rows are left out.
+        rows: long rows of paired differences, one perception model; a method is
+            `<difference>, <condition>`.
+        names: system -> its difference, from top to bottom.
+        conditions: how the systems were trained or evaluated: condition -> (legend text, marker,
+            colour); those without rows are left out.
+        metrics: one panel each.
     """
-    have = set(rows["method"])
-    ways = {way: how for way, how in ways.items()
-            if any(f"{name}, {way}" in have for name in names.values())}  # fmt: skip
-    fig = new_figure(9, 1.1 + 0.14 * (len(ways) + 1) * len(names))
-    rise = np.linspace(-0.34, 0.34, len(ways)) if len(ways) > 1 else [0.0]
+    methods = set(rows["method"])
+    marks = {
+        condition: mark
+        for condition, mark in conditions.items()
+        if any(f"{name}, {condition}" in methods for name in names.values())
+    }
+    fig = new_figure(9, 1.1 + 0.14 * (len(marks) + 1) * len(names))
+    rise = np.linspace(-0.34, 0.34, len(marks)) if len(marks) > 1 else [0.0]
     for ax, metric in zip(fig.subplots(1, len(metrics), sharey=True), metrics, strict=True):
         ax.axvline(0, color=BLACK, lw=1)
-        for dy, (way, (label, marker, colour)) in zip(rise, ways.items(), strict=True):
-            methods = [f"{name}, {way}" for name in names.values()]
+        for dy, (condition, (label, marker, colour)) in zip(rise, marks.items(), strict=True):
+            points = [f"{name}, {condition}" for name in names.values()]
             y = np.arange(len(names)) + dy
-            _dots(ax, rows, metric, methods, y, colour, label, fmt=marker, lw=1.2)
+            style = {"color": colour, "label": label, "fmt": marker, "lw": 1.2}
+            _dots(ax, rows, metric, points, y, **style)
         for edge in range(1, len(names)):
             ax.axhline(edge - 0.5, color="0.9", lw=0.7)
         faces = rows[rows["metric"] == metric]["n"].max()
@@ -159,40 +182,42 @@ def fairness_figure(
 
 
 @styled
-def critic_figure(
+def guide_gain_figure(
     rows: DataFrame,
     labels: Mapping[str, str],
     ceiling: str = "real",
     metrics: Sequence[str] = ("Text", "OAA", "RFA"),
 ) -> Figure:
-    """Do the critics that guide training see more than the independent ones?
+    """Scores by the guides of training beside those by the independent evaluators.
 
-    Each score as a share of what the same critic gives the real images, so that critics with other
-    scales can be compared. A guiding dot right of its independent one is overfitting to the critic
-    if the methods that were never guided do not show it, too.
+    Each score is a share of the same model's score of the real images, which makes models with
+    different scales comparable. A guide's dot to the right of the evaluator's dot means overfitting
+    to the guide, unless methods that were never guided show the same.
 
     Args:
-        rows: long rows of both critics, with the method `ceiling`.
-        labels: method -> what to print, in drawing order.
+        rows: long rows of both perception models, including the method `ceiling`.
+        labels: method -> its label, from top to bottom.
+        ceiling: the method of the real images.
+        metrics: one panel each.
     """
     names = list(labels)
     fig = new_figure(9, 1.0 + 0.38 * len(names))
     panels = fig.subplots(1, len(metrics), sharey=True)
     y = np.arange(len(names))
-    shown = {"independent": (BLUE, -0.13), "guiding": (ORANGE, 0.13)}
+    roles = {"independent": (BLUE, -0.13), "guiding": (ORANGE, 0.13)}
     for ax, metric in zip(panels, metrics, strict=True):
-        for critic, (colour, shift) in shown.items():
-            of = rows[(rows["critic"] == critic) & (rows["metric"] == metric)]
-            top = of[of["method"] == ceiling]["value"].iloc[0] / 100
-            share = of.assign(**{k: of[k] / top for k in ("value", "ci_low", "ci_high")})
-            _dots(ax, share, metric, names, y + shift, colour, f"{critic} critic")
+        for role, (colour, shift) in roles.items():
+            scores = rows[(rows["critic"] == role) & (rows["metric"] == metric)]
+            top = scores[scores["method"] == ceiling]["value"].iloc[0] / 100
+            share = scores.assign(**{k: scores[k] / top for k in ("value", "ci_low", "ci_high")})
+            _dots(ax, share, metric, names, y + shift, color=colour, label=f"{role} critic")
         ax.set(title=metric, xlabel="% of the real images' score")
         ax.grid(axis="x")
     return _labelled(fig, list(labels.values()), 2)
 
 
 def _labelled(fig: Figure, labels: Sequence[str], columns: int) -> Figure:
-    """Rows named from top to bottom, and one legend for all panels."""
+    """Label the rows from top to bottom, and add one legend for all panels."""
     first = fig.axes[0]
     first.set_yticks(range(len(labels)), labels)
     first.set_ylim(len(labels) - 0.5, -0.5)
@@ -207,14 +232,11 @@ def _dots(
     metric: str,
     names: list[str],
     y: np.ndarray,
-    colour: str,
-    label: str,
-    fmt: str = "o",
-    ms: float = 5,
-    lw: float = 1.8,
+    **style: Any,
 ) -> None:
-    """Values with their intervals, one a method."""
-    of = rows[rows["metric"] == metric].set_index("method").reindex(names)
-    errors = np.stack([of["value"] - of["ci_low"], of["ci_high"] - of["value"]])
-    ax.errorbar(of["value"], y, xerr=np.clip(errors, 0, None), fmt=fmt, color=colour, ms=ms,
-                lw=lw, label=label)  # fmt: skip
+    """Plot the value and the interval of each method at a height; `style` is of `errorbar`."""
+    scores = rows[rows["metric"] == metric].set_index("method").reindex(names)
+    below = scores["value"] - scores["ci_low"]
+    above = scores["ci_high"] - scores["value"]
+    errors = np.clip(np.stack([below, above]), 0, None)
+    ax.errorbar(scores["value"], y, xerr=errors, **{"fmt": "o", "ms": 5, "lw": 1.8} | style)

@@ -1,7 +1,6 @@
-"""Grids of pictures: Figs. 3, 6, 7 and 8, weight maps, and the general `image_grid`.
+"""Grids of pictures: Figs. 3, 6, 7 and 8, maps of weights, and the general `image_grid`.
 
-Images are `b 3 h w` floats in [-1, 1], label maps `b h w` class ids; every function returns a
-`Figure` in the style of `plotting.py`.
+Images are `b 3 h w` floats in [-1, 1], label maps `b h w` class ids.
 """
 
 from __future__ import annotations
@@ -30,15 +29,18 @@ def rare_boxes(
     """
     from scipy import ndimage
 
-    boxes, (height, width) = [], label_map.shape
+    height, width = label_map.shape
+    boxes = []
     for class_id in classes:
         parts, _ = ndimage.label(label_map.cpu().numpy() == class_id, structure=np.ones((3, 3)))
         for i, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1):
             if (parts == i).sum() < 3e-4 * parts.size:
                 continue
             margin = max(1, round(0.03 * width))
-            x, y = max(columns.start - margin, 0), max(rows.start - margin, 0)
-            right, bottom = min(columns.stop + margin, width), min(rows.stop + margin, height)
+            x = max(columns.start - margin, 0)
+            y = max(rows.start - margin, 0)
+            right = min(columns.stop + margin, width)
+            bottom = min(rows.stop + margin, height)
             boxes.append((x, y, right - x, bottom - y))
     return boxes
 
@@ -57,9 +59,11 @@ def image_grid(
     Args:
         rows: images (`3 h w` in [-1, 1]), label maps (`h w` ids), pictures (`h w 3` in [0, 1])
             or None for "not run here".
-        row_labels: left of each row, wrapped (captions, for example).
+        row_labels: text left of each row, wrapped (captions, for example).
+        column_labels: text above each column, wrapped.
         cell: side of a picture in inches.
-        boxes: for each row the boxes of `rare_boxes`, drawn red on every picture of the row.
+        boxes: for each row the boxes of `rare_boxes`, in red on every picture of the row.
+        title: text above the grid.
     """
     columns = max(len(row) for row in rows)
     labels = [textwrap.fill(label, 22) for label in row_labels]
@@ -74,8 +78,8 @@ def image_grid(
     for i, row in enumerate(rows):
         if label_width:
             axes[i, 0].axis("off")
-            at = {"va": "center", "fontsize": 8, "transform": axes[i, 0].transAxes}
-            axes[i, 0].text(0, 0.5, labels[i], **at)
+            style = {"va": "center", "fontsize": 8, "transform": axes[i, 0].transAxes}
+            axes[i, 0].text(0, 0.5, labels[i], **style)
         for j, ax in enumerate(axes[i, bool(label_width) :]):
             if j >= len(row):
                 ax.axis("off")
@@ -101,9 +105,10 @@ def comparison_grid(
     boxed: Sequence[int] = GROUPS["RFA"],
     real: Tensor | None = None,
 ) -> Figure:
-    """Figs. 3 and 6: caption and mask, then one column a system, rare attributes boxed in red.
+    """Figs. 3 and 6: caption and mask, then one column per system, rare attributes boxed in red.
 
     Args:
+        captions: one per row.
         label_maps: `b h w`, one row each.
         systems: name -> images `b 3 h w`, or None for a system without pictures here.
         boxed: class ids to box, found in the mask.
@@ -124,7 +129,11 @@ def unimodal_grid(
 ) -> Figure:
     """Fig. 7: rows driven by text alone, then rows driven by a mask alone; columns are seeds.
 
-    text_images: `rows seeds 3 h w` for the captions; mask_images: the same for the label maps.
+    Args:
+        captions: one per row of the first part.
+        text_images: their images `(rows, seeds, 3, h, w)`.
+        label_maps: `(rows, h, w)` of the second part.
+        mask_images: their images `(rows, seeds, 3, h, w)`.
     """
     nothing = np.ones((1, 1, 3), dtype=np.float32)  # white: no mask was given
     rows = [[nothing, *images] for images in text_images]
@@ -135,7 +144,13 @@ def unimodal_grid(
 
 
 def diversity_grid(captions: Sequence[str], label_maps: Tensor, images: Tensor) -> Figure:
-    """Fig. 8: caption and mask fixed, the seed varied; images `rows seeds 3 h w`."""
+    """Fig. 8: caption and mask are fixed, the seed varies.
+
+    Args:
+        captions: one per row.
+        label_maps: `(rows, h, w)`.
+        images: `(rows, seeds, 3, h, w)`.
+    """
     rows = [[mask, *row] for mask, row in zip(label_maps, images, strict=True)]
     samples = [f"sample {i + 1}" for i in range(images.shape[1])]
     return image_grid(rows, captions, ["mask", *samples])
@@ -145,7 +160,10 @@ def diversity_grid(captions: Sequence[str], label_maps: Tensor, images: Tensor) 
 def weights_map(images: Tensor, label_maps: Tensor, weights: Mapping[str, Tensor]) -> Figure:
     """Eq. 10 over faces: image, mask and a heat map (log scale) of each kind of weights.
 
-    weights: heading -> `b h' w'`; for example the pixel weights and their latent reductions.
+    Args:
+        images: `b 3 h w` in [-1, 1].
+        label_maps: `b h w`.
+        weights: heading -> `b h' w'`; for example the pixel weights and their latent reductions.
     """
     from matplotlib.colors import LogNorm
 

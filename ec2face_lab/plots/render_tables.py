@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import isnan
 from typing import TYPE_CHECKING
 
 from ec2face_core.attributes import CLASSES, GROUPS, display_name
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-CRITICS = ("independent", "guiding")
+CRITICS = ("independent", "guiding")  # values of the column critic: evaluators, guides
 
 # metric -> heading; percent unless it is LPIPS or NIQE
 METRICS = {
@@ -37,11 +38,11 @@ FOOTNOTES = {
 
 
 def render_markdown(rows: DataFrame, caption: str = "") -> str:
-    """Long rows -> Markdown: methods down, metrics across, ours left and the paper's right."""
+    """Long rows -> Markdown: methods are rows, metrics are columns, the paper's at the right."""
     blocks = [f"**{_title(rows)}.** {caption}".strip()]
     for header, body in _layouts(rows, _interval):
-        lines = [header, ["---", *[":---" if h in ("Critic", "Group") else "---:"
-                                   for h in header[1:]]], *body]  # fmt: skip
+        rule = [":---" if heading in ("Critic", "Group") else "---:" for heading in header[1:]]
+        lines = [header, ["---", *rule], *body]
         blocks.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join([*blocks, *_notes(rows)]) + "\n"
 
@@ -72,17 +73,18 @@ def _layouts(
     """(header, lines) of the main table and, where classes were scored, of the class table."""
     main = rows[rows["metric"].isin(METRICS)]
     classes = rows[rows["metric"].isin(CLASSES) & (rows["source"] == "ours")]
-    made = [_main_layout(main, interval)] if len(main) else []
+    layouts = [_main_layout(main, interval)] if len(main) else []
     for critic in CRITICS:
-        if len(scored := classes[classes["critic"] == critic]):
-            made.append(_class_layout(scored, critic, interval))
-    return made
+        scores = classes[classes["critic"] == critic]
+        if len(scores):
+            layouts.append(_class_layout(scores, critic, interval))
+    return layouts
 
 
 def _main_layout(
     rows: DataFrame, interval: Callable[[float, float, int], str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Methods (and critics) down; n, our metrics and the paper's metrics across."""
+    """Rows: methods and their perception models; columns: n, our metrics, the paper's metrics."""
     metrics = [metric for metric in METRICS if (rows["metric"] == metric).any()]
     paper = rows[rows["source"] == "paper"].set_index(["method", "metric"])["value"]
     ours = rows[rows["source"] == "ours"]
@@ -91,15 +93,14 @@ def _main_layout(
         header += [f"paper: {m}" for m in metrics]
     lines = []
     for method in _in_order(rows["method"].unique()):
-        of_method = ours[ours["method"] == method]
-        critics = [c for c in CRITICS if (of_method["critic"] == c).any()] or [""]
+        scores = ours[ours["method"] == method]
+        critics = [c for c in CRITICS if (scores["critic"] == c).any()] or [""]
         for critic in critics:
-            # What no critic scores (LPIPS, NIQE) stands in the method's first line.
-            shown = of_method["critic"].eq(critic)
-            if critic == critics[0]:
-                shown |= ~of_method["critic"].isin(CRITICS)
-            cells = of_method[shown].set_index("metric")
             first = critic == critics[0]
+            shown = scores["critic"].eq(critic)
+            if first:  # metrics without a perception model (LPIPS, NIQE) are in the first line
+                shown |= ~scores["critic"].isin(CRITICS)
+            cells = scores[shown].set_index("metric")
             line = [METHODS.get(method, method) if first else "", critic or "–"]
             line.append(_count(cells["n"].max()) if len(cells) else "–")
             line += [_cell(cells, m, interval) for m in metrics]
@@ -112,29 +113,30 @@ def _main_layout(
 def _class_layout(
     rows: DataFrame, critic: str, interval: Callable[[float, float, int], str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Classes down, methods across; n is the number of images that contain the class."""
+    """Rows: classes; columns: methods. n is the number of images that contain the class."""
     methods = _in_order(rows["method"].unique())
     by_method = {m: rows[rows["method"] == m].set_index("metric") for m in methods}
     group = {i: name for name, ids in GROUPS.items() for i in ids}
     header = [f"Class (%, {critic})", "Group", "n", *[METHODS.get(m, m) for m in methods]]
     lines = []
     for i, name in enumerate(CLASSES):
-        if (of_class := rows[rows["metric"] == name]).empty:
+        scores = rows[rows["metric"] == name]
+        if scores.empty:
             continue
         cells = [_cell(by_method[m], name, interval) for m in methods]
-        lines.append([display_name(i), group[i], _count(of_class["n"].max()), *cells])
+        lines.append([display_name(i), group[i], _count(scores["n"].max()), *cells])
     return header, lines
 
 
 def _cell(rows: DataFrame, metric: str, interval: Callable[[float, float, int], str]) -> str:
     """`85.13 [84.20, 86.01]`, or – where nothing was measured."""
-    if metric not in rows.index or rows.loc[metric, "value"] != rows.loc[metric, "value"]:
+    if metric not in rows.index or isnan(rows.loc[metric, "value"]):
         return "–"
     row = rows.loc[metric]
     digits = 3 if metric == "LPIPS" else 2
     value = f"{row['value']:.{digits}f}"
-    known = row["ci_low"] == row["ci_low"] and row["ci_high"] == row["ci_high"]
-    return value + (interval(row["ci_low"], row["ci_high"], digits) if known else "")
+    unknown = isnan(row["ci_low"]) or isnan(row["ci_high"])
+    return value if unknown else value + interval(row["ci_low"], row["ci_high"], digits)
 
 
 def _interval(low: float, high: float, digits: int) -> str:
@@ -146,7 +148,7 @@ def _interval_latex(low: float, high: float, digits: int) -> str:
 
 
 def _count(n: float) -> str:
-    return f"{n:,.0f}" if n == n else "–"
+    return "–" if isnan(n) else f"{n:,.0f}"
 
 
 def _in_order(methods: Iterable[str]) -> list[str]:
@@ -160,7 +162,7 @@ def _title(rows: DataFrame) -> str:
 
 
 def _notes(rows: DataFrame) -> list[str]:
-    """What the reader must know of the numbers: intervals, seeds, misprints."""
+    """Footnotes: intervals, seeds, misprints."""
     ours = rows[rows["source"] == "ours"]
     seeds = sorted({str(s) for s in ours["seeds"] if s})
     notes = ["Brackets: 95 % interval; – : not measured here."] if len(ours) else []
@@ -170,7 +172,7 @@ def _notes(rows: DataFrame) -> list[str]:
 
 
 def _latex(text: str) -> str:
-    """Escape what LaTeX reads as markup; the interval's own braces and command stay."""
+    """Escape characters that LaTeX reads as markup, except braces and backslashes."""
     for plain, tex in {
         "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "²": r"$^2$", "↑": r"$\uparrow$",
         "↓": r"$\downarrow$", "–": "--", "α": r"$\alpha$", "β": r"$\beta$",

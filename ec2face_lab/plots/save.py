@@ -1,16 +1,13 @@
-"""What is kept of a run: figures, tables, and the provenance beside them.
+"""Saving results: figures, tables, and their provenance beside them.
 
-A figure is a PNG (200 dpi), a PDF and a JSON. A table's truth is a long CSV, one row a cell; its
-Markdown and LaTeX are rendered from that CSV, with the paper's numbers beside ours. Everything is
-byte-stable (the same numbers give the same bytes, so that git shows a change only where a result
-changed) and written in one move (a reader never meets half a file). Commit, device and seconds
-stand in the JSON alone, for the same reason.
+A figure is a PNG (200 dpi), a PDF and a JSON. A table is a long CSV with one row per cell, from
+which its Markdown and LaTeX are rendered, with the paper's numbers beside ours. All files are
+byte-stable (equal numbers give equal bytes, so that git shows a change only where a result changed)
+and are written in one move. For the same reason commit, device and seconds are in the JSON alone.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +28,7 @@ COLUMNS = (
 
 
 class ResultsError(ValueError):
-    """Rows that make no table; the message names them."""
-
-
-def _write_provenance(path: Path, config: Config, details: Mapping[str, Any]) -> None:
-    record = provenance(config, **details)
-    write_json(path, record)
+    """Rows that do not form a table; the message names them."""
 
 
 # --------------------------------------------------------------------------------- figures
@@ -45,8 +37,14 @@ def _write_provenance(path: Path, config: Config, details: Mapping[str, Any]) ->
 def save_figure(fig: Figure, name: str, config: Config, **details: Any) -> Path:
     """Write `<figure_dir>/<name>.png|.pdf|.json`; returns the PNG's path.
 
-    The PNG's text chunks name the profile, the configuration and the notice that generated faces
-    are synthetic. `details` are the keywords of `provenance`.
+    The PNG's text chunks name the profile and the configuration, and state that generated faces are
+    synthetic.
+
+    Args:
+        fig: the figure.
+        name: of the files.
+        config: names the folder.
+        details: the keywords of `provenance`.
     """
     import matplotlib
 
@@ -60,12 +58,10 @@ def save_figure(fig: Figure, name: str, config: Config, **details: Any) -> Path:
     target = config.figure_dir / f"{name}.png"
     with matplotlib.rc_context({"pdf.fonttype": 42}):
         for suffix, chunks in ((".png", text), (".pdf", pdf_text | {"CreationDate": None})):
-            buffer = io.BytesIO()
             kind = {"format": suffix[1:], "metadata": chunks}
-            fig.savefig(buffer, dpi=200, bbox_inches="tight", pad_inches=0.06, **kind)
             with whole_file(target.with_suffix(suffix)) as part:
-                part.write_bytes(buffer.getvalue())
-    _write_provenance(target.with_suffix(".json"), config, details)
+                fig.savefig(part, dpi=200, bbox_inches="tight", pad_inches=0.06, **kind)
+    write_json(target.with_suffix(".json"), provenance(config, **details))
     return target
 
 
@@ -73,7 +69,7 @@ def save_figure(fig: Figure, name: str, config: Config, **details: Any) -> Path:
 
 
 def read_rows(path: Path) -> DataFrame:
-    """A long table from CSV, with the design's columns; a missing critic reads as ''."""
+    """A long table from CSV, with the columns `COLUMNS`; a missing critic reads as ''."""
     import pandas as pd
 
     rows = pd.read_csv(path, dtype={"critic": str, "seeds": str})
@@ -91,9 +87,10 @@ def save_table(
     """Write `<figure_dir>/<name>.csv|.md|.tex|.json`; returns the Markdown's path.
 
     Args:
-        rows: our cells in the long form; columns that are missing stay empty. For the names
-            table1 ... table4 the paper's cells are added.
-        caption: printed above the table; names every substitute metric or data set.
+        rows: our cells in the long form; missing columns stay empty.
+        name: of the files. For table1 ... table4 the paper's cells are added.
+        config: names the folder.
+        caption: printed above the table; it should name every substitute metric or data set.
         details: the keywords of `provenance`.
 
     Raises:
@@ -116,6 +113,15 @@ def save_table(
 def save_rows(rows: DataFrame, path: Path, config: Config, **details: Any) -> Path:
     """Write long rows of one or several tables as CSV, and their provenance beside it.
 
+    Args:
+        rows: cells in the long form; missing columns stay empty.
+        path: of the CSV.
+        config: the experiment.
+        details: the keywords of `provenance`.
+
+    Returns:
+        `path`.
+
     Raises:
         ResultsError: a column that is not in the long form, or two rows for one cell.
     """
@@ -127,9 +133,11 @@ def save_rows(rows: DataFrame, path: Path, config: Config, **details: Any) -> Pa
     rows = rows.fillna({"source": "ours", "critic": "", "seeds": ""})
     rows = rows.astype({"value": float, "ci_low": float, "ci_high": float, "n": "Int64"})
     cell = ["table", "method", "metric", "source", "critic"]
-    if (twice := rows[rows.duplicated(cell, keep=False)]).size:
-        raise ResultsError(f"{path.stem}: more than one row for a cell:\n{twice[cell].to_string()}")
+    repeated = rows[rows.duplicated(cell, keep=False)]
+    if len(repeated):
+        cells = repeated[cell].to_string()
+        raise ResultsError(f"{path.stem}: more than one row for a cell:\n{cells}")
     with whole_file(path) as part:
         rows.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
-    _write_provenance(path.with_suffix(".json"), config, details)
+    write_json(path.with_suffix(".json"), provenance(config, **details))
     return path

@@ -1,9 +1,7 @@
-"""Functions from data to matplotlib figures, in one style; saving is `results.save_figure`'s line.
+"""The style of all figures: colours, matplotlib settings, empty figures, pictures in axes.
 
-Every function returns a `Figure` of its own (no pyplot state, so a notebook shows it once, by
-naming it last in a cell). Images are `b 3 h w` floats in [-1, 1], label maps `b h w` class ids.
-Sizes are chosen for a README of 900 pixels: 8 points and more at a width of at most 10 inches.
-Here: the style and every chart. Picture grids are in `grids.py`, Fig. 1 in `diagram.py`.
+Sizes are for a README 900 pixels wide: 8 points and more at a width of at most 10 inches. Figures
+are independent of pyplot's state, so a notebook shows one once, as the last expression of a cell.
 """
 
 from __future__ import annotations
@@ -23,16 +21,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Seaborn's colour-blind palette, by name.
-BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = (
-    "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494",
-    "#ece133", "#56b4e9",
-)  # fmt: skip
+# Colours of seaborn's colour-blind palette.
+BLUE = "#0173b2"
+ORANGE = "#de8f05"
+GREEN = "#029e73"
+RED = "#d55e00"
+PURPLE = "#cc78bc"
+BROWN = "#ca9161"
+GREY = "#949494"
+SKY = "#56b4e9"
 
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, BROWN, SKY)
-
 GROUP_COLOURS = {"HFA": BLUE, "NFA": GREY, "RFA": RED}
-
 GROUP_NAMES = {"HFA": "high-frequency", "NFA": "normal-frequency", "RFA": "rare-frequency"}
 
 STYLE = {
@@ -45,7 +45,7 @@ STYLE = {
 
 
 def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw under the package's style and leave the caller's matplotlib settings alone."""
+    """Apply the style while a figure is plotted, and restore the caller's matplotlib settings."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Figure:
@@ -59,7 +59,7 @@ def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that lays itself out."""
+    """An empty figure of this size in inches, with constrained layout."""
     figure = _notebook_figure()(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
     return figure
@@ -67,7 +67,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 @functools.cache
 def _notebook_figure() -> type[Figure]:
-    """A Figure that notebooks show as a picture although pyplot knows nothing of it."""
+    """A Figure that notebooks display although it is not registered with pyplot."""
     from matplotlib.figure import Figure
 
     class NotebookFigure(Figure):
@@ -93,7 +93,7 @@ def mask_picture(label_map: Tensor) -> np.ndarray:
 
 
 def bare(axes: Axes) -> None:
-    """No ticks, no frame."""
+    """Remove ticks and frame."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
@@ -101,7 +101,13 @@ def bare(axes: Axes) -> None:
 def show(
     axes: Axes, image: np.ndarray | None, boxes: Sequence[tuple[int, int, int, int]] = ()
 ) -> None:
-    """Put a picture into bare axes; None gives a hatched cell that says "not run here"."""
+    """Show a picture in axes without ticks.
+
+    Args:
+        axes: where.
+        image: `(h, w, 3)` in [0, 1]; None gives a hatched cell with the text "not run here".
+        boxes: (x, y, width, height) in pixels, outlined in red.
+    """
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
@@ -117,6 +123,6 @@ def show(
     axes.imshow(image, interpolation="nearest")
     for x, y, width, height in boxes:
         box = Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor="red", lw=1.2)
-        # a white edge: skin is red in masks
+        # with a white edge, because skin is red in masks
         box.set_path_effects([withStroke(linewidth=2.6, foreground="white")])
         axes.add_patch(box)

@@ -13,13 +13,14 @@ import random
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID
 
+T = TypeVar("T")
 FaceAttributes = Mapping[str, "bool | str"]
 
 STYLES: tuple[str, ...] = ("mm-celeba-hq", "ffhq-text")
@@ -278,5 +279,5 @@ def _join(items: Sequence[str]) -> str:
     return ", ".join(items[:-1]) + f", and {items[-1]}"
 
 
-def _pick(items: Sequence, rng: random.Random):
+def _pick(items: Sequence[T], rng: random.Random) -> T:
     return items[int(rng.random() * len(items))]

@@ -45,7 +45,7 @@ STABLE = (
 
 
 def face_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
-    """facer's RetinaFace from its weight file `mobilenet0.25_Final.pth`.
+    """The RetinaFace of facer from its weight file `mobilenet0.25_Final.pth`.
 
     Raises:
         WeightsError: the file is missing or incomplete, or holds more than tensors.

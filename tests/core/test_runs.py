@@ -1,14 +1,20 @@
-"""Files that appear whole or not at all, checkpoints, content keys."""
+"""Files that appear whole or not at all, checkpoints, content keys, provenance."""
 
 from __future__ import annotations
+
+import re
+import subprocess
 
 import pytest
 import torch
 
+from ec2face_core import runs
+from ec2face_core.config import ROOT, load_profile
 from ec2face_core.runs import (
     content_key,
     newest_checkpoint,
     path_digest,
+    provenance,
     save_checkpoint,
     whole_file,
     whole_folder,
@@ -68,3 +74,39 @@ def test_digests_name_the_content(tmp_path):
     assert path_digest(tmp_path) != before
     assert content_key(["a", 1]) != content_key(["a", "1"])
     assert len(content_key([], 16)) == 16
+
+
+def test_provenance_names_everything_that_made_a_result(monkeypatch):
+    monkeypatch.setenv("EC2FACE_NOTEBOOK", "05_quantitative")
+    config = load_profile("mini")
+    table = ROOT / "data" / "paper" / "table1.csv"
+    record = provenance(config, seconds=1.234, inputs=[table, "no/such/file"], faces=3)
+    assert set(record) == {
+        "notebook", "profile", "seeds", "parameters", "commit", "dirty", "config_hash", "inputs",
+        "packages", "device", "seconds",
+    }  # fmt: skip
+    assert record["notebook"] == "05_quantitative" and record["parameters"] == {"faces": 3}
+    assert record["config_hash"] == config.digest() and record["seconds"] == 1.23
+    assert record["inputs"]["data/paper/table1.csv"] == path_digest(table)
+    assert record["inputs"]["no/such/file"] == "absent"
+    assert {"torch", "diffusers", "numpy", "python"} <= set(record["packages"])
+
+
+def test_only_changes_outside_figures_make_a_tree_dirty(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs._git_state() == (None, None)  # no repository: unknown, not clean
+
+    def git(*command):
+        user = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *user, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("x = 1\n")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "fig.png").write_bytes(b"new")
+    commit, dirty = runs._git_state()
+    assert re.fullmatch(r"[0-9a-f]{40}", commit) and dirty is False
+    (tmp_path / "code.py").write_text("x = 2\n")
+    assert runs._git_state()[1] is True
