@@ -30,6 +30,6 @@ def run(options: argparse.Namespace) -> None:
     if options.list:
         for sweep in sweeps:
             for name, point in SWEEPS[sweep].items():
-                print(f"{sweep}-{name:20} {point.variant:13} {point.settings}")
+                print(f"{sweep}-{name:20} {point.method:13} {point.settings}")
     else:
         print(run_sweeps(config_from_args(options), sweeps))

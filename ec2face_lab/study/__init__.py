@@ -1,0 +1,1 @@
+"""Experiments of the paper: pictures, scores, tables, figures and the report."""

@@ -1,4 +1,4 @@
-"""Adapters from a notebook: the latent cache, short runs, retraining, and where each comes from.
+"""The variants of EC²Face from a notebook: latent cache, short runs, full trainings, provenance.
 
 Training happens in a child process (`launch.run`) on as many processes as the profile names.
 """
@@ -42,42 +42,46 @@ def cache_latents(config: Config) -> LatentCache:
     )
 
 
-def short_run(config: Config, steps: int, variant: str = "both") -> Path:
+def short_run(config: Config, steps: int, method: str = "both") -> Path:
     """Train a variant for a few steps in a child process; returns its run folder.
 
-    The folder is named by the configuration, so another one begins anew, and the same one resumes.
+    The folder is named by the configuration, so another one starts a new run, and the same one
+    resumes.
     """
     steps = min(steps, config.trainer.steps)
     config = config.replace(trainer={"steps": steps})
-    folder = config.run_dir / "training" / f"short-{variant}-{config.digest()}"
-    _train(config, variant, folder)
+    folder = config.run_dir / "training" / f"short-{method}-{config.digest()}"
+    _train(config, method, folder)
     return folder
 
 
-def retrain(config: Config, variants: Sequence[str] = tuple(VARIANTS), seeds: int = 1) -> None:
-    """Train every variant to its end and put the adapters where `adapter_dir` finds them first.
+def retrain(config: Config, methods: Sequence[str] = tuple(VARIANTS), seeds: int = 1) -> None:
+    """Train variants completely and put their LoRAs where `adapter_dir` finds them first.
 
-    Stopped, the same call resumes; what is trained already is only looked at.
+    The same call resumes a stopped training; a finished one is only checked.
 
     Args:
+        config: the first seed's.
+        methods: some of `VARIANTS`.
         seeds: trainings of each variant, with the seeds `config.seed`, + 1, + 2 ...
     """
-    for k, variant in itertools.product(range(seeds), variants):
+    for k, method in itertools.product(range(seeds), methods):
         seeded = config.replace(seed=config.seed + k)
-        name = adapter_name(seeded, variant)
-        folder, target = seeded.run_dir / "training" / name, seeded.run_dir / "adapters" / name
-        _train(seeded, variant, folder)
+        name = adapter_name(seeded, method)
+        folder = seeded.run_dir / "training" / name
+        target = seeded.run_dir / "adapters" / name
+        _train(seeded, method, folder)
         if not target.exists() or _content(target) != _content(folder / "final"):
             target.parent.mkdir(parents=True, exist_ok=True)
             with whole_folder(target) as part:
                 _copy(folder / "final", part)
 
 
-def _train(config: Config, variant: str, folder: Path) -> None:
+def _train(config: Config, method: str, folder: Path) -> None:
     settings = folder.with_suffix(".yaml")
     config.save(settings)
     run(
-        "ec2face_core.train", "--config", str(settings), "--variant", variant,
+        "ec2face_core.train", "--config", str(settings), "--variant", method,
         "--run-dir", str(folder), num_processes=config.trainer.num_processes, logs=folder / "logs",
     )  # fmt: skip
 
@@ -90,31 +94,31 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True)
 
 
-def adapter_table(config: Config) -> DataFrame:
-    """Where each variant's adapter lies and what it was trained on, one row a variant."""
+def lora_table(config: Config) -> DataFrame:
+    """Where each variant's LoRA lies and how it was trained, one row for each variant."""
     import pandas as pd
 
     rows = []
-    for variant, differences in VARIANTS.items():
-        folder = adapter_dir(config, variant)
+    for method, differences in VARIANTS.items():
+        folder = adapter_dir(config, method)
         path = folder / "provenance.json"
-        about = json.loads(path.read_text()) if path.is_file() else {}
-        made = about.get("parameters", {})
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        parameters = record.get("parameters", {})
         rows.append(
             {
-                "variant": variant,
+                "method": method,
                 "differs in": ", ".join(f"{k} {v}" for k, v in differences.get("loss", {}).items()),
                 "folder": folder.relative_to(resolve("")).as_posix(),
-                "steps": made.get("steps"),
-                "samples": made.get("samples"),
-                "minutes": round((about.get("seconds") or 0) / 60, 1),
+                "steps": parameters.get("steps"),
+                "samples": parameters.get("samples"),
+                "minutes": round((record.get("seconds") or 0) / 60, 1),
                 "LoRA (MB)": round((folder / LORA_FILE).stat().st_size / 2**20, 2),
             }
         )
     return pd.DataFrame(rows)
 
 
-def about_training(run_dir: Path) -> str:
+def describe_training(run_dir: Path) -> str:
     """From a run's log: flow matching at its start and end."""
     flow = np.array([row["unweighted_flow"] for row in read_metrics(run_dir)])
     few = max(1, len(flow) // 4)

@@ -1,4 +1,7 @@
-"""The comparison systems as experiments: training all, who leads by how much, what each costs."""
+"""The comparison systems as experiments: their training, EC²Face's lead, and their cost.
+
+They are trained in miniature, as many at a time as there are cores; the same call resumes.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,20 @@ from ec2face_core.pipeline import EC2FacePipeline
 from ec2face_core.runs import path_digest
 
 from ..baselines import NEWER, PAPER, SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
-from ..baselines.origin import origin, shared_origin, stands_on
-from ..baselines.storage import shared_file
+from ..baselines.int8_weights import shared_file
+from ..baselines.training_inputs import recorded_inputs, shared_inputs, training_inputs
 from ..launch import run
 from ..plots.render_tables import METHODS
-from .pictures import available, official_pictures, weight_files
+from .painters import weight_files
+from .pictures import available, official_pictures
 from .tables import difference_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 
-OURS, MINUS = "both", "EC²Face - {}"
+OURS = "both"
+MINUS = "EC²Face - {}"  # label of a difference to a system
 
 
 # ------------------------------------------------------------------------------------ training
@@ -40,12 +45,15 @@ OURS, MINUS = "both", "EC²Face - {}"
 def retrain_systems(
     config: Config, names: Sequence[str] = tuple(SYSTEMS), keep: Path | None = None
 ) -> None:
-    """Train systems into `runs/<profile>/baselines`, one child process a core; resumes.
+    """Train systems into `runs/<profile>/baselines`, one child process for each core; resumes.
 
     Args:
+        config: data, time budgets and seed.
+        names: some of `SYSTEMS`.
         keep: folder to copy weights and provenance to, as `data/mini/baselines`.
     """
-    classes, folder = systems(), config.run_dir / "baselines"
+    classes = systems()
+    folder = config.run_dir / "baselines"
     settings = folder / "config.yaml"
     config.save(settings)
 
@@ -58,15 +66,14 @@ def retrain_systems(
                 "--out", str(out), *(["--shared"] if shared else []),
             )  # fmt: skip
 
-    first = {classes[n].shares[0]: n for n in names if classes[n].shares}  # one of each pair
-    stands = [n for n in names if classes[n].shares]
-    waves = [
-        [*((n, True) for n in first.values()), *((n, False) for n in names if n not in stands)],
-        [(n, False) for n in stands],
-    ]
+    # what two systems share is trained first, by one of them, and beside the independent systems
+    sharing = [name for name in names if classes[name].shares]
+    first = {classes[name].shares[0]: name for name in sharing}
+    jobs = [(name, True) for name in first.values()]
+    jobs += [(name, False) for name in names if name not in sharing]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for wave in waves:
-            list(pool.map(train, wave))
+        list(pool.map(train, jobs))
+        list(pool.map(train, [(name, False) for name in sharing]))
     if keep is not None:
         for name in names:
             _check_others(config, name, names, keep)
@@ -75,27 +82,29 @@ def retrain_systems(
 
 
 def _shared_there(config: Config, name: str, out: Path) -> bool:
-    """Is what a system shares trained here as this profile asks for, or was it brought here?"""
+    """Whether what a system shares was trained for this profile, or was copied here."""
     path = shared_file(out, systems()[name].shares[0])
-    return path.is_file() and stands_on(path.parent) in ({}, shared_origin(config))
+    return path.is_file() and recorded_inputs(path.parent) in ({}, shared_inputs(config))
 
 
 def _finished(config: Config, name: str, out: Path) -> bool:
     if not (out / WEIGHTS).is_file() or not (out / "provenance.json").is_file():
         return False
     system = systems()[name]
-    return stands_on(out) == origin(config, system, out, system.budget(config), config.seed)
+    inputs = training_inputs(config, system, out, system.budget(config), config.seed)
+    return recorded_inputs(out) == inputs
 
 
 def _check_others(config: Config, name: str, names: Sequence[str], target: Path) -> None:
-    """Refuse to take from under the systems in `target` what they share with `name`.
+    """Refuse to replace in `target` a network that systems kept there share with `name`.
 
     Raises:
         ConfigError: others than `names` are kept there, on another network that they share with it.
     """
     folder = weights_dir(config, name)
     for stage in systems()[name].shares[:1]:
-        own, there = shared_file(folder, stage), shared_file(target / folder.name, stage)
+        own = shared_file(folder, stage)
+        kept = shared_file(target / folder.name, stage)
         others = [
             other
             for other, system in systems().items()
@@ -103,10 +112,10 @@ def _check_others(config: Config, name: str, names: Sequence[str], target: Path)
             and other not in names
             and (target / SYSTEMS[other].partition(".")[0] / WEIGHTS).is_file()
         ]
-        if others and there.is_file() and path_digest(there) != path_digest(own):
+        if others and kept.is_file() and path_digest(kept) != path_digest(own):
             raise ConfigError(
-                f"{', '.join(others)} in {target} would stand on another network than {there}: "
-                f"name them in --only as well"
+                f"{', '.join(others)} in {target} were trained on {kept}, which would be replaced: "
+                "name them in --only as well"
             )
 
 
@@ -124,13 +133,13 @@ def _copy(config: Config, name: str, target: Path) -> None:
 
 
 def compared(config: Config, split: str) -> dict[str, str]:
-    """Methods of Tables 1 and 2: name in the table -> whose pictures; ceilings last."""
-    own = {name: name for name in available(config, split)}
-    return own | {"EC2Face": OURS, "real": "real", "vae_round_trip": "vae_round_trip"}
+    """Methods of Tables 1 and 2: name in the table -> method; ceilings last."""
+    systems_here = {name: name for name in available(config, split)}
+    return systems_here | {"EC2Face": OURS, "real": "real", "vae_round_trip": "vae_round_trip"}
 
 
-def sources(config: Config, split: str) -> list[Path]:
-    """Files that the compared pictures stand on: weights, or pictures that official code wrote."""
+def compared_files(config: Config, split: str) -> list[Path]:
+    """Files that shape the compared pictures: weights, or pictures that official code wrote."""
     files = [adapter_dir(config, OURS), resolve(config.backbone.path)]
     for name in available(config, split):
         pictures = official_pictures(config, name, split)
@@ -149,105 +158,117 @@ def lead_rows(config: Config, table: str, split: str, seeds: int = 1) -> DataFra
 def describe_lead(
     rows: DataFrame, lead: DataFrame, metrics: Sequence[str] = ("Text", "OAA", "RFA")
 ) -> str:
-    """A line a metric: EC²Face, the best of the paper's systems and the newer ones."""
+    """A line for each metric: EC²Face, the best of the paper's systems, and the newer ones.
+
+    Args:
+        rows: those of a table.
+        lead: those of `lead_rows`.
+        metrics: one line each.
+    """
     if lead.empty:
         return "No comparison system has pictures or weights here."
     lines = []
     for metric in metrics:
-        of = rows[(rows["metric"] == metric) & (rows["critic"] == "independent")]
-        of = of[of["source"] == "ours"].set_index("method")["value"]
+        values = rows[(rows["metric"] == metric) & (rows["critic"] == "independent")]
+        values = values[values["source"] == "ours"].set_index("method")["value"]
         gap = lead[(lead["metric"] == metric) & (lead["critic"] == "independent")]
         gap = gap.set_index("method")
 
-        def above(name: str, gap: DataFrame = gap, of: Series = of) -> str:
+        def compare(name: str, gap: DataFrame = gap, values: Series = values) -> str:
             row = gap.loc[MINUS.format(name)]
-            span = f"[{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]"
-            return f"{name} {of[name]:.1f}: {row['value']:+.1f} {span}"
+            interval = f"[{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]"
+            return f"{name} {values[name]:.1f}: {row['value']:+.1f} {interval}"
 
-        line = f"{metric}: {METHODS['EC2Face']} {of['EC2Face']:.1f}"
-        if here := [name for name in PAPER if name in of]:
-            best = of[here].idxmax()
-            times = of["EC2Face"] / of[best]
-            behind = sum(gap["ci_low"][MINUS.format(name)] > 0 for name in here)
+        line = f"{metric}: {METHODS['EC2Face']} {values['EC2Face']:.1f}"
+        if present := [name for name in PAPER if name in values]:
+            best = values[present].idxmax()
+            factor = values["EC2Face"] / values[best]
+            lower = sum(gap["ci_low"][MINUS.format(name)] > 0 for name in present)
             line += (
-                f", best of the paper's systems {above(best)}, {times:.2f} times as much; "
-                f"{behind} of {len(here)} are lower by more than faces explain"
+                f", best of the paper's systems {compare(best)}, a factor of {factor:.2f}; "
+                f"{lower} of {len(present)} are significantly lower"
             )
-        newer = [above(name) for name in NEWER if name in of]
+        newer = [compare(name) for name in NEWER if name in values]
         lines.append("; ".join([line, *newer]) + ".")
     return "\n".join(lines)
 
 
 def system_facts(config: Config, split: str = "test") -> DataFrame:
-    """Parameters, minutes of training, seconds a picture here, one row a system.
+    """Parameters, minutes of training and seconds for each picture, one row for each system.
 
-    Blank for an official repository's pictures; seconds are taken where miniatures are compared.
-    A foundation's minutes are without the autoencoder, which all that draw latents have in common.
+    The cells of an official repository's pictures are blank; seconds are measured only if there
+    are miniatures. A foundation's minutes exclude the autoencoder, which every latent model shares.
     """
     import pandas as pd
 
-    rows, here, ours = [], trained(config), _own_facts(config)
+    miniatures = trained(config)
+    ours = _own_facts(config)
+    rows = []
     for name in available(config, split):
         path = weights_dir(config, name) / "provenance.json"
         official = official_pictures(config, name, split).is_dir()
-        made = {}
+        record = {}
         if path.is_file() and not official:
-            made = json.loads(path.read_text())["parameters"]
+            record = json.loads(path.read_text())["parameters"]
         own, shared = (
-            sum(stage["seconds"] for stage in made.get(k, {}).values())
-            for k in ("stages", "shared")
+            sum(stage["seconds"] for stage in record.get(key, {}).values())
+            for key in ("stages", "shared")
         )
-        took = sampling_seconds(config, name) if name in here and not official else 0
-        foundation = ours[1] if "base" in made.get("stands_on", {}) else shared / 60
-        rows.append((name, made.get("parameters", 0) / 1e6, foundation, own / 60, took))
-    took = sampling_seconds(config, "EC2Face") if here else 0
-    rows.append((METHODS["EC2Face"], *ours, took))
+        foundation = ours[1] if "base" in record.get("stands_on", {}) else shared / 60
+        seconds = sampling_seconds(config, name) if name in miniatures and not official else 0
+        rows.append((name, record.get("parameters", 0) / 1e6, foundation, own / 60, seconds))
+    seconds = sampling_seconds(config, "EC2Face") if miniatures else 0
+    rows.append((METHODS["EC2Face"], *ours, seconds))
     columns = ["system", "parameters (M)", "foundation (min)", "training (min)", "sampling (s)"]
     table = pd.DataFrame(rows, columns=columns).set_index("system").round(3)
     return table.astype(object).where(table > 0, "")
 
 
 def sampling_seconds(config: Config, name: str, count: int = 8) -> float:
-    """Seconds a picture, `count` test faces at once, better of two; EC2Face as configured."""
-    dataset, times = open_dataset(config, "test"), []
+    """Seconds for each of `count` test faces in one batch, the better of two measurements."""
+    dataset = open_dataset(config, "test")
     ids = dataset.ids[:count]
     texts = [dataset.manifest_caption(i) for i in ids]
     masks = torch.stack([dataset.label_map(i) for i in ids])
     if name in SYSTEMS:
         system = load(config, name)
 
-        def draw() -> None:
+        def generate() -> None:
             system.generate(texts, masks, [torch.Generator().manual_seed(0) for _ in ids])
 
     else:
-        s, pipe = config.sampling, EC2FacePipeline.from_config(config, variant=OURS)
+        s = config.sampling
+        pipe = EC2FacePipeline.from_config(config, variant=OURS)
         pipe.set_progress_bar_config(disable=True)
 
-        def draw() -> None:
+        def generate() -> None:
             guidance = {"text_guidance": s.text_guidance, "mask_guidance": s.mask_guidance}
             bf16 = s.mixed_precision == "bf16"
             with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
                 pipe(texts, masks, num_inference_steps=s.steps, output_type="pt", **guidance)
 
+    times = []
     for _ in range(2):
         began = time.perf_counter()
-        draw()
+        generate()
         times.append(time.perf_counter() - began)
     return min(times) / len(ids)
 
 
 def _own_facts(config: Config) -> tuple[float, float, float]:
-    """Millions of parameters, minutes of the base and of the adapter."""
+    """Millions of parameters, minutes of the base's and of the LoRA's training."""
     import numpy as np
     from safetensors import safe_open
 
-    base, adapter = resolve(config.backbone.path), adapter_dir(config, OURS)
-    files, count = list((base / "transformer").glob("*.safetensors")), 0
-    for path in [*files, adapter / LORA_FILE] if files else []:  # none here: blank
+    base = resolve(config.backbone.path)
+    lora = adapter_dir(config, OURS)
+    files = list((base / "transformer").glob("*.safetensors"))
+    count = 0
+    for path in [*files, lora / LORA_FILE] if files else []:  # without weights here: blank
         with safe_open(path, "pt") as file:
             count += sum(np.prod(file.get_slice(k).get_shape()) for k in file.keys())  # noqa: SIM118
     minutes = []
-    for folder in (base, adapter):
-        about = folder / "provenance.json"
-        minutes.append(json.loads(about.read_text())["seconds"] / 60 if about.is_file() else 0.0)
+    for folder in (base, lora):
+        record = folder / "provenance.json"
+        minutes.append(json.loads(record.read_text())["seconds"] / 60 if record.is_file() else 0.0)
     return count / 1e6, *minutes

@@ -1,9 +1,4 @@
-"""What the notebooks of the tables and picture grids call: one function an experiment.
-
-Everything is kept (`generate.py`, `scoring.py`): an experiment whose pictures and scores are there
-is read, not repeated. Sentences about results are made from the numbers, so they stay true
-whatever the numbers are.
-"""
+"""Which faces are shown, and how well rare parts are drawn on them."""
 
 from __future__ import annotations
 
@@ -16,18 +11,24 @@ from ec2face_core.attributes import CLASS_ID, GROUPS, pixel_counts
 from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset
 
-from .scores import CRITICS, load_critics
+from .scores import perception_models
 
-# ---------------------------------------------------------------------------------------- grids
+RARE = [("ear_r", "earrings"), ("neck_l", "necklaces")]
 
 
 def pick_faces(
     dataset: FaceDataset, classes: Sequence[str], skip: Sequence[str] = (), limit: int = 0
 ) -> list[str]:
-    """One face for each class named, chosen by the masks alone, before any picture is drawn.
+    """One face for each named class, chosen by the masks alone, so before any picture exists.
 
-    The first in manifest order that is not taken yet and shows at least the class's median area;
-    any face where no face has the class.
+    It is the first in manifest order that is not chosen yet and shows at least the class's median
+    area, or any face if none has the class.
+
+    Args:
+        dataset: the faces.
+        classes: names of classes, possibly repeated.
+        skip: ids that are not to be chosen.
+        limit: choose among the first faces only; 0: among all.
     """
     ids = dataset.ids[: limit or None]
     areas = torch.stack([pixel_counts(dataset.label_map(name)[None])[0] for name in ids])
@@ -48,22 +49,23 @@ def faces(dataset: FaceDataset, ids: Sequence[str]) -> tuple[list[str], Tensor, 
     return [dataset.manifest_caption(name) for name in ids], maps, images
 
 
-RARE = [("ear_r", "earrings"), ("neck_l", "necklaces")]
+def describe_rare_parts(config: Config, maps: Tensor, pictures: Tensor) -> str:
+    """How many pixels of the earrings and necklaces the independent parser finds in pictures.
 
-
-def about_rare_parts(config: Config, maps: Tensor, pictures: Tensor) -> str:
-    """How much of the boxed earrings and necklaces the independent parser finds in pictures.
-
-    maps: `b h w`; pictures: `b 3 h w` in [-1, 1].
+    Args:
+        config: names the parser.
+        maps: the mask conditions, `b h w`.
+        pictures: `b 3 h w` in [-1, 1].
     """
-    parser = load_critics(config).parsers[CRITICS[0]]
-    parsed, parts = parser.parse(pictures.to(parser.device)).cpu(), []
+    parser = perception_models(config).parsers["independent"]
+    correct = parser.parse(pictures.to(parser.device)).cpu() == maps
+    parts = []
     for name, word in RARE:
         wanted = maps == CLASS_ID[name]
         if wanted.any():
-            found = 100 * float(((parsed == maps) & wanted).sum() / wanted.sum())
-            parts.append(f"{found:.0f} % of the {word}")
-    rest = ~torch.isin(maps, torch.tensor(GROUPS["RFA"]))
-    kept = 100 * float((parsed == maps)[rest].float().mean())
-    said = " and ".join(parts) if parts else "no rare parts were asked for"
-    return f"Pixels found by the independent parser: {said}; {kept:.0f} % of everything else."
+            share = 100 * float((correct & wanted).sum() / wanted.sum())
+            parts.append(f"{share:.0f} % of the {word}")
+    others = ~torch.isin(maps, torch.tensor(GROUPS["RFA"]))
+    rest = 100 * float(correct[others].float().mean())
+    rare = " and ".join(parts) if parts else "no rare parts in these masks"
+    return f"Pixels found by the independent parser: {rare}; {rest:.0f} % of everything else."

@@ -1,7 +1,4 @@
-"""The quality of what everything rests on (notebook 00), and class weights (notebook 01).
-
-Functions return numbers and pictures; drawing them is `plotting.py`'s and `grids.py`'s.
-"""
+"""Notebook 00: the quality of the autoencoder, the parsers, the CLIPs and the base model."""
 
 from __future__ import annotations
 
@@ -18,8 +15,9 @@ from ec2face_core.data import open_dataset
 from ec2face_core.metrics import psnr
 
 from .intervals import bootstrap_interval
-from .pictures import REAL, ROUND_TRIP, evaluated_ids, generate_split, load_pictures
-from .scores import CRITICS, load_critics
+from .painters import REAL, ROUND_TRIP
+from .pictures import PictureSet
+from .scores import ROLES, perception_models
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -28,36 +26,35 @@ if TYPE_CHECKING:
 CHUNK = 64  # pictures in memory at once
 
 
-# ------------------------------------------------------------------------ the bundle (notebook 00)
-
-
 def bundle_provenance(folder: str = "data/mini") -> DataFrame:
-    """What made each part of the bundle: part, MB, and the training's samples, minutes, commit."""
+    """The parts of a bundle: part, MB, and the training's samples, minutes and commit."""
     import pandas as pd
 
-    rows, root = [], resolve(folder)
+    root = resolve(folder)
+    rows = []
     for path in sorted(root.rglob("*.json")):
         try:
-            about = json.loads(path.read_text())
+            record = json.loads(path.read_text())
         except ValueError:
             continue
-        if not isinstance(about, dict) or "seconds" not in about or "commit" not in about:
+        if not isinstance(record, dict) or "seconds" not in record or "commit" not in record:
             continue  # a model's own configuration
-        whole = path.parent if path.stem == "provenance" else path.with_suffix(".pt")
-        files = whole.rglob("*") if whole.is_dir() else [whole]
+        part = path.parent if path.stem == "provenance" else path.with_suffix(".pt")
+        files = part.rglob("*") if part.is_dir() else [part]
         size = sum(f.stat().st_size for f in files if f.is_file())
-        made = about["parameters"]
-        samples = made.get("samples", made.get("faces_seen"))
-        minutes, commit = round((about["seconds"] or 0) / 60, 1), (about["commit"] or "–")[:7]
-        part, size = whole.relative_to(root).as_posix(), round(size / 2**20, 2)
-        rows.append((part, size, samples, minutes, commit))
+        parameters = record["parameters"]
+        samples = parameters.get("samples", parameters.get("faces_seen"))
+        minutes = round((record["seconds"] or 0) / 60, 1)
+        commit = (record["commit"] or "–")[:7]
+        name = part.relative_to(root).as_posix()
+        rows.append((name, round(size / 2**20, 2), samples, minutes, commit))
     return pd.DataFrame(rows, columns=["part", "MB", "samples", "minutes", "commit"])
 
 
 def round_trip_quality(
     config: Config, split: str = "test", shown: int = 8
 ) -> tuple[DataFrame, ...]:
-    """The autoencoder on held-out faces.
+    """The autoencoder's round trip of held-out faces.
 
     Returns:
         One row metric, value, ci_low, ci_high, n (PSNR in dB); the first real images and their
@@ -65,35 +62,41 @@ def round_trip_quality(
     """
     import pandas as pd
 
-    ids = evaluated_ids(config, open_dataset(config, split))
-    real, copies = (generate_split(config, source, split) for source in (REAL, ROUND_TRIP))
+    real = PictureSet(config, REAL, split)
+    copies = PictureSet(config, ROUND_TRIP, split)
+    ids = real.ids
     parts = [ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)]
-    values = [psnr(load_pictures(copies, part), load_pictures(real, part)) for part in parts]
+    values = [psnr(copies.load(part), real.load(part)) for part in parts]
     interval = bootstrap_interval(torch.cat(values), config.evaluation.bootstrap, config.seed)
     table = pd.DataFrame([{"metric": "PSNR (dB)", **interval._asdict()}])
-    return table, load_pictures(real, ids[:shown]), load_pictures(copies, ids[:shown])
+    return table, real.load(ids[:shown]), copies.load(ids[:shown])
 
 
 def clip_retrieval(config: Config, split: str = "test", candidates: int = 256) -> DataFrame:
-    """How often each CLIP finds a real face's own caption among others; rows critic, columns of
-    `critics.retrieval` in percent."""
+    """How often each CLIP finds a real face's own caption among those of other faces.
+
+    Returns:
+        A row for each role in the column `critic`, and the columns of
+        `pretrain_perception.retrieval` in percent.
+    """
     import pandas as pd
 
     from ..world.pretrain_perception import retrieval
 
     dataset = open_dataset(config, split)
-    ids, rows = dataset.ids[:candidates], []
+    ids = dataset.ids[:candidates]
     captions = [dataset.manifest_caption(name) for name in ids]
-    for critic, clip in load_critics(config).clips.items():
+    rows = []
+    for role, clip in perception_models(config).clips.items():
         with torch.no_grad():
-            seen = [clip.image_features(dataset.image(n)[None].to(clip.device)) for n in ids]
-        found = retrieval(torch.cat(seen), clip.text_features(captions), captions)
-        rows.append({"critic": critic, **found})
+            features = [clip.image_features(dataset.image(n)[None].to(clip.device)) for n in ids]
+        shares = retrieval(torch.cat(features), clip.text_features(captions), captions)
+        rows.append({"critic": role, **shares})
     return pd.DataFrame(rows)
 
 
-def about_round_trip(quality: DataFrame) -> str:
-    """From `inspection.round_trip_quality`."""
+def describe_round_trip(quality: DataFrame) -> str:
+    """From the table of `round_trip_quality`."""
     row = quality.iloc[0]
     return (
         f"The autoencoder returns a test face with {row['value']:.1f} {row['metric']} "
@@ -101,30 +104,33 @@ def about_round_trip(quality: DataFrame) -> str:
     )
 
 
-def about_parsers(rows: DataFrame) -> str:
-    """From the rows of `real`: both parsers' accuracy, and the class that each reads worst."""
+def describe_parsers(rows: DataFrame) -> str:
+    """From the rows of `real`: both parsers' accuracy, and the class that is parsed worst."""
     parts = []
-    for critic in CRITICS:
-        own = rows[rows["critic"] == critic].set_index("metric")["value"].astype(float)
+    for role in ROLES:
+        own = rows[rows["critic"] == role].set_index("metric")["value"].astype(float)
         classes = own[[name for name in CLASS_ID if name in own]]
         worst = display_name(CLASS_ID[classes.idxmin()])
-        parts.append(f"{critic} {own['OAA']:.1f} (worst: {worst} {classes.min():.0f})")
+        parts.append(f"{role} {own['OAA']:.1f} (worst: {worst} {classes.min():.0f})")
     return f"OAA of the parsers on real test faces: {', '.join(parts)}."
 
 
-def about_text_pictures(config: Config, images: Tensor, captions: Sequence[str]) -> str:
-    """Do pictures fit their own caption better than the other rows'? Independent CLIP.
+def describe_text_pictures(config: Config, images: Tensor, captions: Sequence[str]) -> str:
+    """Whether pictures match their own caption better than others, by the independent CLIP.
 
-    images: `rows seeds 3 h w` in [-1, 1], a row for each caption.
+    Args:
+        config: names the CLIP.
+        images: `rows seeds 3 h w` in [-1, 1].
+        captions: one for each row.
     """
-    clip = load_critics(config).clips[CRITICS[0]]
+    clip = perception_models(config).clips["independent"]
     with torch.no_grad():
-        seen = clip.image_features(images.flatten(0, 1).to(clip.device))
-    scores = 100 * (seen @ clip.text_features(list(captions)).T).cpu()
+        features = clip.image_features(images.flatten(0, 1).to(clip.device))
+    scores = 100 * (features @ clip.text_features(list(captions)).T).cpu()
     own = torch.eye(len(captions), dtype=torch.bool).repeat_interleave(images.shape[1], 0)
-    found = (scores.argmax(1) == own.float().argmax(1)).float().mean()
+    matched = (scores.argmax(1) == own.float().argmax(1)).float().mean()
     others = scores[~own].mean() if len(captions) > 1 else float("nan")
     return (
         f"Text score with the own caption {scores[own].mean():.1f}, with the other rows' "
-        f"{others:.1f}; {100 * found:.0f} % of the pictures fit their own best."
+        f"{others:.1f}; {100 * matched:.0f} % of the pictures match their own best."
     )

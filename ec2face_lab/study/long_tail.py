@@ -1,6 +1,6 @@
-"""The quality of what everything rests on (notebook 00), and class weights (notebook 01).
+"""Notebook 01: how often the classes occur (Fig. 5), and their weights (Eq. 10).
 
-Functions return numbers and pictures; drawing them is `plotting.py`'s and `grids.py`'s.
+Functions return numbers; `plots` shows them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +24,7 @@ from ec2face_core.attributes import (
 )
 from ec2face_core.config import Config, resolve
 from ec2face_core.losses import class_weights, latent_weights, long_tail_weights
+from ec2face_core.runs import parallel
 
 from .faces import RARE
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ec2face_core.data import FaceDataset
 
 
-# --------------------------------------------------------------------- class weights (notebook 01)
+REDUCTIONS = ("max", "mean", "nearest")
 
 
 def latent_side(config: Config) -> int:
@@ -47,8 +47,8 @@ def latent_side(config: Config) -> int:
 def weight_table(counts: Tensor, clip: float) -> DataFrame:
     """Eq. 10 for every class that occurs: raw, normalised, and clipped before normalising.
 
-    Normalised weights have mean square 1 over the pixels. `squared_share` is the part of the sum of
-    squared weights over all pixels that a class has: Eq. 11 squares the weight.
+    Normalised weights have mean square 1 over the pixels. `squared_share` is a class's share of the
+    sum of squared weights over all pixels, since Eq. 11 squares the weight.
 
     Args:
         counts: pixels of each class in the training set, `(19,)`.
@@ -56,25 +56,24 @@ def weight_table(counts: Tensor, clip: float) -> DataFrame:
     """
     import pandas as pd
 
-    T, w = counts.double(), class_weights(counts)
-    present = T > 0
-    share = T / T.sum()
-    clipped = w.clamp(max=clip)
+    pixels = counts.double()
+    share = pixels / pixels.sum()
+    raw = class_weights(counts)
 
     def normalised(weights: Tensor) -> Tensor:
         return weights / (share * weights.square()).sum().sqrt()
 
-    squared = share * normalised(w).square()
+    squared = share * normalised(raw).square()
     columns = {
-        "pixels": counts, "pixel_share": 100 * share, "raw": w, "normalised": normalised(w),
-        f"clipped at {clip:g}": normalised(clipped), "squared_share": 100 * squared,
+        "pixels": counts, "pixel_share": 100 * share, "raw": raw, "normalised": normalised(raw),
+        f"clipped at {clip:g}": normalised(raw.clamp(max=clip)), "squared_share": 100 * squared,
     }  # fmt: skip
     table = pd.DataFrame({"class": CLASSES, **{k: v.numpy() for k, v in columns.items()}})
-    return table[present.numpy()].sort_values("raw", ignore_index=True)
+    return table[(pixels > 0).numpy()].sort_values("raw", ignore_index=True)
 
 
 def describe_groups(frequency: DataFrame) -> str:
-    """How far the groups of Appendix A lie apart in this data, from `attribute_frequency`."""
+    """Pixel and image shares of the groups of Appendix A, from `attribute_frequency`."""
     lines = []
     for group, rows in frequency.groupby("group"):
         pixels, images = (
@@ -88,29 +87,31 @@ def describe_groups(frequency: DataFrame) -> str:
 
 
 def reduction_table(label_maps: Tensor, counts: Tensor, config: Config) -> DataFrame:
-    """What is left of a class's weight when the weights go to the latent grid.
-
-    For each class and reduction: kept, the mean over the class's pixels of min(1, weight of the
-    pixel's latent cell / weight of the class), and lost, the share of the images with the class in
-    which no cell has half of its weight (both in percent); n, the images with the class.
+    """How much of a class's weight remains when the weights are reduced to the latent grid.
 
     Args:
         label_maps: `b h w`.
         counts: pixels of each class in the training set, `(19,)`.
+        config: the latent grid and the loss.
+
+    Returns:
+        Rows class, reduction, kept, lost, n. kept: mean over the class's pixels of min(1, weight of
+        the pixel's latent cell / weight of the class). lost: share of the images with the class in
+        which no cell has half of its weight. Both in percent; n: the images with the class.
     """
     import pandas as pd
 
     pixel = long_tail_weights(label_maps, counts)
-    own, rows = pixel_counts(label_maps), []
-    for reduction in ("max", "mean", "nearest"):
-        loss = dataclasses.replace(config.loss, reduction=reduction, normalize="none", clip=0.0)
-        cells = latent_weights(label_maps, counts, latent_side(config), loss)
+    present = pixel_counts(label_maps) > 0
+    rows = []
+    for reduction in REDUCTIONS:
+        cells = _reduced(label_maps, counts, config, reduction)
         ratio = F.interpolate(cells[:, None], label_maps.shape[-2:], mode="nearest")[:, 0] / pixel
         for i, name in enumerate(CLASSES):
             inside = label_maps == i
             if not inside.any():
                 continue
-            best = (ratio * inside).flatten(1).amax(1)[own[:, i] > 0]
+            best = (ratio * inside).flatten(1).amax(1)[present[:, i]]
             kept = ratio[inside].clamp(max=1).mean()
             lost = 100 * float((best < 0.5).float().mean())
             rows.append((name, reduction, 100 * float(kept), lost, len(best)))
@@ -120,55 +121,70 @@ def reduction_table(label_maps: Tensor, counts: Tensor, config: Config) -> DataF
 def reduced_weights(label_maps: Tensor, counts: Tensor, config: Config) -> dict[str, Tensor]:
     """The pixel weights and their three reductions, by the headings of `grids.weights_map`."""
     maps = {"pixels": long_tail_weights(label_maps, counts)}
-    for reduction in ("max", "mean", "nearest"):
-        loss = dataclasses.replace(config.loss, reduction=reduction, normalize="none", clip=0.0)
-        maps[f"latent, {reduction}"] = latent_weights(label_maps, counts, latent_side(config), loss)
+    for reduction in REDUCTIONS:
+        maps[f"latent, {reduction}"] = _reduced(label_maps, counts, config, reduction)
     return maps
+
+
+def _reduced(label_maps: Tensor, counts: Tensor, config: Config, reduction: str) -> Tensor:
+    """Raw weights of the latent cells, `b h w`."""
+    loss = dataclasses.replace(config.loss, reduction=reduction, normalize="none", clip=0.0)
+    return latent_weights(label_maps, counts, latent_side(config), loss)
 
 
 def weighting_effect(
     label_maps: Tensor, counts: Tensor, config: Config, clips: Sequence[float] = (30.0, 10.0)
 ) -> DataFrame:
-    """What Eq. 11's squared weights do to the loss of these faces, before any training.
+    """The effect of Eq. 11's squared weights on the loss of these faces, before any training.
 
-    Rows: raw weights, mean-normalised ones (the trainer's default), and clipped ones. Columns:
-    factor, the mean squared weight, by which loss and gradient grow; largest, the largest squared
-    weight over that mean; rare_share, the part of the loss's weight that cells with earring or
-    necklace have (percent; their part of the cells is in the last column); effective_cells, the
-    share of cells that would give an unweighted mean as steady (Kish, percent).
+    Args:
+        label_maps: `b h w`.
+        counts: pixels of each class in the training set, `(19,)`.
+        config: the latent grid and the loss.
+        clips: upper bounds of the weights.
+
+    Returns:
+        One row for the raw weights, the mean-normalised ones (the trainer's default) and each
+        clipped one. factor: mean squared weight, by which loss and gradient grow. largest: largest
+        squared weight over that mean. rare_share: share of the loss's weight in cells with earring
+        or necklace (percent). effective_cells: share of the cells that would make an unweighted
+        mean equally steady (Kish, percent). rare_cells: cells with earring or necklace (percent).
     """
     import pandas as pd
 
     settings = {"raw": (0.0, "none"), "normalised": (0.0, "mean")}
     settings |= {f"clipped at {clip:g}, normalised": (clip, "mean") for clip in clips}
-    side, rows = latent_side(config), []
+    side = latent_side(config)
+    rows = []
     rare = torch.isin(label_maps, torch.tensor(GROUPS["RFA"])).float()
     rare = F.adaptive_max_pool2d(rare, side) > 0
     for name, (clip, normalize) in settings.items():
         loss = dataclasses.replace(config.loss, clip=clip, normalize=normalize)
         squared = latent_weights(label_maps, counts, side, loss).double().square()
-        total, mean = squared.sum(), squared.mean()
+        total = squared.sum()
+        mean = squared.mean()
         kish = total.square() / squared.square().sum() / squared.numel()
-        part = squared[rare].sum() / total
-        values = (mean, squared.max() / mean, 100 * part, 100 * kish, 100 * rare.double().mean())
+        share = squared[rare].sum() / total
+        values = (mean, squared.max() / mean, 100 * share, 100 * kish, 100 * rare.double().mean())
         rows.append((name, *map(float, values)))
     columns = ["weights", "factor", "largest", "rare_share", "effective_cells", "rare_cells"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def about_frequency(frequency: DataFrame) -> str:
-    """From `statistics.attribute_frequency`: the span of the long tail."""
+def describe_frequency(frequency: DataFrame) -> str:
+    """From `attribute_frequency`: the span of the long tail."""
     shares = frequency.set_index("class")["pixel_share"].astype(float)
     shares = shares[shares > 0]
-    first, last = (display_name(CLASS_ID[shares.idxmax()]), display_name(CLASS_ID[shares.idxmin()]))
+    first = display_name(CLASS_ID[shares.idxmax()])
+    last = display_name(CLASS_ID[shares.idxmin()])
     return (
         f"{first} has {shares.max() / shares.min():,.0f} times the pixels of {last} "
         f"({shares.max():.1f} % against {shares.min():.2g} %)."
     )
 
 
-def about_reductions(reductions: DataFrame) -> str:
-    """From `inspection.reduction_table`: what mean and nearest lose of the rare classes."""
+def describe_reductions(reductions: DataFrame) -> str:
+    """From `reduction_table`: what mean and nearest lose of the rare classes."""
     kept = reductions.pivot(index="class", columns="reduction", values="kept")
     lost = reductions.pivot(index="class", columns="reduction", values="lost")
     parts = [
@@ -177,7 +193,7 @@ def about_reductions(reductions: DataFrame) -> str:
         for name, word in RARE
         if name in kept.index
     ]
-    return f"Weight kept on the latent grid, where the maximum keeps all. {'; '.join(parts)}."
+    return f"Weight kept on the latent grid (the maximum keeps all): {'; '.join(parts)}."
 
 
 def attribute_frequency(faces: Tensor | FaceDataset) -> DataFrame:
@@ -187,19 +203,17 @@ def attribute_frequency(faces: Tensor | FaceDataset) -> DataFrame:
         faces: label maps `n h w`, or a dataset, whose images are not read.
 
     Returns:
-        One row a class in id order: class, group, pixel_share (mean over images of its share of the
-        pixels, in percent), image_share (images that have it, in percent), pixels (T of Eq. 10).
+        One row for each class in id order: class, group, pixel_share (mean over images of its share
+        of the pixels, in percent), image_share (images that have it, in percent), pixels (T of
+        Eq. 10).
     """
     import pandas as pd
-    from tqdm.auto import tqdm
 
     if isinstance(faces, Tensor):
         counts = pixel_counts(faces)
     else:
-        with ThreadPoolExecutor() as pool:  # decoding a mask releases the interpreter lock
-            rows = pool.map(lambda name: pixel_counts(faces.label_map(name)[None]), faces.ids)
-            bar = tqdm(rows, "masks", len(faces.ids), leave=False, mininterval=1)
-            counts = torch.cat(list(bar))
+        rows = parallel(lambda name: pixel_counts(faces.label_map(name)[None]), faces.ids, "masks")
+        counts = torch.cat(list(rows))
     counts = counts.cpu().double()
     group = {i: name for name, ids in GROUPS.items() for i in ids}
     return pd.DataFrame(

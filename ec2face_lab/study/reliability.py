@@ -1,33 +1,34 @@
-"""Reverse estimation along t (Figs. 2, notebooks 02 and 03), and the facts of Fig. 1.
+"""Reverse estimation along t (Fig. 2, notebooks 02 and 03), and the facts of Fig. 1.
 
-Chosen here: the critics of the curves are those that guide training, since it is their reading of
-the estimate that Eq. 9 uses; faces are test faces; the noise is the same at every t.
+The curves are measured by the guiding parser and CLIP, since it is their output on the estimate
+that Eq. 9 uses. Faces are test faces; the noise is the same at every t.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ec2face_core.attributes import CLASSES, pixel_counts
+from ec2face_core.attributes import CLASSES
 from ec2face_core.backbone import decode_latents, encode_images, encode_text, load_backbone
 from ec2face_core.config import Config, adapter_dir
 from ec2face_core.data import FaceDataset, open_dataset
 from ec2face_core.flow import interpolate, reverse_estimate
-from ec2face_core.losses import class_weights, long_tail_weights
+from ec2face_core.losses import beta, class_weights, long_tail_weights
 from ec2face_core.mask_branch import load_mask_lora, mask_latents_of, predict_velocity
-from ec2face_core.metrics import psnr
+from ec2face_core.metrics import mask_counts, psnr
+from ec2face_core.runs import content_key
 
-from ..cache import code_digest, write_frame
-from ..plots.charts import beta_values
+from ..cache import code_digest, data_digest, write_frame
 from ..plots.style import CYCLE, mask_picture, new_figure, picture, styled
 from .intervals import bootstrap_accuracy, bootstrap_interval
-from .pictures import BASE, picture_key
-from .scores import CRITICS, critics_digest, load_critics
+from .painters import BASE, painter
+from .scores import models_digest, perception_models
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,73 +37,45 @@ if TYPE_CHECKING:
 
 TIMES = tuple(i / 10 for i in range(11))
 
-GUIDING = CRITICS[1]
+CODE = (  # modules that decide the curves, besides those that decide pictures and scores
+    "ec2face_core.flow",
+    "ec2face_lab.study.intervals",
+    "ec2face_lab.study.reliability",
+)
+
+LABELS = {
+    "latent_mse": "latent error (MSE)", "psnr": "PSNR (dB)", "lpips": "LPIPS",
+    "OAA": "mask OAA (%)", "clip_similarity": "CLIP similarity",
+}  # fmt: skip
 
 
-def reliability_curves(config: Config, variant: str, faces: int = 48) -> DataFrame:
-    """Fig. 2's curves for a variant, or for the base model (`base`, text alone).
+class Model(Protocol):
+    """A velocity and the decoder of its latents."""
 
-    Kept in `runs/<profile>/reliability/` and read from there when nothing changed.
+    def velocity(self, z_t: Tensor, t: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Velocity of noisy latents `b c h w` at times `(b,)`, with a batch's conditions."""
 
-    Returns:
-        Rows t, metric (latent error (MSE), PSNR (dB), LPIPS, mask OAA (%), CLIP similarity), value,
-        ci_low, ci_high, n.
-    """
-    import pandas as pd
-
-    dataset = open_dataset(config, "test")
-    ids = dataset.ids[:faces]
-    code = code_digest(
-        ("ec2face_lab.study.reliability", "ec2face_core.flow", "ec2face_lab.study.intervals")
-    )
-    key = picture_key(config, variant, dataset, f"{faces} {critics_digest(config)} {code}")
-    cache = config.run_dir / "reliability" / f"{variant}-{key}.csv"
-    if cache.is_file():
-        return pd.read_csv(cache)
-    model = Estimator(config, variant, dataset)
-    critics = load_critics(config)
-    curves = reliability(
-        (model.batch(ids[i : i + 16]) for i in range(0, len(ids), 16)),
-        model.velocity,
-        model.decode,
-        TIMES,
-        critics.lpips,
-        critics.parsers[GUIDING],
-        critics.clips[GUIDING],
-        config.evaluation.bootstrap,
-        config.seed,
-    )
-    names = {"latent_mse": "latent error (MSE)", "psnr": "PSNR (dB)", "lpips": "LPIPS",
-             "OAA": "mask OAA (%)", "clip_similarity": "CLIP similarity"}  # fmt: skip
-    curves = curves[curves["metric"].isin(names)].assign(metric=lambda c: c["metric"].map(names))
-    curves = curves.sort_values(["metric", "t"], ignore_index=True)
-    write_frame(cache, curves)
-    return curves
-
-
-def reverse_examples(
-    config: Config, variant: str, ids: Sequence[str], times: Sequence[float]
-) -> Tensor:
-    """Decoded reverse estimates of test faces: `faces times 3 h w` in [-1, 1]."""
-    model = Estimator(config, variant, open_dataset(config, "test"))
-    batch = model.batch(ids)
-    noise = torch.randn(batch["z"].shape, generator=torch.Generator().manual_seed(config.seed))
-    noise = noise.to(batch["z"])
-    columns = [
-        reverse_estimation(batch, t, noise, model.velocity, model.decode)[1].cpu() for t in times
-    ]
-    return torch.stack(columns, 1)
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents `b c h w` -> images `b 3 h w` in [-1, 1]."""
 
 
 class Estimator:
-    """A variant's velocity on faces of a dataset, in the form that `statistics` asks for."""
+    """A method's velocity on the faces of a dataset: a variant, or the base on the text alone.
 
-    def __init__(self, config: Config, variant: str, dataset: FaceDataset) -> None:
-        self.config, self.dataset, self.masked = config, dataset, variant != BASE
+    Args:
+        config: backbone, LoRA and guidance embedding.
+        method: one of `VARIANTS`, or `base`.
+        dataset: the faces.
+    """
+
+    def __init__(self, config: Config, method: str, dataset: FaceDataset) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.masked = method != BASE
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone = load_backbone(config.backbone).to(self.device)
         if self.masked:
-            load_mask_lora(self.backbone.transformer, adapter_dir(config, variant))
+            load_mask_lora(self.backbone.transformer, adapter_dir(config, method))
 
     @torch.no_grad()
     def batch(self, ids: Sequence[str]) -> dict[str, Any]:
@@ -119,40 +92,227 @@ class Estimator:
         }
 
     def velocity(self, z_t: Tensor, t: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Eq. 4 with the conditions of a batch, `b c h w`."""
         guidance = self.config.sampling.guidance
         return predict_velocity(
             self.backbone.transformer, z_t, t, batch["text"], batch["z_mask"], guidance=guidance
         )
 
     def decode(self, z: Tensor) -> Tensor:
+        """Latents -> images `b 3 h w` in [-1, 1]."""
         return decode_latents(self.backbone.vae, z)
 
 
-def scaled_curves(curves: DataFrame) -> DataFrame:
-    """Each metric brought to [0, 1] with 1 at its reliable end, as `plotting.beta_curves` wants."""
+def reliability_file(
+    config: Config, name: str, method: str, dataset: FaceDataset, parts: Sequence[Any]
+) -> Path:
+    """Where curves of a method are kept, named by everything that shapes them.
+
+    Args:
+        config: weights, settings and perception models.
+        name: of the curves.
+        method: one of `VARIANTS`, or `base`.
+        dataset: the faces.
+        parts: further JSON-ready values that shape the curves.
+    """
+    model = painter(config, method).key()
+    key = content_key([model, data_digest(dataset), models_digest(config), *parts])
+    return config.run_dir / "reliability" / f"{name}-{key}.csv"
+
+
+def reliability_curves(config: Config, method: str, faces: int = 48) -> DataFrame:
+    """Fig. 2's curves for a variant, or for the base model (`base`, text alone).
+
+    They are kept in `runs/<profile>/reliability/`.
+
+    Args:
+        config: weights, settings and perception models.
+        method: one of `VARIANTS`, or `base`.
+        faces: how many test faces, the first ones.
+
+    Returns:
+        Rows t, metric (latent error (MSE), PSNR (dB), LPIPS, mask OAA (%), CLIP similarity), value,
+        ci_low, ci_high, n.
+    """
     import pandas as pd
 
-    parts = []
+    dataset = open_dataset(config, "test")
+    ids = dataset.ids[:faces]
+    cache = reliability_file(config, method, method, dataset, [faces, code_digest(CODE)])
+    if cache.is_file():
+        return pd.read_csv(cache)
+    model = Estimator(config, method, dataset)
+    models = perception_models(config)
+    curves = reliability(
+        (model.batch(ids[i : i + 16]) for i in range(0, len(ids), 16)),
+        model,
+        lpips=models.lpips,
+        parser=models.parsers["guiding"],
+        clip=models.clips["guiding"],
+        resamples=config.evaluation.bootstrap,
+        seed=config.seed,
+    )
+    curves = curves[curves["metric"].isin(LABELS)]
+    curves = curves.assign(metric=curves["metric"].map(LABELS))
+    curves = curves.sort_values(["metric", "t"], ignore_index=True)
+    write_frame(cache, curves)
+    return curves
+
+
+def reverse_examples(
+    config: Config, method: str, ids: Sequence[str], times: Sequence[float]
+) -> Tensor:
+    """Decoded reverse estimates of test faces: `faces times 3 h w` in [-1, 1]."""
+    model = Estimator(config, method, open_dataset(config, "test"))
+    batch = model.batch(ids)
+    noise = torch.randn(batch["z"].shape, generator=torch.Generator().manual_seed(config.seed))
+    noise = noise.to(batch["z"])
+    columns = [reverse_estimation(batch, t, noise, model)[1].cpu() for t in times]
+    return torch.stack(columns, 1)
+
+
+# ------------------------------------------------------------------- reliability along t (Fig. 2)
+
+
+@torch.no_grad()
+def reverse_estimation(
+    batch: Mapping[str, Any], t: float, noise: Tensor, model: Model
+) -> tuple[Tensor, Tensor]:
+    """Noise a batch to time t and step straight back (Eq. 5).
+
+    Args:
+        batch: latents `z`, `b c h w`, and the conditions of the model.
+        t: in [0, 1].
+        noise: of the shape of z.
+        model: velocity and decoder.
+
+    Returns:
+        z_tilde, the estimated latents, and x_tilde, their image in [-1, 1].
+    """
+    z = batch["z"]
+    times = torch.full((len(z),), t, device=z.device)
+    z_t = interpolate(z, noise, times)
+    z_tilde = reverse_estimate(z_t, model.velocity(z_t, times, batch), times)
+    return z_tilde, model.decode(z_tilde).clamp(-1, 1)
+
+
+@torch.no_grad()
+def reliability(
+    batches: Iterable[Mapping[str, Any]],
+    model: Model,
+    times: Sequence[float] = TIMES,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    parser: Any = None,
+    clip: Any = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> DataFrame:
+    """How good reverse estimation is at each time (Fig. 2).
+
+    Args:
+        batches: mappings with `z` (latents `b c h w`), with `image` (`b 3 h w` in [-1, 1]; without
+            it the decoded z is the reference) and, for the parser, `label_map` (`b h w`).
+        model: velocity and decoder.
+        times: in [0, 1].
+        lpips: distance of images to references, `(b,)`.
+        parser: a `FaceParser`; the label map is its target.
+        clip: a `ClipScorer`; compares estimated and real image.
+        resamples: of the bootstrap.
+        seed: of the noise, which is the same at every time, and of the bootstrap.
+
+    Returns:
+        Rows t, metric, value, ci_low, ci_high, n. Metrics: latent_mse, psnr (dB), and as given
+        lpips, pixel_accuracy and OAA (percent), clip_similarity (cosine).
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    scores: dict[tuple[float, str], list[Tensor]] = {}
+    for index, batch in enumerate(tqdm(batches, desc="reliability", leave=False, mininterval=1)):
+        z = batch["z"]
+        generator = torch.Generator().manual_seed(1_000_003 * seed + index)
+        noise = torch.randn(z.shape, generator=generator).to(z)
+        reference = batch["image"].to(z) if "image" in batch else model.decode(z).clamp(-1, 1)
+        real_features = clip.image_features(reference) if clip else None
+        for t in times:
+            z_tilde, x_tilde = reverse_estimation(batch, t, noise, model)
+            values = {
+                "latent_mse": (z_tilde - z).square().flatten(1).mean(1),
+                "psnr": psnr(x_tilde, reference),
+            }
+            if lpips:
+                values["lpips"] = lpips(x_tilde, reference)
+            if parser:
+                target = batch["label_map"].to(z.device)
+                values["counts"] = torch.stack(mask_counts(parser.parse(x_tilde), target), 1)
+            if clip:
+                values["clip_similarity"] = (clip.image_features(x_tilde) * real_features).sum(1)
+            for metric, value in values.items():
+                scores.setdefault((t, metric), []).append(value.double().cpu())
+
+    rows = []
+    for (t, metric), parts in scores.items():
+        values = torch.cat(parts).numpy()
+        if metric != "counts":
+            interval = bootstrap_interval(values, resamples, seed)
+            rows.append({"t": t, "metric": metric, **interval._asdict()})
+            continue
+        correct = values[:, 0]
+        support = values[:, 1]
+        share = bootstrap_interval(100 * correct.sum(1) / support.sum(1), resamples, seed)
+        rows.append({"t": t, "metric": "pixel_accuracy", **share._asdict()})
+        overall = bootstrap_accuracy(correct, support, resamples, seed).iloc[0]
+        rows.append({"t": t, **overall.drop("pixels")})
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------- beta(t) and the curves
+
+
+def normalised(curves: DataFrame) -> DataFrame:
+    """Reliability curves with value, ci_low and ci_high scaled to [0, 1], metric by metric.
+
+    1 is the reliable end: the best value of a metric that falls with t (PSNR), as of one that rises
+    (LPIPS); the direction is taken from the curve's two ends.
+    """
+    curves = curves.copy()
     for _, rows in curves.groupby("metric"):
-        rows = rows.sort_values("t")
-        first, last = rows["value"].iloc[0], rows["value"].iloc[-1]
-        worst = rows["value"].min() if first > last else rows["value"].max()
-        best = rows["value"].max() if first > last else rows["value"].min()
+        value = rows.sort_values("t")["value"].astype(float)
+        falls = value.iloc[0] > value.iloc[-1]
+        best = value.max() if falls else value.min()
+        worst = value.min() if falls else value.max()
+        columns = [name for name in ("value", "ci_low", "ci_high") if name in curves]
         span = best - worst if best != worst else 1.0
-        parts.append(rows.assign(value=(rows["value"] - worst) / span)[["t", "metric", "value"]])
-    return pd.concat(parts, ignore_index=True)
+        curves.loc[rows.index, columns] = (rows[columns] - worst) / span
+    return curves
 
 
 def describe_curves(curves: DataFrame) -> str:
-    """Each metric at both ends, and the t at which half of the way between is passed."""
-    scaled, lines = scaled_curves(curves), []
+    """Each metric at both ends, and the t at which it has lost half of its range."""
+    scaled = normalised(curves)
+    lines = []
     for metric, rows in curves.groupby("metric"):
-        ends = rows.sort_values("t")["value"].iloc[[0, -1]].tolist()
-        way = scaled[scaled["metric"] == metric].sort_values("t")
-        below = way.loc[way["value"] < 0.5, "t"]
-        half = f"half of the way is passed before t = {below.min():g}" if len(below) else "no fall"
-        lines.append(f"{metric}: {ends[0]:.3g} at t = 0, {ends[1]:.3g} at t = 1; {half}")
+        first, last = rows.sort_values("t")["value"].iloc[[0, -1]]
+        curve = scaled[scaled["metric"] == metric].sort_values("t")
+        below = curve.loc[curve["value"] < 0.5, "t"]
+        half = f"below half of its range from t = {below.min():g}" if len(below) else "never falls"
+        lines.append(f"{metric}: {first:.3g} at t = 0, {last:.3g} at t = 1; {half}")
     return "\n".join(lines)
+
+
+def suggest_center(curve: DataFrame) -> tuple[float, float]:
+    """The beta(t) of Eq. 8 that follows one metric of `reliability`: its (steepness, center)."""
+    from scipy.optimize import curve_fit
+
+    if curve["metric"].nunique() != 1 or curve["value"].nunique() < 3:
+        raise ValueError(
+            "a curve has one metric and three values or more: curves[curves.metric == 'psnr']"
+        )
+    t, reliable = normalised(curve)[["t", "value"]].to_numpy(dtype=float).T
+    (steepness, center), _ = curve_fit(
+        _beta_values, t, reliable, p0=(10.0, 0.5), bounds=([0.0, 0.0], [200.0, 1.0])
+    )
+    return float(steepness), float(center)
 
 
 def fitted_beta(curves: DataFrame, config: Config) -> DataFrame:
@@ -166,16 +326,32 @@ def fitted_beta(curves: DataFrame, config: Config) -> DataFrame:
     for metric, rows in curves.groupby("metric"):
         if rows["value"].nunique() >= 3:
             settings[f"fitted to {metric}"] = suggest_center(rows)
-    t, rows = np.linspace(0, 1, 1001), []
+    t = np.linspace(0, 1, 1001)
+    rows = []
     for source, (steepness, center) in settings.items():
-        strongest = float(t[(t * beta_values(t, steepness, center)).argmax()])
+        strongest = float(t[(t * _beta_values(t, steepness, center)).argmax()])
         rows.append((source, steepness, center, strongest))
     return pd.DataFrame(rows, columns=["source", "steepness", "center", "strongest_at"])
 
 
+def _beta_values(t: np.ndarray, steepness: float, center: float) -> np.ndarray:
+    return beta(torch.from_numpy(t), float(steepness), float(center)).numpy()
+
+
+def describe_fits(fits: DataFrame) -> str:
+    """From the table of `fitted_beta`: the fitted settings beside those of the training."""
+    configured = fits.iloc[0]
+    fitted = fits.iloc[1:]
+    return (
+        f"Fitted centers {fitted['center'].min():.2f} to {fitted['center'].max():.2f} (configured "
+        f"{configured['center']:g}), slopes {fitted['steepness'].min():.1f} to "
+        f"{fitted['steepness'].max():.1f} (configured {configured['steepness']:g})."
+    )
+
+
 @styled
 def gradient_weights(settings: Sequence[tuple[float, float]]) -> Figure:
-    """β(t), and t · β(t): what the consistency losses' gradient at x̃ weighs in that of v.
+    """β(t), and t · β(t): the factor of the consistency losses' gradient at v.
 
     The estimate is z_t - t v, so that its derivative by v is -t.
 
@@ -187,8 +363,8 @@ def gradient_weights(settings: Sequence[tuple[float, float]]) -> Figure:
     for k, (steepness, center) in enumerate(settings):
         style = {"color": CYCLE[k], "lw": 2.4 if k == 0 else 1.4}
         label = f"$\\gamma_s$ = {steepness:g}, $t_c$ = {center:g}"
-        left.plot(t, beta_values(t, steepness, center), label=label, **style)
-        right.plot(t, t * beta_values(t, steepness, center), **style)
+        left.plot(t, _beta_values(t, steepness, center), label=label, **style)
+        right.plot(t, t * _beta_values(t, steepness, center), **style)
     left.set(title="β(t)", xlabel="t  (0 data, 1 noise)", xlim=(0, 1))
     right.set(title="t · β(t)", xlabel="t  (0 data, 1 noise)", xlim=(0, 1))
     for ax in (left, right):
@@ -201,31 +377,35 @@ def gradient_weights(settings: Sequence[tuple[float, float]]) -> Figure:
 
 
 def framework_facts(
-    config: Config, name: str, variant: str = "both", t: float = 0.3
+    config: Config, name: str, method: str = "both", t: float = 0.3
 ) -> dict[str, Any]:
-    """What `diagram.framework_diagram` draws, read off the loaded modules.
+    """The content of `plots.diagram.framework_diagram`, taken from the loaded modules.
 
     Args:
+        config: the profile.
         name: a training face, whose pictures are shown.
+        method: one of `VARIANTS`.
         t: time of the shown estimate.
     """
     from matplotlib import colormaps
 
-    dataset, test = open_dataset(config, "train"), [name]
-    model, critics = Estimator(config, variant, dataset), load_critics(config)
-    b, batch = model.backbone, model.batch(test)
-    z, noise = batch["z"], torch.randn(batch["z"].shape, generator=torch.Generator().manual_seed(0))
-    noise = noise.to(z)
-    _, estimate = reverse_estimation(batch, t, noise, model.velocity, model.decode)
+    dataset = open_dataset(config, "train")
+    model = Estimator(config, method, dataset)
+    models = perception_models(config)
+    b = model.backbone
+    batch = model.batch([name])
+    z = batch["z"]
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    _, estimate = reverse_estimation(batch, t, noise, model)
 
     counts = dataset.label_counts()
     weights = long_tail_weights(batch["label_map"].cpu(), counts)[0].log()
+    every_weight = class_weights(counts)
     heat = (weights - weights.min()) / (weights.max() - weights.min())
-    every = class_weights(counts)
     parts = {
         "text_encoder": b.text_encoder, "text_encoder_2": b.text_encoder_2, "vae": b.vae,
-        "transformer": b.transformer, "clip": critics.clips[GUIDING].model,
-        "parser": critics.parsers[GUIDING].net,
+        "transformer": b.transformer, "clip": models.clips["guiding"].model,
+        "parser": models.parsers["guiding"].net,
     }  # fmt: skip
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
     named = b.transformer.named_parameters()
@@ -242,7 +422,9 @@ def framework_facts(
         "blocks": (b.transformer.config.num_layers, b.transformer.config.num_single_layers),
         "rank": config.lora.rank,
         "loss": config.loss,
-        "weights": {c: float(w) for c, w, n in zip(CLASSES, every, counts, strict=True) if n},
+        "weights": {
+            c: float(w) for c, w, n in zip(CLASSES, every_weight, counts, strict=True) if n
+        },
         "caption": dataset.manifest_caption(name),
         "pictures": {
             "image": picture(batch["image"][0]),
@@ -251,144 +433,3 @@ def framework_facts(
             "weights": colormaps["magma"](heat.numpy())[..., :3],
         },
     }
-
-
-def about_fits(fits: DataFrame) -> str:
-    """From `estimation.fitted_beta`: where the measured knees lie, and what trains the model."""
-    set_, fitted = fits.iloc[0], fits.iloc[1:]
-    return (
-        f"Fitted centers {fitted['center'].min():.2f} to {fitted['center'].max():.2f} (configured "
-        f"{set_['center']:g}), slopes {fitted['steepness'].min():.1f} to "
-        f"{fitted['steepness'].max():.1f} (configured {set_['steepness']:g})."
-    )
-
-
-Decoder = Callable[[Tensor], Tensor]  # latents b c h w -> images b 3 h w in [-1, 1]
-
-Velocity = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]  # (z_t, t, batch) -> v
-
-
-# --- reliability of reverse estimation ------------------------------------------------------------
-
-
-@torch.no_grad()
-def reverse_estimation(
-    batch: Mapping[str, Any], t: float, noise: Tensor, velocity: Velocity, decode: Decoder
-) -> tuple[Tensor, Tensor]:
-    """Noise a batch to time t and step straight back (Eq. 5).
-
-    Returns:
-        z_tilde, the estimated latents, and x_tilde, their image in [-1, 1].
-    """
-    z = batch["z"]
-    times = torch.full((len(z),), t, device=z.device)
-    z_t = interpolate(z, noise, times)
-    z_tilde = reverse_estimate(z_t, velocity(z_t, times, batch), times)
-    return z_tilde, decode(z_tilde).clamp(-1, 1)
-
-
-@torch.no_grad()
-def reliability(
-    batches: Iterable[Mapping[str, Any]],
-    velocity: Velocity,
-    decode: Decoder,
-    times: Sequence[float] = tuple(i / 10 for i in range(11)),
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-    parser: Any = None,
-    clip: Any = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> DataFrame:
-    """How good reverse estimation is at each time (Fig. 2).
-
-    Args:
-        batches: mappings with `z` (latents `b c h w`), with `image` (`b 3 h w` in [-1, 1]; without
-            it the decoded z is the reference) and, for the parser, `label_map` (`b h w`).
-        velocity: the model, called as `velocity(z_t, t, batch)`.
-        decode: latents to images.
-        times: the grid, in [0, 1].
-        lpips: distance of images to references, `(b,)`.
-        parser: a `FaceParser`; the label map is its target.
-        clip: a `ClipScorer`; compares estimated and real image.
-        seed: of the noise, which is the same at every time, and of the bootstrap.
-
-    Returns:
-        Rows t, metric, value, ci_low, ci_high, n. Metrics: latent_mse, psnr (dB), and as given
-        lpips, pixel_accuracy and OAA (percent), clip_similarity (cosine).
-    """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
-    scores: dict[tuple[float, str], list[Tensor]] = {}
-    for index, batch in enumerate(tqdm(batches, desc="reliability", leave=False, mininterval=1)):
-        z = batch["z"]
-        generator = torch.Generator().manual_seed(1_000_003 * seed + index)
-        noise = torch.randn(z.shape, generator=generator).to(z)
-        reference = batch["image"].to(z) if "image" in batch else decode(z).clamp(-1, 1)
-        real_features = clip.image_features(reference) if clip else None
-        for t in times:
-            z_tilde, x_tilde = reverse_estimation(batch, t, noise, velocity, decode)
-            found = {
-                "latent_mse": (z_tilde - z).square().flatten(1).mean(1),
-                "psnr": psnr(x_tilde, reference),
-            }
-            if lpips:
-                found["lpips"] = lpips(x_tilde, reference)
-            if parser:
-                target = batch["label_map"].to(z.device)
-                correct = pixel_counts(target, where=parser.parse(x_tilde) == target)
-                found["counts"] = torch.stack([correct, pixel_counts(target)], 1)
-            if clip:
-                found["clip_similarity"] = (clip.image_features(x_tilde) * real_features).sum(1)
-            for metric, values in found.items():
-                scores.setdefault((t, metric), []).append(values.double().cpu())
-
-    rows = []
-    for (t, metric), parts in scores.items():
-        values = torch.cat(parts).numpy()
-        if metric != "counts":
-            interval = bootstrap_interval(values, resamples, seed)
-            rows.append({"t": t, "metric": metric, **interval._asdict()})
-            continue
-        correct, support = values[:, 0], values[:, 1]
-        share = bootstrap_interval(100 * correct.sum(1) / support.sum(1), resamples, seed)
-        rows.append({"t": t, "metric": "pixel_accuracy", **share._asdict()})
-        overall = bootstrap_accuracy(correct, support, resamples, seed).iloc[0]
-        rows.append({"t": t, **overall.drop("pixels")})
-    return pd.DataFrame(rows)
-
-
-def normalised(curves: DataFrame) -> DataFrame:
-    """Reliability curves with value, ci_low and ci_high brought to [0, 1], metric by metric.
-
-    1 is the reliable end: the best value of a metric that falls with t (PSNR), as of one that rises
-    (LPIPS); the direction is read off the curve's two ends.
-    """
-    curves = curves.copy()
-    for _, rows in curves.groupby("metric"):
-        value = rows.sort_values("t")["value"].astype(float)
-        best, worst = value.max(), value.min()
-        if value.iloc[0] < value.iloc[-1]:
-            best, worst = worst, best
-        columns = [name for name in ("value", "ci_low", "ci_high") if name in curves]
-        curves.loc[rows.index, columns] = (rows[columns] - worst) / (best - worst)
-    return curves
-
-
-def suggest_center(curve: DataFrame) -> tuple[float, float]:
-    """The beta(t) of Eq. 8 that follows one metric of `reliability`: its (steepness, center)."""
-    from scipy.optimize import curve_fit
-
-    if curve["metric"].nunique() != 1 or curve["value"].nunique() < 3:
-        raise ValueError(
-            "a curve has one metric and three values or more: curves[curves.metric == 'psnr']"
-        )
-    t, reliable = normalised(curve)[["t", "value"]].to_numpy(dtype=float).T
-
-    def logistic(t: np.ndarray, steepness: float, center: float) -> np.ndarray:
-        return 1 / (1 + np.exp(steepness * (t - center)))
-
-    (steepness, center), _ = curve_fit(
-        logistic, t, reliable, p0=(10.0, 0.5), bounds=([0.0, 0.0], [200.0, 1.0])
-    )
-    return float(steepness), float(center)

@@ -1,11 +1,9 @@
-"""`REPORT.md`: claim by claim the paper's number, ours with its interval, and whether it holds.
+"""`REPORT.md`: for each claim the paper's number, ours with its interval, and whether it holds.
 
-    python -m ec2face_lab report --profile mini
-
-Made from the tables that the notebooks wrote (`figures/<profile>/*.csv`) and the paper's own
-(`data/paper/*.csv`), so it says what they say. A claim holds if the 95 % interval of the difference
-lies above 0 (or above the bound that the claim names) and every training seed says so, too; `not
-seen` is an interval that holds 0.
+It is made from the tables that the notebooks wrote (`figures/<profile>/*.csv`) and the paper's own
+(`data/paper/*.csv`). A claim holds if the 95 % interval of the difference lies above 0 (or above
+the bound that the claim names) and the difference of every training seed does, too. It is
+inconclusive if the interval contains that bound.
 """
 
 from __future__ import annotations
@@ -29,13 +27,13 @@ if TYPE_CHECKING:
 class Claim:
     """One difference that the paper reports: `first - second` in a metric of a table."""
 
-    says: str
+    statement: str
     metric: str
     label: str  # row of ablation_differences
     table: int  # of the paper
     first: str
     second: str
-    least: float = 0.0  # the interval has to lie above it
+    bound: float = 0.0  # the interval has to lie above it
 
 
 LTAL = ("with LTAL - without", 3, "with_ltal", "without_ltal")
@@ -43,7 +41,7 @@ LTAL = ("with LTAL - without", 3, "with_ltal", "without_ltal")
 CLAIMS = (
     Claim("long-tail learning lifts the rare attributes", "RFA", *LTAL),
     Claim("... and overall accuracy", "OAA", *LTAL),
-    Claim("... at little cost to the frequent ones (at most 0.5)", "HFA", *LTAL, least=-0.5),
+    Claim("... at little cost to the frequent ones (at most 0.5)", "HFA", *LTAL, bound=-0.5),
     Claim("mask consistency lifts accuracy", "OAA", "mask - none", 4, "mask", "none"),
     Claim("text consistency lifts the text score", "Text", "text - none", 4, "text", "none"),
     Claim("both together keep the one", "OAA", "both - none", 4, "both", "none"),
@@ -54,21 +52,21 @@ CLAIMS = (
 SWEPT = {
     "beta": ("Which β(t), and is it needed?", "03, 09"),
     "weights": ("What do very large class weights do?", "01, 09"),
-    "lora": ("LoRA on mask tokens alone, and of which rank?", "09"),
-    "attention": ("May mask tokens see mask tokens only?", "09"),
+    "lora": ("LoRA on mask tokens only, and of which rank?", "09"),
+    "attention": ("Is attention among mask tokens alone enough?", "09"),
     "dropout": ("How often should a condition be dropped?", "09"),
-    "length": ("Would longer training bring the gain of the weights as well?", "09"),
+    "length": ("Would longer training give the gain of the weights, too?", "09"),
 }
 
 HEAD = """# Claim by claim
 
 Profile `{profile}`, {n} test faces, training seeds {seeds}. Ours: the difference of two variants on
 the same faces, the mean over the seeds, with its 95 % interval over faces; then each seed alone.
-Scored by the critics that did not guide training, and once more by those that did: a gain that only
-the guiding critics see is not a gain. Made from the CSVs of this folder by
+Scored by the perception models that did not guide training, and once more by those that did: a gain
+that only the guides measure is not a gain. Made from the CSVs of this folder by
 `python -m ec2face_lab report`.
 
-| claim | paper | ours | each seed | guiding critics | |
+| claim | paper | ours | each seed | scored by the guides | |
 |---|---:|---:|---:|---:|---|
 """
 
@@ -82,7 +80,8 @@ def report(config: Config) -> str:
     differences = _table(config, "ablation_differences")
     seeds = _table(config, "ablation_seeds")
     own = differences[differences["critic"] == "independent"]
-    used, n = str(own["seeds"].iloc[0]), int(own["n"].max())
+    used = str(own["seeds"].iloc[0])
+    n = int(own["n"].max())
     lines = [HEAD.format(profile=config.profile, n=n, seeds=used).rstrip("\n")]
     for claim in CLAIMS:
         paper = _paper_difference(claim)
@@ -92,12 +91,12 @@ def report(config: Config) -> str:
         alone = alone[(alone["metric"] == claim.metric) & (alone["critic"] == "independent")]
         each = ", ".join(f"{value:+.2f}" for value in alone["value"])
         lines.append(
-            f"| {claim.says}: {claim.metric} | {paper:+.2f} | {_interval(ours)} | {each} | "
-            f"{_interval(guiding)} | {verdict(ours, claim.least, list(alone['value']))} |"
+            f"| {claim.statement}: {claim.metric} | {paper:+.2f} | {_interval(ours)} | {each} | "
+            f"{_interval(guiding)} | {verdict(ours, claim.bound, list(alone['value']))} |"
         )
     lines += ["", "## Against the ceilings", "", *_ceilings(config)]
     lines += ["", "## Against the comparison systems", "", *_leads(config)]
-    lines += ["", "## What reviewers asked", "", *_questions(config)]
+    lines += ["", "## Questions of reviewers", "", *_questions(config)]
     return "\n".join(lines) + "\n"
 
 
@@ -116,19 +115,22 @@ def paper_differences() -> DataFrame:
     return pd.DataFrame(rows, columns=["method", "metric", "value"])
 
 
-def verdict(row: Sequence[float], least: float = 0.0, each: Sequence[float] = ()) -> str:
-    """What an interval `(value, low, high)` allows to say of "the difference is above `least`".
+def verdict(row: Sequence[float], bound: float = 0.0, each: Sequence[float] = ()) -> str:
+    """Whether "the difference is above `bound`" holds.
 
-    each: the difference of every training seed; a claim holds only if all of them say so.
+    Args:
+        row: the difference as (value, low, high).
+        bound: to be exceeded.
+        each: the difference of every training seed; a claim holds only if all exceed the bound.
     """
     _, low, high = row
-    if low > least:
-        return "holds" if all(value > least for value in each) else "not in every training"
-    return "does not hold" if high < least else "not seen"
+    if low > bound:
+        return "holds" if all(value > bound for value in each) else "not for every seed"
+    return "does not hold" if high < bound else "inconclusive"
 
 
 def _ceilings(config: Config) -> list[str]:
-    """How much of what real images reach EC²Face reaches, known world and foreign."""
+    """EC²Face's scores as shares of the real images', on test and on zero-shot faces."""
     lines = ["| faces | metric | EC²Face | real images | share |", "|---|---|---:|---:|---:|"]
     for name, faces in (("table1", "test"), ("table2", "zero-shot")):
         rows = _table(config, name)
@@ -142,20 +144,22 @@ def _ceilings(config: Config) -> list[str]:
 
 
 def _leads(config: Config) -> list[str]:
-    """EC²Face minus each comparison system on the test faces, the paper's difference beside it."""
+    """EC²Face minus each comparison system on the test faces, beside the paper's difference."""
     if not (config.figure_dir / "table1_lead.csv").is_file():
         return ["No system has pictures or weights here."]
-    rows, paper, metrics = _table(config, "table1_lead"), paper_table(1), ("Text", "OAA", "RFA")
-    paper = paper.pivot(index="method", columns="metric", values="value")
+    rows = _table(config, "table1_lead")
+    metrics = ("Text", "OAA", "RFA")
+    paper = paper_table(1).pivot(index="method", columns="metric", values="value")
     lines = [
-        "One training of EC²Face minus a miniature of each system on the same faces, independent",
-        "critics; then the paper's difference, where it compares with it.",
+        "One training of EC²Face minus a miniature of each system on the same faces, scored by the",
+        "independent perception models; then the paper's difference, if it has this system.",
         "",
         f"| EC²Face minus | {' | '.join(metrics)} |",
         "|---|---|---|---|",
     ]
     for method in dict.fromkeys(rows["method"]):
-        name, cells = method.partition(" - ")[2], []
+        name = method.partition(" - ")[2]
+        cells = []
         for metric in metrics:
             ours = _cell(rows, method, metric, "independent")
             theirs = ""
@@ -167,14 +171,13 @@ def _leads(config: Config) -> list[str]:
 
 
 def _questions(config: Config) -> list[str]:
-    """The questions that were put to the paper, and what the miniature answers."""
-    differences, hand = (_table(config, name) for name in ("ablation_differences", "hand_drawn"))
+    """Questions of reviewers, and the miniature's answers."""
+    differences = _table(config, "ablation_differences")
     sweeps, _ = kept_sweeps(config)
-    guided = {
-        critic: _cell(differences, "both - none", "OAA", critic)[0]
-        for critic in ("independent", "guiding")
-    }
-    edits = common_accuracy(hand)
+    independent, guiding = (
+        _cell(differences, "both - none", "OAA", role)[0] for role in ("independent", "guiding")
+    )
+    edits = common_accuracy(_table(config, "hand_drawn"))
     worst = edits.idxmin()
     foreign, known = (
         _cell(_table(config, name), "EC2Face", "OAA", "independent")[0]
@@ -183,12 +186,12 @@ def _questions(config: Config) -> list[str]:
     answers = [
         (
             "The parser is both loss and metric: is the gain real?",
-            f"Scored by a parser that never guided: both - none, OAA {guided['independent']:+.2f}; "
-            f"by the guiding one {guided['guiding']:+.2f}",
+            f"Scored by an independent parser: both - none, OAA {independent:+.2f}; "
+            f"by the guiding one {guiding:+.2f}",
             "06, `critics`",
         ),
         (
-            "Where may a reverse estimate be trusted?",
+            "Where is a reverse estimate reliable?",
             "Latent error, LPIPS, parser and CLIP against t, with bands",
             "02, `fig2`",
         ),
@@ -203,7 +206,7 @@ def _questions(config: Config) -> list[str]:
             "10, `hand_drawn`",
         ),
         (
-            "Faces and words of another world?",
+            "Faces and words from another data set?",
             f"OAA {foreign:.1f} on the zero-shot faces, {known:.1f} on the test faces",
             "05, `table2`",
         ),
@@ -226,11 +229,12 @@ def _paper_difference(claim: Claim) -> float:
     return float(first - second)
 
 
-def _cell(rows: DataFrame, method: str, metric: str, critic: str) -> tuple[float, float, float]:
-    found = rows[
-        (rows["method"] == method) & (rows["metric"] == metric) & (rows["critic"] == critic)
+def _cell(rows: DataFrame, method: str, metric: str, role: str) -> tuple[float, float, float]:
+    """(value, ci_low, ci_high) of one cell."""
+    row = rows[
+        (rows["method"] == method) & (rows["metric"] == metric) & (rows["critic"] == role)
     ].iloc[0]
-    return found["value"], found["ci_low"], found["ci_high"]
+    return row["value"], row["ci_low"], row["ci_high"]
 
 
 def _interval(row: Sequence[float]) -> str:

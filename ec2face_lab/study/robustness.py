@@ -1,8 +1,7 @@
-"""Masks that no face was parsed from: drawn by hand, at odds with the text, or never seen together.
+"""Masks unlike the training masks: drawn by hand, contradicting the text, or of rare combinations.
 
-What a user of the model will give it, and what reviewers of the paper asked for. Accuracy is
-measured against the mask that was *given*. Lengths are in pixels of a 64 px face and grow with the
-mask.
+Accuracy is measured against the mask that is the condition. Lengths are in pixels of a 64 px face
+and scale with the mask.
 """
 
 from __future__ import annotations
@@ -21,35 +20,36 @@ from ec2face_core.data import FaceDataset, open_dataset
 
 from .faces import faces
 from .intervals import bootstrap_interval
-from .pictures import evaluated_ids, sample_grid
-from .scores import CRITICS, load_critics
+from .pictures import sample_grid
+from .scores import evaluated_ids, perception_models
 from .unimodal import score_pictures
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 
-# class -> the words that say it in a caption
-SAID = {"eye_g": ("glasses",), "hat": ("hat",), "ear_r": ("earring",)}
+# class -> words of a caption that ask for it
+WORDS = {"eye_g": ("glasses",), "hat": ("hat",), "ear_r": ("earring",)}
 
-LARGE = ("background", "skin")  # what a hand fills last
+LARGE = ("background", "skin")  # classes that fill the gaps
 
 
 # ----------------------------------------------------------------------------------------- edits
 
 
 def edited(label_map: Tensor, edit: str) -> Tensor:
-    """A label map `h w` as one of `EDITS` leaves it; drawn at 256 pixels and more."""
+    """A label map `h w` after one of `EDITS`, which works at 256 pixels or more."""
     fine = max(1, -(-256 // len(label_map)))
     ids = np.kron(label_map.numpy(), np.ones((fine, fine), np.int64))
     return torch.from_numpy(EDITS[edit](ids)[fine // 2 :: fine, fine // 2 :: fine].copy())
 
 
 def dilate(ids: np.ndarray, radius: float = 1.0) -> np.ndarray:
-    """Every part drawn with a brush that is too thick, small parts on top of large ones."""
+    """Every part painted with too thick a brush, small parts on top of large ones."""
     from scipy.ndimage import binary_dilation
 
-    out, disk = ids.copy(), _disk(radius * len(ids) / 64)
+    out = ids.copy()
+    disk = _disk(radius * len(ids) / 64)
     for c in _by_area(ids):
         if c != CLASS_ID["background"]:
             out[binary_dilation(ids == c, disk)] = c
@@ -57,10 +57,11 @@ def dilate(ids: np.ndarray, radius: float = 1.0) -> np.ndarray:
 
 
 def erode(ids: np.ndarray, radius: float = 0.5) -> np.ndarray:
-    """Every part but the skin drawn too small; what lies next to it fills the gap."""
+    """Every part but the skin painted too small; its neighbours fill the gap."""
     from scipy.ndimage import binary_erosion
 
-    out, disk = ids.copy(), _disk(radius * len(ids) / 64)
+    out = ids.copy()
+    disk = _disk(radius * len(ids) / 64)
     for c in _by_area(ids):
         if c not in [CLASS_ID[name] for name in LARGE]:
             rim = (ids == c) & ~binary_erosion(ids == c, disk, border_value=1)
@@ -69,15 +70,16 @@ def erode(ids: np.ndarray, radius: float = 0.5) -> np.ndarray:
 
 
 def jitter(ids: np.ndarray, amplitude: float = 1.5, seed: int = 0) -> np.ndarray:
-    """A trembling hand: outlines moved by up to about `amplitude`, smoothly along them."""
+    """A trembling hand: outlines moved smoothly by up to about `amplitude`."""
     from scipy.ndimage import gaussian_filter, map_coordinates
 
-    size, scale = len(ids), len(ids) / 64
+    size = len(ids)
+    scale = size / 64
     noise = np.random.default_rng(seed).standard_normal((2, size, size))
     moves = np.stack([gaussian_filter(part, 3 * scale) for part in noise])
     moves *= amplitude * scale / np.abs(moves).max()
-    at = np.indices(ids.shape) + moves
-    return map_coordinates(ids, at, order=0, mode="nearest")
+    positions = np.indices(ids.shape) + moves
+    return map_coordinates(ids, positions, order=0, mode="nearest")
 
 
 def polygonise(ids: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
@@ -85,13 +87,15 @@ def polygonise(ids: np.ndarray, tolerance: float = 1.0) -> np.ndarray:
     from skimage.draw import polygon2mask
     from skimage.measure import approximate_polygon, find_contours
 
-    out, filled = ids.copy(), np.zeros(ids.shape, bool)
+    out = ids.copy()
+    filled = np.zeros(ids.shape, bool)
     for c in _by_area(ids):
         inside = np.zeros(ids.shape, bool)
         for outline in find_contours(np.pad(ids == c, 1).astype(float), 0.5):
             strokes = approximate_polygon(outline - 1, tolerance * len(ids) / 64)
             inside ^= polygon2mask(ids.shape, strokes)  # an outline within an outline is a hole
-        out[inside], filled = c, filled | inside
+        out[inside] = c
+        filled |= inside
     return _fill(out, filled)
 
 
@@ -106,8 +110,8 @@ EDITS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def _by_area(ids: np.ndarray) -> list[int]:
     """The classes of a mask, the largest first."""
-    found, areas = np.unique(ids, return_counts=True)
-    return found[np.argsort(-areas, kind="stable")].tolist()
+    classes, areas = np.unique(ids, return_counts=True)
+    return classes[np.argsort(-areas, kind="stable")].tolist()
 
 
 def _disk(radius: float) -> np.ndarray:
@@ -120,30 +124,36 @@ def _fill(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
     """The class of the nearest known pixel."""
     from scipy.ndimage import distance_transform_edt
 
-    _, at = distance_transform_edt(~known, return_indices=True)
-    return ids[tuple(at)]
+    _, nearest = distance_transform_edt(~known, return_indices=True)
+    return ids[tuple(nearest)]
 
 
 # ----------------------------------------------------------------------------------- experiments
 
 
 def hand_drawn(
-    config: Config, variant: str, count: int = 48
+    config: Config, method: str, count: int = 48
 ) -> tuple[DataFrame, dict[str, tuple[Tensor, Tensor]]]:
-    """The first test faces with altered masks, captions and noise the same.
+    """The first test faces with edited masks; captions and noise are the same.
+
+    Args:
+        config: weights and sampling.
+        method: one of `VARIANTS`.
+        count: how many faces.
 
     Returns:
-        Long rows by critic, method = edit, of the scores against the mask given; and
+        Long rows by role, method = edit, of the scores against the edited mask; and
         edit -> (label maps `b h w`, images `b 3 h w` in [-1, 1]).
     """
     import pandas as pd
 
     dataset = open_dataset(config, "test")
     texts, maps, _ = faces(dataset, evaluated_ids(config, dataset, count)[:count])
-    shown, parts = {}, []
+    shown = {}
+    parts = []
     for name in EDITS:
         given = torch.stack([edited(label_map, name) for label_map in maps])
-        images = sample_grid(config, variant, "hand_drawn", texts, given, seeds=1)[:, 0]
+        images = sample_grid(config, method, "hand_drawn", texts, given, seeds=1)[:, 0]
         shown[name] = (given, images)
         parts.append(score_pictures(config, images, texts, given).assign(method=name))
     rows = pd.concat(parts, ignore_index=True)
@@ -151,12 +161,17 @@ def hand_drawn(
 
 
 def conflicts(
-    config: Config, variant: str, count: int = 16
+    config: Config, method: str, count: int = 16
 ) -> tuple[DataFrame, dict[tuple[str, bool, bool], tuple[str, Tensor, Tensor]]]:
-    """Who wins where text and mask disagree? Masks with and without a thing, captions likewise.
+    """Which condition decides where text and mask contradict each other.
 
-    A picture *shows* a class if the independent parser finds half of the area that its masks have
-    in the median.
+    Masks with and without a class are combined with captions with and without it. A picture *shows*
+    a class if the independent parser finds half of the median area that the class has in masks.
+
+    Args:
+        config: weights and sampling.
+        method: one of `VARIANTS`.
+        count: pictures of each cell.
 
     Returns:
         Rows class, mask, text (whether they have it), value (% of the pictures that show it),
@@ -166,44 +181,47 @@ def conflicts(
 
     dataset = open_dataset(config, "test")
     texts, maps, _ = faces(dataset, evaluated_ids(config, dataset))
-    areas, rows, shown = pixel_counts(maps), [], {}
-    parser, how = load_critics(config).parsers[CRITICS[0]], (config.evaluation.bootstrap, 0)
-    for name, words in SAID.items():
+    areas = pixel_counts(maps)
+    parser = perception_models(config).parsers["independent"]
+    rows = []
+    shown = {}
+    for name, words in WORDS.items():
         area = areas[:, CLASS_ID[name]]
         if not (area > 0).any():
             continue
         enough = float(area[area > 0].float().median()) / 2
-        said = torch.tensor([any(word in text.lower() for word in words) for text in texts])
+        asked = torch.tensor([any(word in text.lower() for word in words) for text in texts])
         for has, says in itertools.product((True, False), repeat=2):
             masks = torch.nonzero((area >= enough) if has else (area == 0)).flatten()[:count]
-            sentences = torch.nonzero(said if says else ~said & (area == 0)).flatten()[:count]
+            sentences = torch.nonzero(asked if says else ~asked & (area == 0)).flatten()[:count]
             if not len(masks) or not len(sentences):
                 continue
             n = min(count, max(len(masks), len(sentences)))
             given = maps[masks[torch.arange(n) % len(masks)]]
             prompts = [texts[sentences[i % len(sentences)]] for i in range(n)]
-            images = sample_grid(config, variant, f"conflict_{name}", prompts, given, seeds=1)[:, 0]
+            images = sample_grid(config, method, f"conflict_{name}", prompts, given, seeds=1)[:, 0]
             parsed = parser.parse(images.to(parser.device)).cpu()
-            found = (parsed == CLASS_ID[name]).flatten(1).sum(1) >= enough
-            interval = bootstrap_interval(100 * found.double(), *how)
+            visible = (parsed == CLASS_ID[name]).flatten(1).sum(1) >= enough
+            resamples = config.evaluation.bootstrap
+            interval = bootstrap_interval(100 * visible.double(), resamples, seed=0)
             rows.append({"class": name, "mask": has, "text": says, **interval._asdict()})
             shown[name, has, says] = (prompts[0], given[0], images[0])
     return pd.DataFrame(rows), shown
 
 
 def conflict_rows(rows: DataFrame) -> DataFrame:
-    """The rows of `conflicts` in the long form: metric `shown`, a method for each cell."""
+    """The rows of `conflicts` in the long form: metric `shown`, one method for each cell."""
     yes = {True: "yes", False: "no"}
     cells = [
         f"{display_name(CLASS_ID[row['class']])}: mask {yes[row['mask']]}, text {yes[row['text']]}"
         for _, row in rows.iterrows()
     ]
     long = rows[["value", "ci_low", "ci_high", "n"]]
-    return long.assign(table="conflicts", method=cells, metric="shown", critic=CRITICS[0])
+    return long.assign(table="conflicts", method=cells, metric="shown", critic="independent")
 
 
 def rarest_pairs(dataset: FaceDataset, classes: Sequence[str]) -> list[tuple[str, str, int]]:
-    """Pairs of classes and how many faces of a data set have both, the fewest first."""
+    """Pairs of classes with the number of faces that have both, rarest pair first."""
     maps = torch.stack([dataset.label_map(name) for name in dataset.ids])
     has = {name: pixel_counts(maps)[:, CLASS_ID[name]] > 0 for name in classes}
     pairs = [(a, b, int((has[a] & has[b]).sum())) for a, b in itertools.combinations(classes, 2)]
@@ -211,9 +229,15 @@ def rarest_pairs(dataset: FaceDataset, classes: Sequence[str]) -> list[tuple[str
 
 
 def unseen_pairs(
-    config: Config, variant: str, count: int = 16, pairs: int = 3
+    config: Config, method: str, count: int = 16, pairs: int = 3
 ) -> tuple[DataFrame, dict[tuple[str, str], tuple[Tensor, Tensor]]]:
-    """Things that training hardly ever saw together: one face's thing laid into another's mask.
+    """Classes that training faces rarely have together: one face's part in another face's mask.
+
+    Args:
+        config: weights and sampling.
+        method: one of `VARIANTS`.
+        count: pictures of each pair.
+        pairs: how many pairs, the rarest first.
 
     Returns:
         Rows class, beside (the other class), together (training faces that have both), alone and
@@ -224,13 +248,15 @@ def unseen_pairs(
 
     dataset = open_dataset(config, "test")
     texts, maps, _ = faces(dataset, evaluated_ids(config, dataset))
-    areas, rows, shown = pixel_counts(maps), [], {}
-    parser = load_critics(config).parsers[CRITICS[0]]
+    areas = pixel_counts(maps)
+    parser = perception_models(config).parsers["independent"]
+    rows = []
+    shown = {}
 
     def accuracy(images: Tensor, given: Tensor, name: str) -> float:
         wanted = given == CLASS_ID[name]
-        hit = (parser.parse(images.to(parser.device)).cpu() == given) & wanted
-        return 100 * float(hit.sum() / wanted.sum().clamp(min=1))
+        correct = (parser.parse(images.to(parser.device)).cpu() == given) & wanted
+        return 100 * float(correct.sum() / wanted.sum().clamp(min=1))
 
     known = rarest_pairs(open_dataset(config, "train"), ("eye_g", "hat", "ear_r", "neck_l"))
     for first, second, together in known:
@@ -238,42 +264,45 @@ def unseen_pairs(
         donors = torch.nonzero(areas[:, CLASS_ID[second]] > 0).flatten()
         if not len(hosts) or not len(donors) or len(shown) == pairs:
             continue
-        at = torch.arange(count)
-        own, prompts = maps[hosts[at % len(hosts)]], [texts[i] for i in hosts[at % len(hosts)]]
-        other = maps[donors[at % len(donors)]]
-        both = torch.where(other == CLASS_ID[second], other, own)
-        pictures = {}
-        for what, given in (("own", own), ("donor", other), ("both", both)):
-            drawn = sample_grid(config, variant, f"pair_{first}_{second}", prompts, given, seeds=1)
-            pictures[what] = drawn[:, 0]
-        cells = ((first, second, "own", own), (second, first, "donor", other))
+        numbers = torch.arange(count)
+        hosts = hosts[numbers % len(hosts)]
+        host_maps = maps[hosts]
+        donor_maps = maps[donors[numbers % len(donors)]]
+        composed = torch.where(donor_maps == CLASS_ID[second], donor_maps, host_maps)
+        prompts = [texts[i] for i in hosts]
+        in_host, in_donor, in_both = (
+            sample_grid(config, method, f"pair_{first}_{second}", prompts, given, seeds=1)[:, 0]
+            for given in (host_maps, donor_maps, composed)
+        )
+        cells = ((first, second, in_host, host_maps), (second, first, in_donor, donor_maps))
         for name, beside, alone, given in cells:
             rows.append({
                 "class": name, "beside": beside, "together": together,
-                "alone": accuracy(pictures[alone], given, name),
-                "value": accuracy(pictures["both"], both, name), "n": count,
+                "alone": accuracy(alone, given, name),
+                "value": accuracy(in_both, composed, name), "n": count,
             })  # fmt: skip
-        shown[first, second] = (both, pictures["both"])
+        shown[first, second] = (composed, in_both)
     columns = ["class", "beside", "together", "alone", "value", "n"]
     return pd.DataFrame(rows, columns=columns), shown
 
 
-# ----------------------------------------------------------------------------------- in words
+# -------------------------------------------------------------------------------------- sentences
 
 
-def common_accuracy(rows: DataFrame, critic: str = "independent") -> Series:
-    """Accuracy by edit, the mean over the classes that every edit leaves in the masks (percent).
+def common_accuracy(rows: DataFrame, role: str = "independent") -> Series:
+    """Accuracy by edit: the mean over the classes that every edit leaves in the masks (percent).
 
-    A class that an edit wipes out (a necklace of one pixel's width) would else leave its mean, too.
+    A class that one edit removes (a necklace of one pixel's width) thus counts for no edit.
     """
-    own = rows[(rows["critic"] == critic) & rows["metric"].isin(CLASS_ID)]
+    own = rows[(rows["critic"] == role) & rows["metric"].isin(CLASS_ID)]
     classes = own.pivot(index="metric", columns="method", values="value").dropna()
     return classes.mean()
 
 
 def describe_hand_drawn(rows: DataFrame) -> str:
-    """What each edit costs, from the rows of `hand_drawn`."""
-    accuracy, first = common_accuracy(rows), next(iter(EDITS))
+    """The accuracy that each edit costs, from the rows of `hand_drawn`."""
+    accuracy = common_accuracy(rows)
+    first = next(iter(EDITS))
     parts = [f"{edit} {accuracy[edit] - accuracy[first]:+.1f}" for edit in EDITS if edit != first]
     return (
         f"Accuracy over the classes that every edit keeps, against {accuracy[first]:.1f} with "
@@ -282,15 +311,16 @@ def describe_hand_drawn(rows: DataFrame) -> str:
 
 
 def describe_conflicts(rows: DataFrame) -> str:
-    """Which condition decides, class by class, from the rows of `conflicts`."""
+    """Which condition decides, for each class, from the rows of `conflicts`."""
     shown = rows.set_index(["class", "mask", "text"])["value"]
     lines = []
     for name in dict.fromkeys(rows["class"]):
-        mask, text = (shown.get((name, *cell)) for cell in ((True, False), (False, True)))
+        mask = shown.get((name, True, False))
+        text = shown.get((name, False, True))
         if mask is not None and text is not None:
             lines.append(
-                f"{display_name(CLASS_ID[name])}: in the mask alone {mask:.0f} % of the pictures "
-                f"show it, in the text alone {text:.0f} %"
+                f"{display_name(CLASS_ID[name])}: {mask:.0f} % of the pictures show it if only the "
+                f"mask has it, {text:.0f} % if only the text has it"
             )
     return "; ".join(lines) + "."
 
@@ -302,5 +332,5 @@ def describe_pairs(rows: DataFrame) -> str:
         f"{row['value'] - row['alone']:+.0f}"
         for _, row in rows.iterrows()
     ]
-    said = ", ".join(parts) or "no two things among these faces"
-    return f"Accuracy in composed masks, points more than in the thing's own: {said}."
+    changes = ", ".join(parts) or "no pair among these faces"
+    return f"Accuracy in composed masks minus accuracy in a face's own mask (points): {changes}."

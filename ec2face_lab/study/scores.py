@@ -1,16 +1,13 @@
-"""What the tables measure: mask accuracy, LPIPS, NIQE and PSNR (the CLIP score is `ClipScorer`).
+"""Scores of folders of pictures: CLIP score, LPIPS, NIQE and the pixel counts of mask accuracy.
 
-Mask accuracy of a class = its correct pixels / its pixels, pooled over the test set. OAA is the
-unweighted mean over the classes that occur, HFA, NFA and RFA the same within a group: this is what
-the numbers of Tables 1-4 satisfy. Metrics are computed without gradients; images are `b 3 h w` in
-[-1, 1] and scores `(b,)`.
+Parsers and CLIPs come in pairs: the `guiding` ones are losses of training, the `independent` ones
+only evaluate. Scores are kept in `runs/<profile>/scores` by content. Metrics are computed without
+gradients; images are `b 3 h w` in [-1, 1] and scores `(b,)`.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,10 +31,10 @@ from ec2face_core.data import (
 )
 from ec2face_core.metrics import mask_counts
 from ec2face_core.perception import LOCAL_DIR, ClipScorer, FaceParser
-from ec2face_core.runs import parallel, path_digest
+from ec2face_core.runs import content_key, parallel, path_digest
 
 from ..cache import code_digest, data_digest, write_frame
-from .pictures import evaluated_ids, read_picture
+from .png import read_picture
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -46,12 +43,12 @@ if TYPE_CHECKING:
 class Lpips:
     """LPIPS with AlexNet, calibrated heads included in the package.
 
-    `evaluation.lpips: alex` uses the trunk trained on ImageNet. `alex-random` draws the trunk's
-    weights from a fixed seed, for places where the trained ones cannot be had: its values rank
-    distortions but are not comparable with published ones.
+    `evaluation.lpips: alex` uses the trunk trained on ImageNet. `alex-random` initialises the
+    trunk's weights from a fixed seed, for places where the trained ones are not available: its
+    values rank distortions but are not comparable with published ones.
     """
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu"):
+    def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         name = config.evaluation.lpips
         if name not in ("alex", "alex-random"):
             raise ConfigError(f"evaluation.lpips: {name!r} is none of alex, alex-random")
@@ -92,7 +89,7 @@ class Niqe:
     values. Features are pyiqa's; double precision, on the CPU.
     """
 
-    def __init__(self, config: Config, pristine: Tensor | None = None):
+    def __init__(self, config: Config, pristine: Tensor | None = None) -> None:
         """Fit to pristine images `n 3 h w` if given, else load the published model.
 
         With `evaluation.niqe_refit` and no pristine images, `fit` has to be called before `score`.
@@ -110,7 +107,8 @@ class Niqe:
         rows = []
         for chunk in images.split(64):
             y = self._luminance(chunk)
-            features, sharpness = self._features(y), self._sharpness(y)
+            features = self._features(y)
+            sharpness = self._sharpness(y)
             sharp = sharpness > 0.75 * sharpness.amax(1, keepdim=True)
             rows.append(features[sharp & features.isfinite().all(-1)])
         pristine = torch.cat(rows)
@@ -119,7 +117,8 @@ class Niqe:
                 f"NIQE: {len(pristine)} sharp blocks cannot give a covariance of "
                 f"{pristine.shape[1]} features; fit to more images"
             )
-        self.mean, self.covariance = pristine.mean(0), pristine.T.cov()
+        self.mean = pristine.mean(0)
+        self.covariance = pristine.T.cov()
         return self
 
     def score(self, images: Tensor) -> Tensor:
@@ -195,10 +194,11 @@ class Niqe:
                 "NIQE's published model could not be loaded; put niqe_modelparameters.mat into "
                 "$TORCH_HOME/hub/pyiqa, or set evaluation.niqe_refit"
             ) from error
-        self.mean, self.covariance = published.mu_pris_param, published.cov_pris_param
+        self.mean = published.mu_pris_param
+        self.covariance = published.cov_pris_param
 
 
-CRITICS = ("independent", "guiding")
+ROLES = ("independent", "guiding")  # of the two pairs of perception models: evaluators, guides
 
 BATCH = 32  # pictures scored at once
 
@@ -213,8 +213,8 @@ SCORING = (  # modules that decide a score
 
 
 @dataclass(frozen=True)
-class Critics:
-    """Everything that scores, loaded once; parsers and CLIPs by name of `CRITICS`."""
+class PerceptionModels:
+    """Everything that scores, loaded once; parsers and CLIPs by their role, one of `ROLES`."""
 
     parsers: Mapping[str, FaceParser]
     clips: Mapping[str, ClipScorer]
@@ -223,36 +223,41 @@ class Critics:
     device: torch.device
 
 
-def load_critics(config: Config) -> Critics:
-    """The critics of a configuration; the same ones at every call in this process.
+def perception_models(config: Config) -> PerceptionModels:
+    """The perception models of a configuration; the same objects at every call in this process.
 
     Raises:
         FileNotFoundError: weights are missing; the message says where they come from.
     """
-    return _critics(
+    return _load(
         Config(data=config.data, perception=config.perception, evaluation=config.evaluation)
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _critics(config: Config) -> Critics:
+def _load(config: Config) -> PerceptionModels:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choose = {critic: critic == "independent" for critic in CRITICS}
+    scoring = {role: role == "independent" for role in ROLES}
     niqe = Niqe(config)
     if config.evaluation.niqe_refit:
         train = open_dataset(config, "train")
         niqe.fit(torch.stack(list(parallel(train.image, train.ids[:PRISTINE]))))
-    return Critics(
-        {k: FaceParser.from_config(config.perception, s, device) for k, s in choose.items()},
-        {k: ClipScorer.from_config(config.perception, s, device) for k, s in choose.items()},
+    return PerceptionModels(
+        {k: FaceParser.from_config(config.perception, s, device) for k, s in scoring.items()},
+        {k: ClipScorer.from_config(config.perception, s, device) for k, s in scoring.items()},
         Lpips(config, device),
         niqe,
         device,
     )
 
 
+def evaluated_ids(config: Config, dataset: FaceDataset, limit: int = 0) -> list[str]:
+    """The ids that count: the first `limit`, else `evaluation.limit`, else all of the dataset."""
+    return dataset.ids[: limit or config.evaluation.limit or None]
+
+
 def score_folder(
-    images_dir: Path | str,
+    folder: Path,
     dataset: FaceDataset,
     config: Config,
     limit: int = 0,
@@ -261,13 +266,15 @@ def score_folder(
     """Score the pictures `{id}.*` of a folder against their faces.
 
     Args:
-        images_dir: pictures as large as the dataset's; other files than pictures are ignored.
+        folder: pictures as large as the dataset's; other files than pictures are ignored.
         dataset: gives masks, manifest captions and the real images.
+        config: names the perception models and the metrics' settings.
         limit: the first faces only; 0 takes `evaluation.limit`, and 0 there means all.
+        progress: show a bar.
 
     Returns:
-        One row a picture: id; text_<critic> (percent); lpips (against the real image); niqe;
-        support_<class> and correct_<critic>_<class> (pixels).
+        One row for each picture: id; text_<role> (percent); lpips (against the real image); niqe;
+        support_<class> and correct_<role>_<class> (pixels).
 
     Raises:
         DataError: pictures are missing, unreadable, of another size or of unknown faces; one
@@ -275,10 +282,9 @@ def score_folder(
     """
     import pandas as pd
 
-    folder = resolve(images_dir)
     ids = evaluated_ids(config, dataset, limit)
     files, report = _named_files(folder, dataset, ids)
-    if report.problems:  # say at once what else is wrong
+    if report.problems:  # the one report also names unreadable pictures
         _check_pictures(report, files, config.data.size)
     cache = config.run_dir / "scores" / f"{folder.name}-{_score_key(files, dataset, config)}.csv"
     if cache.is_file():
@@ -287,10 +293,10 @@ def score_folder(
 
     from tqdm.auto import tqdm
 
-    critics, parts = load_critics(config), []
+    models = perception_models(config)
     starts = range(0, len(ids), BATCH)
-    for start in tqdm(starts, f"scoring {folder.name}", mininterval=1, disable=not progress):
-        parts.append(_score(critics, files, ids[start : start + BATCH], dataset))
+    bar = tqdm(starts, f"scoring {folder.name}", mininterval=1, disable=not progress)
+    parts = [_score(models, files, ids[start : start + BATCH], dataset) for start in bar]
     table = pd.DataFrame(torch.cat(parts).numpy(), columns=_columns())
     table = table.astype({name: int for name in _columns() if name.startswith(("sup", "cor"))})
     table.insert(0, "id", ids)
@@ -298,36 +304,36 @@ def score_folder(
     return table
 
 
-def counts(per_image: DataFrame, critic: str) -> tuple[Any, Any]:
+def counts(per_image: DataFrame, role: str) -> tuple[Any, Any]:
     """(correct, support) of the rows of `score_folder`, each `(n, 19)`."""
-    correct = per_image[[f"correct_{critic}_{c}" for c in CLASSES]]
+    correct = per_image[[f"correct_{role}_{c}" for c in CLASSES]]
     return correct.to_numpy(), per_image[[f"support_{c}" for c in CLASSES]].to_numpy()
 
 
 def _columns() -> list[str]:
-    names = [f"text_{critic}" for critic in CRITICS] + ["lpips", "niqe"]
+    names = [f"text_{role}" for role in ROLES] + ["lpips", "niqe"]
     names += [f"support_{c}" for c in CLASSES]
-    return names + [f"correct_{critic}_{c}" for critic in CRITICS for c in CLASSES]
+    return names + [f"correct_{role}_{c}" for role in ROLES for c in CLASSES]
 
 
 @torch.no_grad()
 def _score(
-    critics: Critics,
+    models: PerceptionModels,
     files: Mapping[str, Path],
     ids: Sequence[str],
     dataset: FaceDataset,
 ) -> Tensor:
     """Scores of a few pictures in the order of `_columns`, float64."""
-    images = torch.stack([read_picture(files[name]) for name in ids]).to(critics.device)
-    real = torch.stack([dataset.image(name) for name in ids]).to(critics.device)
-    target = torch.stack([dataset.label_map(name) for name in ids]).to(critics.device)
+    images = torch.stack([read_picture(files[name]) for name in ids]).to(models.device)
+    real = torch.stack([dataset.image(name) for name in ids]).to(models.device)
+    target = torch.stack([dataset.label_map(name) for name in ids]).to(models.device)
     captions = [dataset.manifest_caption(name) for name in ids]
-    columns = [critics.clips[critic].score(images, captions) for critic in CRITICS]
-    columns += [critics.lpips(images, real), critics.niqe(images)]
-    found = [mask_counts(critics.parsers[critic].parse(images), target) for critic in CRITICS]
-    tables = [found[0][1], *(correct for correct, _ in found)]
-    columns = [column.double().cpu()[:, None] for column in columns]
-    return torch.cat(columns + [table.double().cpu() for table in tables], dim=1)
+    values = [models.clips[role].score(images, captions) for role in ROLES]
+    values += [models.lpips(images, real), models.niqe(images)]
+    pixels = [mask_counts(models.parsers[role].parse(images), target) for role in ROLES]
+    tables = [value[:, None] for value in values]
+    tables += [pixels[0][1], *(correct for correct, _ in pixels)]
+    return torch.cat([table.double().cpu() for table in tables], dim=1)
 
 
 def _named_files(
@@ -335,8 +341,9 @@ def _named_files(
 ) -> tuple[dict[str, Path], Report]:
     """The picture of each id that has one, and a report of missing ones and of those of no face."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder of pictures")
-    report, known = Report(folder, len(ids)), set(dataset.ids)
+        raise DataError(f"{folder} is not a folder of pictures: name one that exists")
+    report = Report(folder, len(ids))
+    known = set(dataset.ids)
     files = files_by_id(folder, IMAGE_SUFFIXES, report)
     for name in ids:
         if name not in files:
@@ -364,17 +371,17 @@ def _check_pictures(report: Report, files: Mapping[str, Path], size: int) -> Non
 
 
 def _score_key(files: Mapping[str, Path], dataset: FaceDataset, config: Config) -> str:
-    """Twelve hex digits of pictures, faces, critics, settings and code."""
-    about = [critics_digest(config), data_digest(dataset), list(files)]
-    about.append(list(parallel(path_digest, files.values())))
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    """Twelve hex digits of pictures, faces, perception models, settings and code."""
+    pictures = list(parallel(path_digest, files.values()))
+    return content_key([models_digest(config), data_digest(dataset), list(files), pictures])
 
 
-def critics_digest(config: Config) -> str:
-    """Twelve hex digits of the critics' weights and settings, and of the code that scores."""
-    p, e = config.perception, config.evaluation
+def models_digest(config: Config) -> str:
+    """Twelve hex digits of the perception models, the metrics' settings and the scoring code."""
+    p = config.perception
+    e = config.evaluation
     names = (p.parser, p.scoring_parser, p.clip, p.scoring_clip)
-    about: list[Any] = [names, [path_digest(resolve(n.removeprefix(LOCAL_DIR))) for n in names]]
-    about += [p.parser_size, e.lpips, e.niqe_block, e.niqe_refit, code_digest(SCORING)]
-    about += [data_digest(open_dataset(config, "train")) if e.niqe_refit else ""]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    weights = [path_digest(resolve(name.removeprefix(LOCAL_DIR))) for name in names]
+    settings = [p.parser_size, e.lpips, e.niqe_block, e.niqe_refit]
+    pristine = data_digest(open_dataset(config, "train")) if e.niqe_refit else ""
+    return content_key([names, weights, settings, code_digest(SCORING), pristine])

@@ -1,11 +1,8 @@
-"""One setting varied at a time: what is trained, and how it scores on validation faces.
-
-    python -m ec2face_lab sweeps --profile mini [--only weights beta] [--list]
+"""One setting is varied at a time: the trainings of a sweep, and their scores on validation faces.
 
 A point is a variant of Tables 3 and 4 with some settings replaced, trained with the first seed. Its
-run, adapter and pictures lie in `runs/<profile>/sweeps/<sweep>-<point>`; a point whose settings are
-the profile's own is the kept adapter. Test faces are never looked at here: settings are chosen from
-these numbers.
+run, LoRA and pictures lie in `runs/<profile>/sweeps/<sweep>-<point>`; a point whose settings are
+the profile's own uses the kept LoRA. Test faces are never looked at: these numbers choose settings.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ec2face_core.config import Config, adapter_dir, adapter_name, trained_seeds
-from ec2face_core.data import open_dataset
 from ec2face_core.mask_branch import LORA_FILE
 from ec2face_core.runs import read_metrics
 
@@ -25,7 +21,8 @@ from ..plots.differences import length_figure, noise_band, sweep_figure
 from ..plots.save import read_rows, save_rows
 from .ablation import retrain
 from .intervals import summarise, summarise_difference
-from .tables import scored, with_seed
+from .pictures import PictureSet
+from .tables import with_seed
 from .unimodal import one_condition
 
 if TYPE_CHECKING:
@@ -44,10 +41,10 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class Point:
-    """One training: how figures call it, the variant, and the settings in which it differs."""
+    """One training: its label in figures, the variant, and the settings in which it differs."""
 
-    shown: str
-    variant: str = "none"
+    label: str
+    method: str = "none"
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -113,13 +110,13 @@ SWEEPS: dict[str, dict[str, Point]] = {
         f"{p}": Point(f"p = {p}", settings={"trainer.drop_probability": p}) for p in (0.1, 0.0, 0.3)
     },
     "length": {
-        f"{steps}-{variant}": Point(
-            f"{steps} steps{', without LTAL' if variant == 'without_ltal' else ''}",
-            variant,
+        f"{steps}-{method}": Point(
+            f"{steps} steps{', without LTAL' if method == 'without_ltal' else ''}",
+            method,
             {"trainer.steps": steps},
         )
         for steps in (1200, 300, 600, 2400)
-        for variant in ("none", "without_ltal")
+        for method in ("none", "without_ltal")
     },
 }
 
@@ -139,7 +136,7 @@ QUESTIONS: dict[str, str] = {
 
 
 def point_config(config: Config, sweep: str, name: str) -> Config:
-    """The configuration that a point is trained and sampled with; `config` itself if it is that."""
+    """The configuration of a point's training and sampling; `config` itself if it is equal."""
     other = config.replace(**SWEEPS[sweep][name].settings)
     if other == config:
         return config
@@ -148,83 +145,86 @@ def point_config(config: Config, sweep: str, name: str) -> Config:
 
 
 def train_sweeps(config: Config, sweeps: Sequence[str] = tuple(SWEEPS)) -> None:
-    """Train every point that is not there. Stopped, the same call resumes."""
+    """Train every point that is missing; the same call resumes."""
     for sweep in sweeps:
         for name, point in SWEEPS[sweep].items():
             other = point_config(config, sweep, name)
             if other is not config:
-                retrain(other, (point.variant,))
+                retrain(other, (point.method,))
 
 
 def sweep_rows(config: Config, sweep: str) -> DataFrame:
     """Long rows of a sweep over the validation faces; a row's method is the point's name.
 
-    Tables: the sweep's name (scores, and what training itself tells: `LoRA parameters`, `minutes`,
+    Tables: the sweep's name (scores, and values of the training log: `LoRA parameters`, `minutes`,
     `flow` (Eq. 3 without weights, end of training), `gradient spread` (95th percentile of the
     gradient norm over its median)), and `<sweep>, minus <first point>`, the paired differences.
     """
     import pandas as pd
 
-    dataset, parts, first = open_dataset(config, SPLIT), [], None
     reference = next(iter(SWEEPS[sweep]))
+    scores: dict[str, DataFrame] = {}
+    parts = []
     for name, point in SWEEPS[sweep].items():
         other = point_config(config, sweep, name)
-        per_image = scored(other, point.variant, SPLIT)
-        about = {"method": name, "dataset": dataset.root.name, "config": config}
-        parts.append(summarise(per_image, sweep, **about))
-        parts.append(_training_rows(other, point.variant).assign(table=sweep, method=name))
+        pictures = PictureSet(other, point.method, SPLIT)
+        scores[name] = pictures.scores()
+        labels = {"method": name, "dataset": pictures.dataset.root.name, "config": config}
+        parts.append(summarise(scores[name], sweep, **labels))
+        parts.append(_training_rows(other, point.method).assign(table=sweep, method=name))
         if sweep == "dropout":
-            alone = one_condition(other, point.variant, SPLIT)
+            alone = one_condition(other, point.method, SPLIT)
             parts.append(alone.assign(table=sweep, method=name))
-        first = per_image if first is None else first
         if name != reference:
             minus = f"{sweep}, {MINUS.format(reference)}"
-            parts.append(summarise_difference(per_image, first, minus, **about))
+            difference = summarise_difference(scores[name], scores[reference], minus, **labels)
+            parts.append(difference)
     return pd.concat(parts, ignore_index=True)
 
 
 def noise_rows(config: Config) -> DataFrame:
-    """What another seed of training and of the pictures changes by itself: table `seeds`.
+    """The effect of another seed of training and of the pictures: table `seeds`.
 
-    Differences to the first seed, a method `none, seed 43` for each variant and further seed.
+    Differences to the first seed; a method `none, seed 43` for each variant and further seed.
     """
     import pandas as pd
 
-    dataset, parts = open_dataset(config, SPLIT), []
-    for variant in ("none", "both"):
-        first = scored(config, variant, SPLIT)
+    parts = []
+    for method in ("none", "both"):
+        first = PictureSet(config, method, SPLIT)
+        dataset = first.dataset.root.name
         for k in range(1, trained_seeds(config)):
             seeded = with_seed(config, k)
-            rows = summarise_difference(
-                scored(seeded, variant, SPLIT), first, "seeds", f"{variant}, seed {seeded.seed}",
-                dataset.root.name, config,
-            )  # fmt: skip
-            parts.append(rows)
+            scores = PictureSet(seeded, method, SPLIT).scores()
+            label = f"{method}, seed {seeded.seed}"
+            parts.append(
+                summarise_difference(scores, first.scores(), "seeds", label, dataset, config)
+            )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _training_rows(config: Config, variant: str) -> DataFrame:
-    """What the training of an adapter tells about itself; its log may not be there."""
+def _training_rows(config: Config, method: str) -> DataFrame:
+    """The size of a LoRA, and values of its training log if that is there."""
     import numpy as np
     import pandas as pd
     from safetensors import safe_open
 
-    with safe_open(adapter_dir(config, variant) / LORA_FILE, "pt") as file:
+    with safe_open(adapter_dir(config, method) / LORA_FILE, "pt") as file:
         sizes = [np.prod(file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118
-    found = {"LoRA parameters": float(sum(sizes))}
-    log = read_metrics(config.run_dir / "training" / adapter_name(config, variant))
+    values = {"LoRA parameters": float(sum(sizes))}
+    log = read_metrics(config.run_dir / "training" / adapter_name(config, method))
     if log:
         norms = np.array([row["grad_norm"] for row in log])
         flow = np.array([row["unweighted_flow"] for row in log])
-        found["minutes"] = sum(row["seconds"] for row in log) / 60
-        found["flow"] = float(flow[-len(flow) // 4 :].mean())
-        found["gradient spread"] = float(np.percentile(norms, 95) / np.median(norms))
-    rows = [{"metric": k, "value": v, "critic": ""} for k, v in found.items()]
+        values["minutes"] = sum(row["seconds"] for row in log) / 60
+        values["flow"] = float(flow[-len(flow) // 4 :].mean())
+        values["gradient spread"] = float(np.percentile(norms, 95) / np.median(norms))
+    rows = [{"metric": k, "value": v, "critic": ""} for k, v in values.items()]
     return pd.DataFrame(rows).assign(source="ours")
 
 
 def kept_sweeps(config: Config) -> tuple[DataFrame, Path]:
-    """The rows of every sweep and the file they are from: this profile's own, else the kept ones.
+    """The rows of every sweep, and their file (see `kept_file`).
 
     Raises:
         FileNotFoundError: there are none; the message names the remedy.
@@ -239,16 +239,16 @@ def kept_sweeps(config: Config) -> tuple[DataFrame, Path]:
 
 
 def compared(
-    rows: DataFrame, sweep: str, critic: str = "independent"
+    rows: DataFrame, sweep: str, role: str = "independent"
 ) -> tuple[DataFrame, DataFrame, dict[str, str], str]:
-    """What `effects.sweep_figure` draws: differences, other seeds, labels and the reference's."""
+    """Arguments of `sweep_figure`: differences, other seeds, labels and the reference's label."""
     reference, *others = SWEEPS[sweep]
-    own = rows[rows["critic"].isin([critic, ""])]
+    own = rows[rows["critic"].isin([role, ""])]
     differences = own[(own["table"] == f"{sweep}, {MINUS.format(reference)}")]
-    variant = SWEEPS[sweep][reference].variant
-    noise = own[(own["table"] == "seeds") & own["method"].str.startswith(f"{variant}, seed")]
-    labels = {name: SWEEPS[sweep][name].shown for name in others}
-    return differences, noise, labels, SWEEPS[sweep][reference].shown
+    method = SWEEPS[sweep][reference].method
+    noise = own[(own["table"] == "seeds") & own["method"].str.startswith(f"{method}, seed")]
+    labels = {name: SWEEPS[sweep][name].label for name in others}
+    return differences, noise, labels, SWEEPS[sweep][reference].label
 
 
 def trained_sweeps(rows: DataFrame) -> list[str]:
@@ -256,8 +256,8 @@ def trained_sweeps(rows: DataFrame) -> list[str]:
     return [sweep for sweep in SWEEPS if (rows["table"] == sweep).any()]
 
 
-def draw(rows: DataFrame, sweep: str) -> Figure:
-    """The figure of a sweep, independent critics."""
+def plot_sweep(rows: DataFrame, sweep: str) -> Figure:
+    """The figure of a sweep, by the independent perception models."""
     if sweep == "length":
         own = rows[(rows["critic"] == "independent") & (rows["table"] == "length")]
         return length_figure(own, length_series(), "optimiser steps")
@@ -265,50 +265,50 @@ def draw(rows: DataFrame, sweep: str) -> Figure:
 
 
 def length_series() -> dict[str, list[tuple[float, str]]]:
-    """What `effects.length_figure` draws of the sweep `length`: (steps, point) of each variant."""
+    """Argument of `length_figure`: (steps, point) of each variant in the sweep `length`."""
     names = {"without_ltal": "without LTAL", "none": "with LTAL"}
     series: dict[str, list[tuple[float, str]]] = {label: [] for label in names.values()}
     for name, point in SWEEPS["length"].items():
-        series[names[point.variant]].append((point.settings["trainer.steps"], name))
+        series[names[point.method]].append((point.settings["trainer.steps"], name))
     return series
 
 
 def conclusion(
     rows: DataFrame, sweep: str, metrics: Sequence[str] = ("RFA", "OAA", "HFA", "Text")
 ) -> str:
-    """One sentence: which settings change a metric more than faces and another seed explain."""
+    """One sentence: the settings that change a metric significantly and beyond other seeds."""
     differences, noise, labels, reference = compared(rows, sweep)
     if differences.empty:
         return "Not trained yet: `make reproduce SWEEPS=1`."
-    found = []
+    parts = []
     for metric in metrics:
         low, high = noise_band(noise, metric)
-        of = differences[differences["metric"] == metric].set_index("method")
-        beyond = [
-            f"{shown} {of['value'][name]:+.1f}"
-            for name, shown in labels.items()
-            if (of["ci_low"][name] > 0 or of["ci_high"][name] < 0)
-            and not low <= of["value"][name] <= high
+        table = differences[differences["metric"] == metric].set_index("method")
+        effects = [
+            f"{label} {table['value'][name]:+.1f}"
+            for name, label in labels.items()
+            if (table["ci_low"][name] > 0 or table["ci_high"][name] < 0)
+            and not low <= table["value"][name] <= high
         ]
-        if beyond:
-            found.append(f"{metric}: {', '.join(beyond)}")
-    said = "; ".join(found) if found else "none"
-    return f"Against {reference}, beyond faces and other seeds: {said}."
+        if effects:
+            parts.append(f"{metric}: {', '.join(effects)}")
+    effects = "; ".join(parts) or "none"
+    return f"Significant differences to {reference} that exceed other seeds: {effects}."
 
 
-def sweep_table(rows: DataFrame, sweep: str, critic: str = "independent") -> DataFrame:
-    """Points down; scores, and what training tells, across."""
-    own = rows[(rows["table"] == sweep) & rows["critic"].isin([critic, ""])]
+def sweep_table(rows: DataFrame, sweep: str, role: str = "independent") -> DataFrame:
+    """Points down; scores, and values of the training log, across."""
+    own = rows[(rows["table"] == sweep) & rows["critic"].isin([role, ""])]
     table = own.pivot(index="method", columns="metric", values="value")
     names = [*MEASURED, *(m for m in own["metric"].unique() if ", " in m)]
     table = table.reindex(index=list(SWEEPS[sweep]), columns=[n for n in names if n in table])
-    return table.rename(index={k: point.shown for k, point in SWEEPS[sweep].items()})
+    return table.rename(index={k: point.label for k, point in SWEEPS[sweep].items()})
 
 
 def run_sweeps(config: Config, sweeps: Sequence[str] = tuple(SWEEPS)) -> Path:
     """Train what is missing, score, and write `runs/<profile>/sweeps/sweeps.csv` and its JSON.
 
-    Rows of other sweeps that the file has stay in it.
+    Rows of other sweeps stay in the file.
     """
     import pandas as pd
 
@@ -317,12 +317,12 @@ def run_sweeps(config: Config, sweeps: Sequence[str] = tuple(SWEEPS)) -> Path:
     parts = [noise_rows(config), *(sweep_rows(config, sweep) for sweep in sweeps)]
     if path.is_file():
         others = read_rows(path)
-        made = others["table"].str.split(",").str[0].isin([*sweeps, "seeds"])
-        parts.append(others[~made])
-    adapters = [
-        adapter_dir(point_config(config, sweep, name), point.variant)
+        replaced = others["table"].str.split(",").str[0].isin([*sweeps, "seeds"])
+        parts.append(others[~replaced])
+    loras = [
+        adapter_dir(point_config(config, sweep, name), point.method)
         for sweep in sweeps
         for name, point in SWEEPS[sweep].items()
     ]
-    save_rows(pd.concat(parts, ignore_index=True), path, config, inputs=adapters)
+    save_rows(pd.concat(parts, ignore_index=True), path, config, inputs=loras)
     return path

@@ -1,9 +1,4 @@
-"""What the notebooks of the tables and picture grids call: one function an experiment.
-
-Everything is kept (`generate.py`, `scoring.py`): an experiment whose pictures and scores are there
-is read, not repeated. Sentences about results are made from the numbers, so they stay true
-whatever the numbers are.
-"""
+"""Generation from one condition alone (Fig. 7), and its diversity (Fig. 8)."""
 
 from __future__ import annotations
 
@@ -21,30 +16,28 @@ from ec2face_core.metrics import mask_counts
 
 from .faces import faces
 from .intervals import bootstrap_accuracy, bootstrap_interval
-from .pictures import evaluated_ids, sample_grid
-from .scores import CRITICS, load_critics
+from .pictures import sample_grid
+from .scores import ROLES, evaluated_ids, perception_models
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def one_condition(config: Config, variant: str, split: str, count: int = 64) -> DataFrame:
-    """How well a variant follows one condition when it gets only that one (Eq. 13).
+def one_condition(config: Config, method: str, split: str, count: int = 64) -> DataFrame:
+    """How well a method follows a condition that it gets alone (Eq. 13 trains for it).
 
     Returns:
-        Long rows by critic over the split's first `count` faces: `Text, text alone`, `OAA, mask
-        alone` and `RFA, mask alone`, one picture a face.
+        Long rows by role over the split's first `count` faces: `Text, text alone`, `OAA, mask
+        alone` and `RFA, mask alone`, one picture for each face.
     """
     import pandas as pd
 
     dataset = open_dataset(config, split)
     texts, maps, _ = faces(dataset, evaluated_ids(config, dataset, count)[:count])
-    from_text = sample_grid(config, variant, f"{split}_text_alone", texts, seeds=1)[:, 0]
-    from_mask = sample_grid(config, variant, f"{split}_mask_alone", [""] * len(maps), maps, 1)[:, 0]
-    text, mask = (
-        score_pictures(config, from_text, texts, None),
-        score_pictures(config, from_mask, None, maps),
-    )
+    from_text = sample_grid(config, method, f"{split}_text_alone", texts, seeds=1)[:, 0]
+    from_mask = sample_grid(config, method, f"{split}_mask_alone", [""] * len(maps), maps, 1)[:, 0]
+    text = score_pictures(config, from_text, texts, None)
+    mask = score_pictures(config, from_mask, None, maps)
     mask = mask[mask["metric"].isin(["OAA", "RFA"])]
     parts = [
         text.assign(metric=text["metric"] + ", text alone"),
@@ -56,34 +49,39 @@ def one_condition(config: Config, variant: str, split: str, count: int = 64) -> 
 def score_pictures(
     config: Config, images: Tensor, texts: Sequence[str] | None, maps: Tensor | None
 ) -> DataFrame:
-    """Long rows, by critic, of pictures that lie in memory: Text, and mask accuracies by class.
+    """Long rows, by role, of pictures in memory: Text, and mask accuracies by class.
 
     Args:
+        config: names the perception models.
         images: `b 3 h w` in [-1, 1].
         texts: their captions; None: no text score.
         maps: their masks `b h w`; None: no accuracy.
     """
     import pandas as pd
 
-    critics, rows = load_critics(config), []
-    images, how = images.to(critics.device), (config.evaluation.bootstrap, config.seed)
-    for critic in CRITICS:
+    models = perception_models(config)
+    images = images.to(models.device)
+    bootstrap = (config.evaluation.bootstrap, config.seed)
+    rows = []
+    for role in ROLES:
         if texts is not None:
-            interval = bootstrap_interval(critics.clips[critic].score(images, texts).cpu(), *how)
-            rows.append({"metric": "Text", "critic": critic, **interval._asdict()})
+            scores = models.clips[role].score(images, texts).cpu()
+            interval = bootstrap_interval(scores, *bootstrap)
+            rows.append({"metric": "Text", "critic": role, **interval._asdict()})
         if maps is not None:
-            counted = mask_counts(critics.parsers[critic].parse(images).cpu(), maps)
-            found = bootstrap_accuracy(*counted, *how).drop(columns="pixels")
-            rows += found.assign(critic=critic).to_dict("records")
+            pixels = mask_counts(models.parsers[role].parse(images).cpu(), maps)
+            table = bootstrap_accuracy(*pixels, *bootstrap).drop(columns="pixels")
+            rows += table.assign(critic=role).to_dict("records")
     return pd.DataFrame(rows).assign(source="ours")
 
 
 def diversity(
     config: Config, modes: Mapping[str, tuple[Tensor, Tensor | None]], dataset: FaceDataset
 ) -> DataFrame:
-    """How much pictures of one condition differ, and whether they keep their mask.
+    """How much the pictures of one condition differ, and whether they keep their mask.
 
     Args:
+        config: names the perception models.
         modes: name -> (images `rows seeds 3 h w`, label maps `rows h w` or None without masks).
         dataset: its first faces give the scale, the LPIPS between different real faces.
 
@@ -94,21 +92,22 @@ def diversity(
     """
     import pandas as pd
 
-    critics, how, rows = load_critics(config), (config.evaluation.bootstrap, config.seed), []
+    models = perception_models(config)
+    rows = []
 
     def add(mode: str, quantity: str, values: Tensor) -> None:
-        interval = bootstrap_interval(values, *how)
+        interval = bootstrap_interval(values, config.evaluation.bootstrap, config.seed)
         rows.append({"mode": mode, "quantity": quantity, **interval._asdict()})
 
     def distances(images: Tensor) -> Tensor:
         pairs = np.array(list(itertools.combinations(range(len(images)), 2)))
-        return critics.lpips(images[pairs[:, 0]], images[pairs[:, 1]])
+        return models.lpips(images[pairs[:, 0]], images[pairs[:, 1]])
 
     for mode, (images, maps) in modes.items():
         add(mode, "pairwise LPIPS", torch.stack([distances(row).mean() for row in images]))
         if maps is not None:
             target = maps.repeat_interleave(images.shape[1], 0)
-            parsed = critics.parsers[CRITICS[0]].parse(images.flatten(0, 1).to(critics.device))
+            parsed = models.parsers["independent"].parse(images.flatten(0, 1).to(models.device))
             kept = (parsed.cpu() == target).double().flatten(1).mean(1)
             add(mode, "pixels that keep their class (%)", 100 * kept)
     real = torch.stack([dataset.image(name) for name in dataset.ids[:16]])
@@ -117,16 +116,16 @@ def diversity(
 
 
 def describe_diversity(table: DataFrame) -> str:
-    """What the rows of `diversity` say, with the distance of different real faces as the scale."""
+    """From the rows of `diversity`, relative to the distance between different real faces."""
     lpips = table[table["quantity"] == "pairwise LPIPS"].set_index("mode")["value"]
     scale = lpips["different real faces"]
     parts = [f"{mode} {100 * value / scale:.0f} %" for mode, value in lpips.items()][:-1]
-    return f"Distance between seeds, of that between different real faces: {', '.join(parts)}."
+    return f"LPIPS between seeds, relative to different real faces: {', '.join(parts)}."
 
 
-def about_one_condition(rows: DataFrame) -> str:
+def describe_one_condition(rows: DataFrame) -> str:
     """From `one_condition` and the joint scores under the names `Text, EC2Face`, `OAA, EC2Face`."""
-    own = rows[rows["critic"] == CRITICS[0]].set_index("metric")["value"]
+    own = rows[rows["critic"] == "independent"].set_index("metric")["value"]
     return (
         f"Text score {own['Text, text alone']:.1f} from text alone, {own['Text, EC2Face']:.1f} "
         f"from both; OAA {own['OAA, mask alone']:.1f} from the mask alone, "

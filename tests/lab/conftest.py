@@ -1,9 +1,10 @@
-"""The paper profile in small: its raw downloads and its weights, as files."""
+"""The paper profile in small, as files: raw downloads and weights; and pictures by a tiny model."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from ec2face_core.attributes import CLASSES
-from ec2face_core.config import Config, load_profile
+from ec2face_core.config import Config, adapter_dir, load_profile
+
+if TYPE_CHECKING:
+    from ec2face_lab.study.pictures import PictureSet
 
 SIZE = 32
 SPLITS = {"train": 3, "test": 2, "zero_shot": 3}
@@ -110,3 +114,33 @@ def paper_config(tmp_path, flux_folder, no_hub, monkeypatch) -> Config:
         },
         evaluation={"lpips": "alex-random", "niqe_refit": True},
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sampled_config(tiny_config) -> Config:
+    """Two steps, 12 training faces (so small NIQE blocks), and a LoRA with weights."""
+    from ec2face_core.backbone import load_backbone
+    from ec2face_core.mask_branch import add_mask_lora, save_mask_lora
+
+    config = tiny_config.replace(
+        sampling={"steps": 2, "batch_size": 3, "num_processes": 1},
+        evaluation={"niqe_block": 16, "bootstrap": 50},
+    )
+    transformer = load_backbone(config.backbone, ("transformer",)).transformer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for p in add_mask_lora(transformer, config.lora):
+            torch.nn.init.normal_(p, std=0.2)
+    length = config.backbone.text_length
+    save_mask_lora(transformer, adapter_dir(config, "both"), config.lora, length)
+    return config
+
+
+@pytest.fixture(scope="session")
+def sampled(sampled_config) -> PictureSet:
+    """The test faces by the method `both`."""
+    from ec2face_lab.study.pictures import PictureSet
+
+    pictures = PictureSet(sampled_config, "both", "test")
+    pictures.generate(progress=False)
+    return pictures

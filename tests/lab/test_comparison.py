@@ -11,7 +11,7 @@ import torch
 
 from ec2face_core import config as settings
 from ec2face_core.backbone import load_backbone
-from ec2face_core.config import Config, ConfigError, resolve
+from ec2face_core.config import Config, ConfigError, adapter_dir, resolve
 from ec2face_core.data import open_dataset
 from ec2face_core.runs import path_digest
 from ec2face_lab.__main__ import main
@@ -20,11 +20,11 @@ from ec2face_lab.plots import save as results
 from ec2face_lab.plots.render_tables import METHODS
 from ec2face_lab.plots.save import read_rows
 from ec2face_lab.study import comparison, fairness
-from ec2face_lab.study import pictures as draw
-from ec2face_lab.study import tables as experiments
+from ec2face_lab.study import pictures as picture_sets
 from ec2face_lab.study.comparison import describe_lead
 from ec2face_lab.study.fairness import AUTOENCODED, FACTORS, PUBLISHED, describe_fairness, varied
-from ec2face_lab.study.pictures import available, draw_split, load_pictures, missing_system_pictures
+from ec2face_lab.study.pictures import PictureSet, available, generate_missing
+from ec2face_lab.study.png import load_pictures
 
 NAME = "MM2Latent"
 
@@ -141,10 +141,8 @@ def test_half_and_double_are_other_runs_of_other_lengths(config):
 def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch, tmp_path_factory):
     for module in (settings, results):  # files go on record by their paths below the root
         monkeypatch.setattr(module, "ROOT", tmp_path_factory.getbasetemp())
-    real = experiments.scored
-    monkeypatch.setattr(  # EC²Face has no adapter here
-        fairness, "scored", lambda c, v, s: real(c, "real" if v == "both" else v, s)
-    )
+    monkeypatch.setattr(fairness, "OURS", "real")  # EC²Face has no LoRA here
+    monkeypatch.setattr(fairness, "adapter_dir", lambda config, method: adapter_dir(config, "both"))
     path = fairness.run_fairness(config, [NAME])
     rows = read_rows(path)
     ways = (*FACTORS, AUTOENCODED)  # its original sees the masks that it sees here
@@ -158,7 +156,7 @@ def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch, tmp_p
         made = json.loads(about.read_text())["parameters"]
         assert made["budget"] == pytest.approx(times * config.baselines.seconds)
     assert fairness.kept_fairness(config)[1] == path
-    panel = fairness.draw_fairness(rows).axes[2]
+    panel = fairness.plot_fairness(rows).axes[2]
     drawn = {bars.get_label(): float(bars[0].get_xdata()[0]) for bars in panel.containers}
     own = rows[(rows["metric"] == "Text") & (rows["critic"] == "independent")]
     own = own.set_index("method")["value"]
@@ -192,16 +190,16 @@ def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch, tmp_p
 
 
 def test_autoencoded_pictures_are_the_systems_own_after_the_autoencoder(config, kept):
-    ids = open_dataset(config, "validation").ids
-    drawn = load_pictures(draw_split(config, NAME, "validation", progress=False), ids)
-    seen = load_pictures(fairness.through_autoencoder(config, NAME, "validation"), ids)
+    pictures = PictureSet(config, NAME, "validation")
+    sampled = pictures.load(pictures.ids)
+    decoded = load_pictures(fairness.autoencoded(pictures), pictures.ids)
     vae = load_backbone(config.backbone, ("vae",)).vae
     with torch.no_grad():
-        expected = vae.decode(vae.encode(drawn).latent_dist.mode()).sample.clamp(-1, 1)
-    assert (seen - expected).abs().max() < 1.1 / 127.5
+        expected = vae.decode(vae.encode(sampled).latent_dist.mode()).sample.clamp(-1, 1)
+    assert (decoded - expected).abs().max() < 1.1 / 127.5
 
 
-def test_whom_ec2face_leads_is_told_for_each_way():
+def test_the_lead_is_described_for_each_way():
     def row(method: str, value: float, low: float = 0, high: float = 0) -> dict:
         cell = {"value": value, "ci_low": low, "ci_high": high, "n": 7}
         return {"method": method, "metric": "RFA", "critic": "independent"} | cell
@@ -225,42 +223,41 @@ def test_tables_hold_the_systems_that_have_weights(config, kept):
         NAME, "EC2Face", "real", "vae_round_trip",
     ]  # fmt: skip
     assert set(comparison.compared(config, "test")) <= set(METHODS)
-    made_of = comparison.sources(config, "test")
+    made_of = comparison.compared_files(config, "test")
     assert {weights_dir(config, NAME) / WEIGHTS, resolve(config.backbone.path)} <= set(made_of)
     assert any(path.name == "style.safetensors" for path in made_of), "what it shares, too"
     assert weights_dir(config, NAME) == config.run_dir / "baselines" / "mm2latent"
 
 
 def test_newer_systems_are_compared_on_test_faces_alone(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(draw, "trained", lambda config: ["UaC", "MDiTFace"])
+    monkeypatch.setattr(picture_sets, "trained", lambda config: ["UaC", "MDiTFace"])
     other = config.replace(profile=str(tmp_path / "run"))
     assert available(other, "test") == ["UaC", "MDiTFace"]
     assert available(other, "zero_shot") == ["UaC"]
-    draw.official_pictures(other, "MDiTFace", "zero_shot").mkdir(parents=True)
+    picture_sets.official_pictures(other, "MDiTFace", "zero_shot").mkdir(parents=True)
     assert available(other, "zero_shot") == ["UaC", "MDiTFace"], "but official pictures count"
 
 
-def test_two_processes_draw_what_one_does(config, kept, tmp_path):
+def test_two_processes_generate_what_one_does(config, kept, tmp_path):
     other = config.replace(
         profile=str(tmp_path / "run"),
         adapters=str(kept.with_name("adapters")),
         sampling={"num_processes": 2},
     )
-    ids = open_dataset(config, "test").ids
-    assert missing_system_pictures(other, NAME, "test") == ids
-    experiments.scored(other, NAME, "test")
-    assert missing_system_pictures(other, NAME, "test") == []
-    one, two = (
-        load_pictures(draw_split(c, NAME, "test", progress=False), ids) for c in (config, other)
-    )
+    pictures = PictureSet(other, NAME, "test")
+    assert pictures.missing == pictures.ids
+    generate_missing([pictures])
+    assert pictures.missing == []
+    two = pictures.load(pictures.ids)
+    one = PictureSet(config, NAME, "test").load(pictures.ids)
     assert (two - one).abs().max() < 1.5 / 127.5, "a level: another batch"
 
 
 def test_pictures_of_an_official_repository_take_their_place(config, kept, tmp_path):
     dataset = open_dataset(config, "test")
-    drawn = draw_split(config, NAME, "test", progress=False)
+    sampled = PictureSet(config, NAME, "test").generate(progress=False)
     folder = tmp_path / "official"
-    shutil.copytree(drawn, folder)
+    shutil.copytree(sampled, folder)
     (folder / f"{dataset.ids[0]}.png").write_bytes((folder / f"{dataset.ids[1]}.png").read_bytes())
     other = config.replace(profile=str(tmp_path / "run"))  # without weights
     assert available(other, "test") == []
@@ -271,14 +268,14 @@ def test_pictures_of_an_official_repository_take_their_place(config, kept, tmp_p
     assert available(other, "test") == []
     assert main([*arguments[:-1], "mm2latent"]) == 0
     assert available(other, "test") == [NAME] and available(other, "zero_shot") == []
-    shown = experiments.scored(other, NAME, "test")
+    shown = PictureSet(other, NAME, "test").scores()
     assert list(shown["id"]) == dataset.ids
-    again = experiments.scored(config, NAME, "test")
+    again = PictureSet(config, NAME, "test").scores()
     assert shown["text_independent"][0] != again["text_independent"][0]
     assert (shown["text_independent"][1:] - again["text_independent"][1:]).abs().max() < 1e-4
 
 
-def test_the_lead_is_told_over_the_best_of_the_others():
+def test_the_lead_is_described_against_the_best_of_the_others():
     def row(method: str, value: float, low: float = 0, high: float = 0) -> dict:
         return {
             "method": method, "metric": "RFA", "critic": "independent", "source": "ours",
@@ -290,13 +287,13 @@ def test_the_lead_is_told_over_the_best_of_the_others():
     lead = pd.DataFrame([row("EC²Face - UaC", 40, 38, 42), row("EC²Face - TediGAN", 30, -1, 61)])
     assert describe_lead(rows, lead, ["RFA"]) == (
         "RFA: EC²Face (ours) 60.0, best of the paper's systems TediGAN 30.0: +30.0 [-1.0, +61.0], "
-        "2.00 times as much; 1 of 2 are lower by more than faces explain."
+        "a factor of 2.00; 1 of 2 are significantly lower."
     )
     newer = pd.DataFrame([row("EC2Face", 60), row("MDiTFace", 70), row("UaC", 20)])
     lead = pd.DataFrame([row("EC²Face - UaC", 40, 38, 42), row("EC²Face - MDiTFace", -10, -12, -8)])
     assert describe_lead(newer, lead, ["RFA"]) == (
         "RFA: EC²Face (ours) 60.0, best of the paper's systems UaC 20.0: +40.0 [+38.0, +42.0], "
-        "3.00 times as much; 1 of 1 are lower by more than faces explain; "
+        "a factor of 3.00; 1 of 1 are significantly lower; "
         "MDiTFace 70.0: -10.0 [-12.0, -8.0]."
     )
     alone = describe_lead(newer[:2], lead[1:], ["RFA"])

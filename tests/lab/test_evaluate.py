@@ -1,8 +1,6 @@
-"""Sampling a split, scoring a folder, summaries: what a number rests on, and what is refused."""
+"""Scores of a folder, their summaries, and the command that makes both."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -10,126 +8,52 @@ import torch
 from PIL import Image
 
 from ec2face_core.attributes import CLASSES, pixel_counts
-from ec2face_core.config import Config, ConfigError, adapter_dir
-from ec2face_core.data import DataError, open_dataset
+from ec2face_core.config import Config
+from ec2face_core.data import DataError
 from ec2face_core.metrics import accuracy_from_counts
 from ec2face_lab.__main__ import main
 from ec2face_lab.plots.save import COLUMNS
 from ec2face_lab.study import scores as scoring
 from ec2face_lab.study.intervals import summarise, summarise_difference
-from ec2face_lab.study.pictures import (
-    NOTICE,
-    generate_split,
-    load_pictures,
-    picture_key,
-    picture_seed,
-    sample_grid,
-)
+from ec2face_lab.study.pictures import PictureSet
+from ec2face_lab.study.png import load_pictures
 from ec2face_lab.study.scores import score_folder
 
 
 @pytest.fixture(scope="module")
-def config(tiny_config) -> Config:
-    """Two steps, 12 training faces (so small NIQE blocks), and an adapter with weights."""
-    from ec2face_core.backbone import load_backbone
-    from ec2face_core.mask_branch import add_mask_lora, save_mask_lora
-
-    config = tiny_config.replace(
-        sampling={"steps": 2, "batch_size": 3}, evaluation={"niqe_block": 16, "bootstrap": 50}
-    )
-    transformer = load_backbone(config.backbone, ("transformer",)).transformer
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for p in add_mask_lora(transformer, config.lora):
-            torch.nn.init.normal_(p, std=0.2)
-    folder, length = adapter_dir(config, "both"), config.backbone.text_length
-    save_mask_lora(transformer, folder, config.lora, length)
-    return config
+def config(sampled_config) -> Config:
+    return sampled_config
 
 
 @pytest.fixture(scope="module")
-def faces(config):
-    return open_dataset(config, "test")
+def faces(sampled):
+    return sampled.dataset
 
 
 @pytest.fixture(scope="module")
-def pictures(config):
-    return generate_split(config, "both", "test", progress=False)
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """But for one grey level: sums of floats depend a little on the size of a batch."""
-    return (a - b).abs().max() <= 1.01 / 127.5
-
-
-def test_a_picture_depends_on_its_id_alone(config, faces, pictures, tmp_path):
-    """Neither batch nor order nor process counts; a missing picture is completed."""
-    images = load_pictures(pictures, faces.ids)
-    single = config.replace(sampling={"batch_size": 1})
-    for rank in (1, 0):
-        generate_split(single, "both", "test", tmp_path / "again", 0, (rank, 2), progress=False)
-    assert same(load_pictures(tmp_path / "again", faces.ids), images)
-
-    lost, kept = (pictures / f"{name}.png" for name in faces.ids[1:3])
-    before = kept.stat().st_mtime_ns
-    lost.unlink()
-    assert generate_split(config, "both", "test", progress=False) == pictures
-    assert same(load_pictures(pictures, faces.ids), images) and kept.stat().st_mtime_ns == before
-
-    seeds = {picture_seed(c, n) for c in (config, Config()) for n in faces.ids}
-    assert len(seeds) == len(faces.ids), "equal sampling.seed, equal noise"
-    other = config.replace(sampling={"seed": 43})
-    assert picture_seed(other, faces.ids[0]) not in seeds
-    assert not same(images[0], images[1])
-
-
-def test_a_picture_says_that_it_is_synthetic(config, faces, pictures):
-    text = Image.open(pictures / f"{faces.ids[0]}.png").text
-    assert text["Disclaimer"] == NOTICE and "both" in text["Model"]
-    assert text["Seed"] == str(picture_seed(config, faces.ids[0]))
-    assert len(text["Prompt-SHA256"]) == 16
-    assert faces.manifest_caption(faces.ids[0]) not in str(text)
-
-
-def test_folders_are_never_stale(config, faces, pictures):
-    """Other weights or settings: another folder; a folder of other pictures is refused."""
-    key = picture_key(config, "both", faces)
-    assert key in pictures.name
-    assert picture_key(config.replace(sampling={"steps": 3}), "both", faces) != key
-    assert picture_key(config.replace(evaluation={"limit": 1}), "both", faces) == key
-    with pytest.raises(ConfigError, match="other weights or settings"):
-        generate_split(config.replace(sampling={"steps": 3}), "both", "test", pictures)
-    with pytest.raises(ConfigError, match="unknown origin"):
-        generate_split(config, "both", "test", faces.root / "image")
-    with pytest.raises(ConfigError, match="known: without_ltal"):
-        generate_split(config, "boht", "test")
-
-
-def test_references(config, faces):
-    """Real images are the faces; the round trip is another picture of the same face."""
-    real = generate_split(config, "real", "test", progress=False)
-    want = torch.stack([faces.image(name) for name in faces.ids])
-    assert same(load_pictures(real, faces.ids), want)
-    trip = generate_split(config, "vae_round_trip", "test", limit=2, progress=False)
-    assert sorted(f.stem for f in trip.glob("*.png")) == faces.ids[:2]
+def pictures(sampled):
+    return sampled.folder
 
 
 def test_scores_against_a_second_computation(config, faces, pictures):
-    """Every column from the critics directly, for one picture."""
+    """Every column from the perception models directly, for one picture."""
     table = score_folder(pictures, faces, config, progress=False)
     assert list(table["id"]) == faces.ids
-    name, row, critics = faces.ids[2], table.iloc[2], scoring.load_critics(config)
-    image, target = load_pictures(pictures, [name]), faces.label_map(name)[None]
-    text = critics.clips["guiding"].score(image, [faces.manifest_caption(name)])
+    name = faces.ids[2]
+    row = table.iloc[2]
+    models = scoring.perception_models(config)
+    image = load_pictures(pictures, [name])
+    target = faces.label_map(name)[None]
+    text = models.clips["guiding"].score(image, [faces.manifest_caption(name)])
     assert row["text_guiding"] == pytest.approx(float(text), abs=1e-3)
-    lpips = critics.lpips(image, faces.image(name)[None])
+    lpips = models.lpips(image, faces.image(name)[None])
     assert row["lpips"] == pytest.approx(float(lpips), abs=1e-5)
-    right = critics.parsers["independent"].parse(image) == target
+    right = models.parsers["independent"].parse(image) == target
     support = pixel_counts(target)[0].tolist()
     for i, c in enumerate(CLASSES):
         assert row[f"support_{c}"] == support[i]
         assert row[f"correct_independent_{c}"] == int((right & (target == i)).sum())
-    real = score_folder(generate_split(config, "real", "test", progress=False), faces, config)
+    real = PictureSet(config, "real", "test").scores(progress=False)
     assert real["lpips"].abs().max() < 1e-6
 
 
@@ -141,7 +65,7 @@ def test_scores_are_kept_by_content(config, faces, pictures, monkeypatch, tmp_pa
     for name in faces.ids:
         (copy / f"{name}.png").write_bytes((pictures / f"{name}.png").read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "load_critics", None)
+        patch.setattr(scoring, "perception_models", None)
         again = score_folder(copy, faces, config, progress=False)
     assert again.equals(first)
     Image.new("RGB", (64, 64), "red").save(copy / f"{faces.ids[0]}.png")
@@ -197,19 +121,3 @@ def test_summaries_pool_over_images(config, faces, pictures):
     assert np.allclose(nothing[["value", "ci_low", "ci_high"]].fillna(0), 0)
     with pytest.raises(ValueError, match="same faces"):
         summarise_difference(table, table.iloc[::-1], "d", "x", "faces", config)
-
-
-def test_grids_keep_their_pictures(config, faces):
-    """Rows differ in condition, columns in noise; a second call reads the same pictures."""
-    maps = [faces.label_map(name) for name in faces.ids[:2]]
-    images = sample_grid(config, "both", "trial", ["", "a man"], maps, seeds=2, progress=False)
-    assert images.shape == (2, 2, 3, 64, 64)
-    flat = images.flatten(0, 1)
-    assert all(not same(flat[i], flat[j]) for i in range(4) for j in range(i))
-    again = sample_grid(config, "both", "trial", ["", "a man"], maps, seeds=2, progress=False)
-    assert torch.equal(again, images)
-    folder = next((config.run_dir / "images").glob("trial-*"))
-    assert json.loads((folder / "about.json").read_text())["grid"] == "trial"
-    assert Image.open(folder / "00_01.png").text["Disclaimer"] == NOTICE
-    with pytest.raises(ConfigError, match="no mask branch"):
-        sample_grid(config, "base", "trial", ["", ""], maps, seeds=1, progress=False)

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from ec2face_core.config import load_profile
-from ec2face_lab.plots.render_tables import CRITICS
 from ec2face_lab.plots.save import save_table
 from ec2face_lab.study import report
+from ec2face_lab.study.scores import ROLES
 
 LABELS = tuple(dict.fromkeys(claim.label for claim in report.CLAIMS))
 METRICS = ("Text", "OAA", "HFA", "NFA", "RFA", "skin", "hair")
@@ -29,7 +29,7 @@ def rows(methods, value: float, half: float, seeds: str = "42-43") -> pd.DataFra
             {"method": method, "metric": metric, "critic": critic} | cell
             for method in methods
             for metric in METRICS
-            for critic in CRITICS
+            for critic in ROLES
         ]
     )
 
@@ -47,11 +47,11 @@ def save_tables(config, value: float = 2.0) -> None:
 
 def test_verdicts():
     assert report.verdict((1.0, 0.1, 2.0), each=(0.5, 1.5)) == "holds"
-    assert report.verdict((1.0, 0.1, 2.0), each=(-0.5, 2.5)) == "not in every training"
-    assert report.verdict((1.0, -0.1, 2.0)) == "not seen"
+    assert report.verdict((1.0, 0.1, 2.0), each=(-0.5, 2.5)) == "not for every seed"
+    assert report.verdict((1.0, -0.1, 2.0)) == "inconclusive"
     assert report.verdict((-1.0, -2.0, -0.1)) == "does not hold"
-    assert report.verdict((-0.2, -0.4, 0.0), least=-0.5) == "holds"
-    assert report.verdict((-0.7, -0.8, -0.6), least=-0.5) == "does not hold"
+    assert report.verdict((-0.2, -0.4, 0.0), bound=-0.5) == "holds"
+    assert report.verdict((-0.7, -0.8, -0.6), bound=-0.5) == "does not hold"
 
 
 def test_leads_stand_beside_the_paper_s(config):

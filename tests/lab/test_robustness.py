@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -81,10 +83,10 @@ def test_rarest_pairs(tiny_faces):
         assert n == expected
 
 
-def test_conflicts_ask_every_cell(tiny_config, monkeypatch):
+def test_conflicts_fill_every_cell(tiny_config, monkeypatch):
     """Pictures that obey the mask: the table has to say that the mask decides."""
 
-    def obedient(config, variant, name, prompts, masks, seeds):
+    def obedient(config, method, name, prompts, masks, seeds):
         return masks[:, None, None].float().expand(-1, 1, 3, -1, -1)
 
     class Parser:
@@ -94,9 +96,9 @@ def test_conflicts_ask_every_cell(tiny_config, monkeypatch):
             return images[:, 0].long()
 
     monkeypatch.setattr(robustness, "sample_grid", obedient)
-    critics = type("Critics", (), {"parsers": {"independent": Parser()}})
-    monkeypatch.setattr(robustness, "load_critics", lambda config: critics)
-    monkeypatch.setattr(robustness, "SAID", {"hair": ("hair",)})
+    models = SimpleNamespace(parsers={"independent": Parser()})
+    monkeypatch.setattr(robustness, "perception_models", lambda config: models)
+    monkeypatch.setattr(robustness, "WORDS", {"hair": ("hair",)})
     rows, shown = robustness.conflicts(tiny_config, "both", count=3)
     table = rows.set_index(["class", "mask", "text"])["value"]
     assert (table.xs(True, level="mask") == 100).all()
@@ -120,8 +122,9 @@ def test_sentences():
     )
     cells = [("hat", True, False, 90.0), ("hat", False, True, 5.0)]
     fights = pd.DataFrame(cells, columns=["class", "mask", "text", "value"])
-    assert "mask alone 90 % of the pictures show it, in the text alone 5 %" in describe_conflicts(
-        fights
+    assert (
+        "90 % of the pictures show it if only the mask has it, 5 % if only the text has it"
+        in describe_conflicts(fights)
     )
     pairs = pd.DataFrame(
         [{"class": "hat", "beside": "neck_l", "together": 0, "alone": 90.0, "value": 70.0}]

@@ -59,12 +59,12 @@ def swept(tiny_config, tmp_path_factory):
         "raw": Point("raw", "none", {"loss.clip": 0.0}),
     }
 
-    def train(other, variants, seeds=1):
-        for variant in variants:
+    def train(other, methods, seeds=1):
+        for method in methods:
             final = Trainer(
-                other, variant, other.run_dir / "training" / adapter_name(other, variant)
+                other, method, other.run_dir / "training" / adapter_name(other, method)
             ).fit()
-            target = other.run_dir / "adapters" / adapter_name(other, variant)
+            target = other.run_dir / "adapters" / adapter_name(other, method)
             target.mkdir(parents=True)
             _copy(final, target)
 
@@ -132,7 +132,7 @@ def test_a_conclusion_needs_more_than_another_seed_brings(monkeypatch):
         ]
     )
     said = sweeps.conclusion(rows, "s", ["RFA"])
-    assert said == "Against own, beyond faces and other seeds: RFA: A +3.0."
+    assert said == "Significant differences to own that exceed other seeds: RFA: A +3.0."
 
 
 def test_command_line_lists_the_points(capsys):

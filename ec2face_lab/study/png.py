@@ -1,0 +1,36 @@
+"""Pictures as PNG files: written whole with text chunks, and read back as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ec2face_core.data import read_image
+from ec2face_core.runs import parallel, whole_file
+
+
+def save_picture(path: Path, image: Tensor, chunks: Mapping[str, str]) -> None:
+    """Write an image `3 h w` in [0, 1] as PNG with text chunks."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, text in chunks.items():
+        info.add_itxt(name, text)
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    with whole_file(path) as part:
+        Image.fromarray(pixels.movedim(0, -1).numpy()).save(part, "PNG", pnginfo=info)
+
+
+def read_picture(path: Path) -> Tensor:
+    """An image `3 h w` in [-1, 1]."""
+    return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1) / 127.5 - 1
+
+
+def load_pictures(folder: Path, ids: Sequence[str]) -> Tensor:
+    """The pictures `{id}.png` of a folder, `b 3 h w` in [-1, 1]."""
+    return torch.stack(list(parallel(read_picture, [folder / f"{name}.png" for name in ids])))
