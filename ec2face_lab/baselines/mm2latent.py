@@ -1,13 +1,12 @@
 """MM2Latent (Meng et al., ECCV 2024 workshops; arXiv 2409.11010): mask and text -> w in one pass.
 
-A mapping network is trained on pictures of the frozen generator only: w is known, the mask is what
-a parser finds, and the text is replaced by the picture's own embedding plus Gaussian noise. At test
-the sentence's embedding takes its place. So no caption is ever trained on.
+A mapping network is trained on pictures of the frozen generator only: w is known, a parser gives
+the mask, and the embedding of the picture with Gaussian noise replaces that of a text. Sampling
+uses the embedding of the sentence. So the system is trained without captions.
 
-Simplified: written after the abstract, no official code exists; CLIP for FaRL. Added: `Centre`, for
-which the mean feature of 512 captions is taken.
-A mask left out is a code of zeros (as in a seventh of training), a text left out is the embedding
-of a random face.
+Simplified: written after the abstract, as there is no official code; CLIP for FaRL. Added:
+`Centre`, with the mean feature of 512 captions. A missing mask is a code of zeros (as in 15 % of
+the training samples), a missing text the embedding of a random face.
 """
 
 from __future__ import annotations

@@ -15,6 +15,11 @@ from ec2face_lab.baselines.encoders import word_features
 from ec2face_lab.baselines.uac import UaC, compose, pixel_scheduler
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def config(tiny_config) -> Config:
     return tiny_config.replace(sampling={"steps": 2})
@@ -61,13 +66,13 @@ def test_composition_is_the_same_for_clean_pictures_and_noise():
     def clean(e: torch.Tensor) -> torch.Tensor:
         return (x_t - (1 - a) ** 0.5 * e) / a**0.5
 
-    how = {"mask": 1.5, "text": 2.0}, {"mask": 0.5, "text": 0.5}
-    composed = compose({k: (clean(e), clean(e0)) for k, (e, e0) in noises.items()}, *how)
-    assert torch.allclose(composed, clean(compose(noises, *how)), atol=1e-5)
+    numbers = ({"mask": 1.5, "text": 2.0}, {"mask": 0.5, "text": 0.5})
+    composed = compose({k: (clean(e), clean(e0)) for k, (e, e0) in noises.items()}, *numbers)
+    assert torch.allclose(composed, clean(compose(noises, *numbers)), atol=1e-5)
 
 
-def test_an_error_of_the_clean_picture_weighs_as_its_error_of_v(monkeypatch):
-    """The same guess told as x_0 and as v, written out, has the same loss where none is cut."""
+def test_errors_of_x0_and_of_v_have_the_same_loss(monkeypatch):
+    """The same guess as x_0 and as v, written out, has the same loss where no weight is clipped."""
     pixels, latents = pixel_scheduler(), unets.ldm_scheduler()
     latents.alphas_cumprod = pixels.alphas_cumprod
     x0, guess = torch.randn(6, 2, 4, 4), torch.randn(6, 2, 4, 4)
@@ -77,14 +82,15 @@ def test_an_error_of_the_clean_picture_weighs_as_its_error_of_v(monkeypatch):
         return (a.sqrt() * x_t - guess) / (1 - a).sqrt()
 
     def losses() -> list[float]:
-        how = ((lambda x_t, t: guess, pixels), (v, latents))
+        pairs = ((lambda x_t, t: guess, pixels), (v, latents))
         return [
-            unets.denoising_loss(f, s, x0, torch.Generator().manual_seed(1)).item() for f, s in how
+            unets.denoising_loss(f, s, x0, torch.Generator().manual_seed(1)).item()
+            for f, s in pairs
         ]
 
     monkeypatch.setattr(unets, "HEAVIEST", 1e9)
-    told = losses()
-    assert told[0] == pytest.approx(told[1], rel=1e-4)
+    as_x0, as_v = losses()
+    assert as_x0 == pytest.approx(as_v, rel=1e-4)
     monkeypatch.setattr(unets, "HEAVIEST", 1.0)
     assert losses()[0] == pytest.approx((guess - x0).square().mean().item(), rel=1e-5)
 
@@ -134,11 +140,9 @@ def test_cross_normalisation_and_the_untouched_base(config):
 
     system = ControlNeXt(config)
     unet = system.networks["unet"].eval()
-    x, t, words = (
-        torch.randn(2, *system.shape),
-        torch.tensor([5, 700]),
-        torch.randn(2, 5, system.words),
-    )
+    x = torch.randn(2, *system.shape)
+    t = torch.tensor([5, 700])
+    words = torch.randn(2, 5, system.words)
     with torch.no_grad():
         base = unet(x, t, words).sample
         with_mask = system.predict(x, t, words, torch.randint(0, 19, (2, 64, 64)))

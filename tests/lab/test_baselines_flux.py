@@ -17,6 +17,11 @@ from ec2face_lab.baselines.mogle import Mixture
 PROMPTS = ["A woman who smiles.", "The man is bald."]
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def config(tiny_config) -> Config:
     guidance = {"text_guidance": 1.5, "mask_guidance": 2.5}  # so that all three terms count
@@ -44,7 +49,7 @@ def noise() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(2)]
 
 
-def drawn_by_pipeline(system, masks: torch.Tensor | None) -> torch.Tensor:
+def pipeline_images(system, masks: torch.Tensor | None) -> torch.Tensor:
     s = system.config.sampling
     pipe = EC2FacePipeline(
         **system.base.components(), text_length=system.config.backbone.text_length, image_size=64
@@ -57,19 +62,19 @@ def drawn_by_pipeline(system, masks: torch.Tensor | None) -> torch.Tensor:
 
 def test_text_alone_is_the_base_s_own_picture(system, masks):
     pictures = system.generate(PROMPTS, None, noise())
-    assert (pictures - drawn_by_pipeline(system, None)).abs().max() < 1e-4
+    assert (pictures - pipeline_images(system, None)).abs().max() < 1e-4
     masked = system.generate(PROMPTS, masks, noise())
     assert (pictures - masked).abs().max() > 0.01, "a hundred times the tolerance"
 
 
-def test_mditface_draws_what_a_decoupled_adapter_draws(config, masks):
+def test_mditface_is_a_mask_lora_with_decoupled_attention(config, masks):
     """EC²Face's pipeline with the same LoRA: decoupled attention is all that MDiTFace changes."""
     own = build("MDiTFace", config)
     generator = torch.Generator().manual_seed(4)
     for p in own.networks["lora"]:
         p.data += 0.05 * torch.randn(p.shape, generator=generator)
     pictures = own.generate(PROMPTS, masks, noise())
-    assert (pictures - drawn_by_pipeline(own, masks)).abs().max() < 1e-4
+    assert (pictures - pipeline_images(own, masks)).abs().max() < 1e-4
 
 
 def test_mogle_with_one_expert_is_the_plain_mask_branch(config, masks):
@@ -83,7 +88,7 @@ def test_mogle_with_one_expert_is_the_plain_mask_branch(config, masks):
         mixture.gate[2].weight.zero_()
         mixture.gate[2].bias.copy_(torch.tensor([100.0] + [0.0] * 19))
     pictures = own.generate(PROMPTS, masks, noise())
-    assert (pictures - drawn_by_pipeline(own, masks)).abs().max() < 1e-4
+    assert (pictures - pipeline_images(own, masks)).abs().max() < 1e-4
 
 
 def test_the_gated_mixture_written_out():
@@ -104,8 +109,8 @@ def test_the_gated_mixture_written_out():
         time = layer(mixture.time.linear_1, sines)
         time = layer(mixture.time.linear_2, time * torch.sigmoid(time))
         for i in range(n):
-            heard = tokens[b, 0, i] + layer(mixture.noise, noisy[b, i]) + time
-            scores = layer(mixture.gate[2], layer(mixture.gate[0], heard).clamp(min=0))
+            gate_input = tokens[b, 0, i] + layer(mixture.noise, noisy[b, i]) + time
+            scores = layer(mixture.gate[2], layer(mixture.gate[0], gate_input).clamp(min=0))
             shares = scores.exp() / scores.exp().sum()
             want = torch.zeros(width)
             for k in range(4):

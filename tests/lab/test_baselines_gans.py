@@ -18,6 +18,11 @@ from ec2face_lab.baselines.encoders import word_features
 PROMPTS = ["A woman with black hair.", "The man has eyeglasses."]
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def masks(tiny_config: Config) -> torch.Tensor:
     faces = open_dataset(tiny_config, "test")
@@ -89,7 +94,7 @@ def test_perceptual_distance_is_a_mean_over_layers_of_unit_features():
 # -------------------------------------------------------------------------- equations of each
 
 
-def test_tedigan_the_layer_index_picks_the_modality(tiny_config, masks):
+def test_tedigan_the_layer_index_chooses_the_modality(tiny_config, masks):
     system = build("TediGAN", tiny_config)
     codes = system.codes(PROMPTS, masks, generators())
     other_mask = system.codes(PROMPTS, masks.flip(0), generators())
@@ -100,7 +105,7 @@ def test_tedigan_the_layer_index_picks_the_modality(tiny_config, masks):
 
 
 def test_tedigan_optimisation_serves_the_sentence_in_its_layers(tiny_config, masks):
-    """A critic that sees the mean colour only: one sentence says red, the other blue."""
+    """A CLIP whose feature is the mean colour; one sentence means red, the other blue."""
     system = build("TediGAN", tiny_config)
     system.clip_steps = 8
     system.networks.requires_grad_(False)
@@ -132,7 +137,7 @@ def test_tedigan_ranking_against_every_other_face():
     assert loss == pytest.approx(sum(expected) / len(expected), abs=1e-6)
 
 
-def test_pixelface_each_pixel_asks_the_words_of_its_sentence():
+def test_pixelface_each_pixel_attends_to_the_words_of_its_sentence():
     torch.manual_seed(2)
     query, key, value = torch.randn(2, 4, 3, 3), torch.randn(2, 5, 4), torch.randn(2, 5, 4)
     real = torch.tensor([[True] * 5, [True, True, False, False, False]])
@@ -171,13 +176,17 @@ def test_a_published_mask_is_seen_in_palette_colours(name, tiny_config):
 
 
 def test_pixelface_matching_is_a_binary_decision():
-    real, fake, told = torch.randn(3, 3, 4)
-    pairs = [(real, told, 1.0, 1.0), (real, told.roll(1, 0), 0.0, 0.5), (fake, told, 0.0, 0.5)]
+    real, fake, sentence = torch.randn(3, 3, 4)
+    pairs = [
+        (real, sentence, 1.0, 1.0),
+        (real, sentence.roll(1, 0), 0.0, 0.5),
+        (fake, sentence, 0.0, 0.5),
+    ]
     expected = sum(
         weight * F.binary_cross_entropy((f * s).sum(1).div(2).sigmoid(), torch.full((3,), truth))
         for f, s, truth, weight in pairs
     )
-    assert torch.allclose(pixelface.matching_loss(real, fake, told), expected, atol=1e-5)
+    assert torch.allclose(pixelface.matching_loss(real, fake, sentence), expected, atol=1e-5)
 
 
 def test_pixelface_words_after_the_end_are_not_read(tiny_config):

@@ -27,6 +27,11 @@ CORPUS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def tiny() -> Backbone:
     return tiny_backbone(CORPUS, seed=1)
