@@ -147,7 +147,7 @@ def celeba_attributes(path: Path) -> dict[str, FaceAttributes]:
     """`CelebAMask-HQ-attribute-anno.txt` -> attributes in the words of `captions`, by id."""
     _, header, *lines = path.read_text(encoding="utf-8").splitlines()
     names = header.split()
-    faces = {}
+    faces: dict[str, FaceAttributes] = {}
     for line in lines:
         file, *values = line.split()
         has = {name: value == "1" for name, value in zip(names, values, strict=True)}

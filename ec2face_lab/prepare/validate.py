@@ -88,8 +88,8 @@ def _check_face(files: dict[str, Path | None], row: Row) -> _Checked:
     ids = try_read(problems, files["mask"], read_mask)
     lines = try_read(problems, files["text"], read_captions)
     if image is not None and ids is not None and ids.shape != (image.height, image.width):
-        size = f"{ids.shape[1]}x{ids.shape[0]}"
-        problems.append((files["mask"], f"mask {size}, image {image.width}x{image.height}"))
+        shape = f"{ids.shape[1]}x{ids.shape[0]}"
+        problems.append((files["mask"], f"mask {shape}, image {image.width}x{image.height}"))
     index = row.caption_index
     if lines is not None and lines[index : index + 1] != (row.caption.strip(),):
         problems.append((files["text"], f"manifest caption {index} is not its line"))
