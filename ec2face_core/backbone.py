@@ -16,13 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from .config import BackboneConfig, ConfigError, resolve
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports missing CPU kernels otherwise
 
@@ -170,13 +173,13 @@ def save_backbone(
 # --------------------------------------------------------------------------- latents and tokens
 
 
-def encode_images(vae: nn.Module, images: Tensor) -> Tensor:
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Images `b 3 h w` in [-1, 1] -> latents `b c h/f w/f`: `z = (mode - shift) * scale`."""
     mode = vae.encode(images.to(vae.dtype)).latent_dist.mode().float()
     return (mode - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def decode_latents(vae: nn.Module, z: Tensor) -> Tensor:
+def decode_latents(vae: AutoencoderKL, z: Tensor) -> Tensor:
     """Latents `b c h w` -> images `b 3 fh fw`, about [-1, 1], not clamped; differentiable."""
     z = z.float() / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
@@ -226,7 +229,9 @@ def encode_text(backbone: Backbone, prompts: Sequence[str], length: int) -> Text
     return TextEmbedding(tokens, clip(clip_ids.to(clip.device)).pooler_output)
 
 
-def load_tiny_decoder(config: BackboneConfig, latent_shape: Sequence[int], size: int) -> nn.Module:
+def load_tiny_decoder(
+    config: BackboneConfig, latent_shape: Sequence[int], size: int
+) -> AutoencoderTiny:
     """The AutoencoderTiny of `backbone.pixel_decoder`, frozen, with its decoder only.
 
     It reads the transformer's latents as they are: its scale is 1 and its shift 0.

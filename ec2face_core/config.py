@@ -62,10 +62,8 @@ Name = Annotated[str, Field(strict=True, min_length=1)]
 # while it has its default, and `{"digest": name}` counts under its former name.
 ADDED = {"added": True}
 
-schema = dataclass(frozen=True)
 
-
-@schema
+@dataclass(frozen=True)
 class DataConfig:
     """Where the faces are. Layout: `image/ mask/ text/ manifest.csv`, see `data.py`."""
 
@@ -83,7 +81,7 @@ class DataConfig:
     validation: CountOrZero = 0  # procedural faces for choosing settings, beside root
 
 
-@schema
+@dataclass(frozen=True)
 class BackboneConfig:
     """The FluxPipeline folder or hub id, and how its parts are used."""
 
@@ -94,7 +92,7 @@ class BackboneConfig:
     pixel_decoder: Text = ""  # AutoencoderTiny (TAEF1) for the pixel losses; empty: the VAE's own
 
 
-@schema
+@dataclass(frozen=True)
 class LoraConfig:
     """LoRA on the mask branch (Sec. 3.5): < 0.1 % new parameters at rank 4 without AdaLN."""
 
@@ -105,7 +103,7 @@ class LoraConfig:
     mask_position: Literal["offset", "aligned"] = "offset"  # first position id of mask tokens: 1|0
 
 
-@schema
+@dataclass(frozen=True)
 class PerceptionConfig:
     """Two pairs of frozen perception models: the guides of training, and the evaluators."""
 
@@ -116,7 +114,7 @@ class PerceptionConfig:
     parser_size: Annotated[int, Field(strict=True, ge=16)] = 448  # pixels the parser reads
 
 
-@schema
+@dataclass(frozen=True)
 class LossConfig:
     """Eqs. 7-12."""
 
@@ -136,7 +134,7 @@ class LossConfig:
     )
 
 
-@schema
+@dataclass(frozen=True)
 class TrainerConfig:
     """Sec. 4.1: AdamW, 1e-4, 5,000 iterations, 8 GPUs x 4 samples."""
 
@@ -180,7 +178,7 @@ class TrainerConfig:
         return self
 
 
-@schema
+@dataclass(frozen=True)
 class SamplingConfig:
     """Sec. 4.1: FlowMatchEulerDiscreteScheduler, 28 steps, seed 42."""
 
@@ -194,7 +192,7 @@ class SamplingConfig:
     num_processes: Count = 8  # that generate the pictures of a split
 
 
-@schema
+@dataclass(frozen=True)
 class EvaluationConfig:
     """What is scored, and with which certainty."""
 
@@ -214,7 +212,7 @@ class EvaluationConfig:
         return self
 
 
-@schema
+@dataclass(frozen=True)
 class BaselinesConfig:
     """Training of the comparison systems' miniatures; seconds are of one core."""
 
@@ -224,7 +222,7 @@ class BaselinesConfig:
     published_masks: Flag = False  # masks as the authors feed them, not one-hot maps of 19 classes
 
 
-@schema
+@dataclass(frozen=True)
 class Config:
     """One experiment. `profile` names its folder in `runs/`."""
 

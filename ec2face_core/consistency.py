@@ -13,14 +13,18 @@ decoder (TAEF1, `backbone.load_tiny_decoder`) in place of the VAE's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backbone import decode_latents
 from .config import LossConfig
 from .losses import mask_consistency_loss, text_consistency_loss, total_loss
 from .perception import ClipScorer, FaceParser
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 PIXELS_AT_ONCE = 512 * 512  # decoded together: one picture at paper scale, 64 in the miniature
 
@@ -39,7 +43,7 @@ class PixelConsistency:
 
     def __init__(
         self,
-        vae: nn.Module,
+        vae: AutoencoderKL,
         clip: ClipScorer | None,
         parser: FaceParser | None,
         config: LossConfig,
@@ -106,18 +110,18 @@ class PixelConsistency:
         rows = index.to(z_hat.device)
         weights = pixel_weight[index].to(z_hat.device)
         g = torch.zeros_like(z_hat)
-        losses: list[Tensor | None] = [None, None]
-        for i, guide in enumerate((self.clip, self.parser)):
-            losses[i] = None if guide is None else torch.zeros_like(t)
+        text_loss = None if self.clip is None else torch.zeros_like(t)
+        mask_loss = None if self.parser is None else torch.zeros_like(t)
         if len(index):
             some = [captions[i] for i in index.tolist()]
             keep = [None if k is None else k[rows] for k in (keep_text, keep_mask)]
-            part, *found = self._gradient(z_hat[rows], some, label_map[rows], t[rows], *keep)
+            part, text, mask = self._gradient(z_hat[rows], some, label_map[rows], t[rows], *keep)
             g[rows] = part * weights[:, None, None, None]
-            for total, loss in zip(losses, found, strict=True):
-                if loss is not None:
-                    total[rows] = (loss * weights).to(t.dtype)
-        return g, losses[0], losses[1]
+            if text_loss is not None and text is not None:
+                text_loss[rows] = (text * weights).to(t.dtype)
+            if mask_loss is not None and mask is not None:
+                mask_loss[rows] = (mask * weights).to(t.dtype)
+        return g, text_loss, mask_loss
 
     def _gradient(
         self,

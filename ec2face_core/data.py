@@ -63,7 +63,7 @@ class Report:
 class DataError(UserError, ValueError):
     """Data that cannot be used. `report` lists every bad file."""
 
-    def __init__(self, message: str, report: Report | None = None):
+    def __init__(self, message: str, report: Report | None = None) -> None:
         super().__init__(message)
         self.report = report
 
@@ -249,7 +249,7 @@ class FaceDataset(Dataset[FaceSample]):
         split: str | None = "train",
         size: int | None = None,
         limit: int = 0,
-    ):
+    ) -> None:
         self.root = Path(root)
         self.split = split
         self.size = size

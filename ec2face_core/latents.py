@@ -161,6 +161,7 @@ def encode_dataset(
             it is called only if something is missing.
         config: reads backbone and data.size.
         folder: caches live in `folder/<key>`, see `cache_key`.
+        progress: show progress bars.
         captions: which captions to embed, given the cache of the images; None: all. The empty
             caption is always embedded.
         accelerator: its processes share the work and wait for each other.

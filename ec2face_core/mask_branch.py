@@ -31,7 +31,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ from .backbone import TextEmbedding, encode_images, pack, position_ids, unpack
 from .config import LoraConfig
 from .runs import whole_file
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from peft.tuners.lora import LoraLayer
+
 ADAPTER = "mask"  # peft's name of the mask branch's LoRA
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -49,17 +53,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class MaskKVCache:
-    """Keys and values of m masks in decoupled attention, from `precompute_mask_kv`.
+    """Keys and values of m masks in decoupled attention; iterating gives those of the batch."""
 
-    Attributes:
-        pairs: keys (after rope) and values `(m, n, heads, d)` of every block.
-        rows: which mask each sample of a batch has, `(b,)`; None: sample i has mask i.
-
-    Iterating gives the pairs of the batch.
-    """
-
-    pairs: tuple[tuple[Tensor, Tensor], ...]
-    rows: Tensor | None = None
+    pairs: tuple[tuple[Tensor, Tensor], ...]  # keys (after rope) and values `m n heads d` per block
+    rows: Tensor | None = None  # mask of each sample of a batch, `(b,)`; None: sample i has mask i
 
     def __getitem__(self, rows: Tensor) -> MaskKVCache:
         """These masks in another batch, by their numbers `(b,)`; nothing is copied yet."""
@@ -79,13 +76,13 @@ class MaskKVCache:
         return self.pairs[0][0].shape[1]
 
 
-def mask_latents_of(vae: nn.Module, label_map: Tensor) -> Tensor:
+def mask_latents_of(vae: AutoencoderKL, label_map: Tensor) -> Tensor:
     """Label map `b h w` -> latents `b c h/f w/f` of its palette image."""
     return encode_images(vae, palette_image(label_map))
 
 
 def predict_velocity(
-    transformer: nn.Module,
+    transformer: FluxTransformer2DModel,
     z_t: Tensor,
     t: Tensor,
     text: TextEmbedding,
@@ -166,8 +163,8 @@ def predict_velocity(
     return unpack(v[:, :noise_tokens], h, w).to(z_t.dtype)
 
 
-def guided_velocity(
-    transformer: nn.Module,
+def guided_velocity(  # noqa: D417, PLR0913, PLR0917
+    transformer: FluxTransformer2DModel,
     z: Tensor,
     t: Tensor,
     text: TextEmbedding,
@@ -184,8 +181,10 @@ def guided_velocity(
     v(0, 0) + s_t [v(text, 0) - v(0, 0)] + s_m [v(text, mask) - v(text, 0)], where 0 is the null
     text or no mask. Terms with factor 0 are not computed.
 
+    The arguments not listed are those of `predict_velocity`.
+
     Args:
-        z: noisy latents `b c h w`; for the arguments not listed see `predict_velocity`.
+        z: noisy latents `b c h w`.
         null: the embedded empty caption, b times.
         text_scale: s_t; 1: no guidance towards the text.
         mask_scale: s_m; without masks it has no effect.
@@ -197,23 +196,22 @@ def guided_velocity(
         (text_scale - mask_scale, text, None, None),
         (1 - text_scale, null, None, None),
     ]
-    return sum(
-        factor
-        * predict_velocity(
-            transformer, z, t, caption, mask, keep, guidance, mask_strength=mask_strength
-        )
-        for factor, caption, mask, keep in terms
-        if factor
-    )
+    v = torch.zeros_like(z)
+    for factor, caption, mask, keep in terms:
+        if factor:
+            v = v + factor * predict_velocity(
+                transformer, z, t, caption, mask, keep, guidance, mask_strength=mask_strength
+            )
+    return v
 
 
-def is_decoupled(transformer: nn.Module) -> bool:
+def is_decoupled(transformer: FluxTransformer2DModel) -> bool:
     """Whether the transformer, wrapped or not, has a mask LoRA with decoupled attention."""
     branch = getattr(_unwrap(transformer), "mask_branch", None)
     return branch is not None and branch.config.attention == "decoupled"
 
 
-def precompute_mask_kv(transformer: nn.Module, mask_latents: Tensor) -> MaskKVCache:
+def precompute_mask_kv(transformer: FluxTransformer2DModel, mask_latents: Tensor) -> MaskKVCache:
     """Run the mask branch of decoupled attention once, for all later calls of `predict_velocity`.
 
     Args:
@@ -238,7 +236,7 @@ def precompute_mask_kv(transformer: nn.Module, mask_latents: Tensor) -> MaskKVCa
     return MaskKVCache(transformer(hidden_states=tokens, img_ids=ids, mask_tokens=len(ids)))
 
 
-def _unwrap(transformer: nn.Module) -> nn.Module:
+def _unwrap(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return getattr(transformer, "module", transformer)  # DDP
 
 
@@ -270,7 +268,8 @@ def _attention_mask(
     keys = others + mask_tokens
     if strength == 1:
         mask = torch.ones(rows, 1, 1, keys, dtype=torch.bool)
-        mask[..., others:] = ~dropped[:, None, None, None]
+        if dropped is not None:
+            mask[dropped, ..., others:] = False
     else:
         mask = torch.zeros(rows, 1, 1 if decoupled else keys, keys, dtype=like.dtype)
         mask[:, :, :others, others:] = math.log(strength)
@@ -282,7 +281,7 @@ def _attention_mask(
 # ------------------------------------------------------------------- Sec. 3.5: LoRA on mask tokens
 
 
-def add_mask_lora(transformer: nn.Module, config: LoraConfig) -> list[nn.Parameter]:
+def add_mask_lora(transformer: FluxTransformer2DModel, config: LoraConfig) -> list[nn.Parameter]:
     """Freeze the transformer, give its mask branch a LoRA, and return the LoRA's parameters.
 
     A is drawn from N(0, 1/rank^2) with torch's global generator and B is zero, so the branch starts
@@ -311,7 +310,9 @@ def add_mask_lora(transformer: nn.Module, config: LoraConfig) -> list[nn.Paramet
     return [p for p in transformer.parameters() if p.requires_grad]
 
 
-def install_mask_branch(transformer: nn.Module, config: LoraConfig | None = None) -> MaskBranch:
+def install_mask_branch(
+    transformer: FluxTransformer2DModel, config: LoraConfig | None = None
+) -> MaskBranch:
     """Restrict the transformer's `mask` LoRA to mask tokens, and set its attention pattern.
 
     Args:
@@ -356,9 +357,9 @@ class MaskBranch:
     pipelines are untouched. Merging the LoRA into the base weights, which would apply it to all
     tokens, is refused.
 
-    The number of mask tokens is set at each call of the transformer, from the keyword `mask_tokens`
-    or, for stock pipelines, from the position ids (first coordinate not 0). Gradient checkpointing
-    recomputes with the number of the latest call: run backward before the next forward.
+    Each call of the transformer sets the number, from the keyword `mask_tokens` or, for stock
+    pipelines, from the position ids (first coordinate not 0). Gradient checkpointing recomputes
+    with the number of the latest call: run backward before the next forward.
     """
 
     def __init__(self) -> None:
@@ -373,10 +374,9 @@ class MaskBranch:
         self.tokens = tokens
         return args, kwargs
 
-    # The interface of peft.tuners.lora.layer.LoraVariant; not a subclass, to import peft lazily.
-
+    # The interface of peft's LoraVariant; not a subclass, to import peft lazily.
     def forward(
-        self, module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """Add the LoRA to the rows of `result` `(b, tokens, d)` that belong to mask tokens."""
         tokens = x.shape[1] if self.config.tokens == "all" else self.tokens
@@ -424,7 +424,7 @@ class _AddToTail(torch.autograd.Function):
 
 
 def save_mask_lora(
-    transformer: nn.Module, folder: Path | str, config: LoraConfig, text_length: int
+    transformer: FluxTransformer2DModel, folder: Path | str, config: LoraConfig, text_length: int
 ) -> None:
     """Write the LoRA as a diffusers file, `folder/pytorch_lora_weights.safetensors`.
 
@@ -485,7 +485,7 @@ def read_mask_lora(folder: Path | str) -> tuple[LoraConfig, int]:
     return LoraConfig(**values), text_length
 
 
-def load_mask_lora(transformer: nn.Module, folder: Path | str) -> LoraConfig:
+def load_mask_lora(transformer: FluxTransformer2DModel, folder: Path | str) -> LoraConfig:
     """Load a LoRA into the mask branch, replacing the one that is there.
 
     Returns the LoraConfig that it was trained with; raises what `read_mask_lora` raises.

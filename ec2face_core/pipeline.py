@@ -32,6 +32,7 @@ from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter
 from .data import labels_from_palette
 from .mask_branch import (
     ADAPTER,
+    MaskKVCache,
     guided_velocity,
     is_decoupled,
     load_mask_lora,
@@ -67,7 +68,7 @@ class EC2FacePipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917
         self,
         scheduler: Any,
         vae: Any,
@@ -81,7 +82,7 @@ class EC2FacePipeline(DiffusionPipeline):
         guidance: float = SamplingConfig.guidance,
         text_guidance: float = SamplingConfig.text_guidance,
         mask_guidance: float = SamplingConfig.mask_guidance,
-    ):
+    ) -> None:
         super().__init__()
         self.register_modules(
             scheduler=scheduler,
@@ -159,7 +160,7 @@ class EC2FacePipeline(DiffusionPipeline):
     # ---------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # noqa: PLR0913, PLR0917
         self,
         prompt: str | Sequence[str] = "",
         mask: MaskLike | Sequence[MaskLike | None] | None = None,
@@ -185,11 +186,13 @@ class EC2FacePipeline(DiffusionPipeline):
                 colours. It is resized to the picture's size by the nearest pixel.
             num_inference_steps: Euler steps.
             guidance_scale: value of the guidance embedding; default: the model's own.
-            text_guidance, mask_guidance: classifier-free guidance scales `s_t` and `s_m` of text
-                and mask (see `guided_velocity`); default: the model's own. A step costs one pass of
-                the transformer at 1 and 1, two where they are equal or one is 1, else three.
+            text_guidance: classifier-free guidance scale `s_t` of the text (see
+                `guided_velocity`); default: the model's own.
+            mask_guidance: the scale `s_m` of the mask, likewise. A step costs one pass of the
+                transformer at 1 and 1, two where they are equal or one is 1, else three.
             generator: one per picture, or one from which the pictures' noise is drawn in turn.
-            height, width: pixels, multiples of 2 * vae_scale_factor; default: the model's own.
+            height: pixels, a multiple of 2 * vae_scale_factor; default: the model's own.
+            width: likewise.
             num_images_per_prompt: pictures of each prompt-mask pair; they stay together.
             output_type: "pil"; "np" or "pt": in [0, 1].
             latents: initial noise `b c h/f w/f`, instead of `generator`'s.
@@ -217,14 +220,16 @@ class EC2FacePipeline(DiffusionPipeline):
         # text embedded once per prompt, masks encoded once each, then laid out for b pictures
         text = encode_text(self, prompts, self.config.text_length)
         text = text[torch.arange(b) // num_images_per_prompt % len(prompts)]
-        mask_latents = keep_mask = None
+        mask_latents: Tensor | MaskKVCache | None = None
+        keep_mask: Tensor | None = None
         if any(m is not None for m in masks):
             maps = [torch.zeros(size).long() if m is None else _resize(m, size) for m in masks]
-            mask_latents = mask_latents_of(self.vae, torch.stack(maps).to(device))
-            if is_decoupled(self.transformer):  # one pass over the masks serves every step
-                mask_latents = precompute_mask_kv(self.transformer, mask_latents)
             index = torch.arange(b) // num_images_per_prompt % len(masks)
-            mask_latents = mask_latents[index]
+            z_mask = mask_latents_of(self.vae, torch.stack(maps).to(device))
+            if is_decoupled(self.transformer):  # one pass over the masks serves every step
+                mask_latents = precompute_mask_kv(self.transformer, z_mask)[index]
+            else:
+                mask_latents = z_mask[index]
             keep_mask = torch.tensor([m is not None for m in masks])[index]
 
         shape = (b, self.vae.config.latent_channels, size[0] // f, size[1] // f)

@@ -111,6 +111,7 @@ class SampleStream:
 
     def _pixel_weights(self, block: int) -> Tensor:
         """Weights of the pixel losses of the samples `block * BLOCK ...`, `(BLOCK,)` float32."""
+        assert self.pixel_probability is not None
         p = self.pixel_probability(self._times(block).double())
         u = torch.rand((), generator=self._generator("gate", block), dtype=torch.float64)
         return systematic_sample(p, float(u)).div(p).float()

@@ -1,0 +1,1 @@
+"""Options that make training and sampling cheaper; all are off by default."""

@@ -6,7 +6,7 @@ Recomputing them costs 46 % more arithmetic, so it is off unless the configurati
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,8 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import TrainerConfig
 
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
 
-def prepare_blocks(transformer: nn.Module, config: TrainerConfig) -> None:
+
+def prepare_blocks(transformer: FluxTransformer2DModel, config: TrainerConfig) -> None:
     """Recompute and compile the blocks of a FluxTransformer2DModel as the configuration asks.
 
     Args:
@@ -41,7 +44,11 @@ def prepare_blocks(transformer: nn.Module, config: TrainerConfig) -> None:
 
 
 def attention_kernel(
-    transformer: nn.Module, tokens: int, precision: str, device: torch.device, masked: bool = False
+    transformer: FluxTransformer2DModel,
+    tokens: int,
+    precision: str,
+    device: torch.device,
+    masked: bool = False,
 ) -> str:
     """The kernel that `scaled_dot_product_attention` takes in training, e.g. `flash_attention`.
 
@@ -63,6 +70,6 @@ def attention_kernel(
     return SDPBackend(choice).name.lower()
 
 
-def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+def blocks_of(transformer: FluxTransformer2DModel) -> list[Any]:
     """The blocks of a FluxTransformer2DModel in the order in which they run."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]

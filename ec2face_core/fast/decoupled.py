@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -29,6 +29,10 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from .blocks import blocks_of
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxAttention
 
 Pair = tuple[Tensor, Tensor]  # keys (after rope) and values of one block, `b tokens heads d`
 
@@ -42,9 +46,9 @@ class KVProcessor(FluxAttnProcessor):
     Without `collected` and `mask_kv` it computes what FluxAttnProcessor does.
     """
 
-    def __call__(
+    def __call__(  # noqa: D417
         self,
-        attn: nn.Module,
+        attn: FluxAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -52,18 +56,19 @@ class KVProcessor(FluxAttnProcessor):
         collected: list[Pair] | None = None,
         mask_kv: Pair | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention of a block; see FluxAttnProcessor.
+        """Attention of a block; the arguments not listed are FluxAttnProcessor's.
 
         Args:
             collected: this block's keys and values are appended.
             mask_kv: keys and values to attend to besides the block's own, after these.
         """
         parts = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        q, k, v, *text = (p if p is None else p.unflatten(-1, (-1, attn.head_dim)) for p in parts)
+        heads = [p.unflatten(-1, (-1, attn.head_dim)) for p in parts if p is not None]
+        q, k, v = heads[:3]
         q = attn.norm_q(q)
         k = attn.norm_k(k)
         if encoder_hidden_states is not None:
-            text_q, text_k, text_v = text
+            text_q, text_k, text_v = heads[3:]
             q = torch.cat([attn.norm_added_q(text_q), q], dim=1)
             k = torch.cat([attn.norm_added_k(text_k), k], dim=1)
             v = torch.cat([text_v, v], dim=1)
@@ -87,17 +92,17 @@ class KVProcessor(FluxAttnProcessor):
         return out, attn.to_add_out(text_out.contiguous())
 
 
-def set_attention(transformer: nn.Module, attention: str) -> None:
+def set_attention(transformer: FluxTransformer2DModel, attention: str) -> None:
     """Set the attention pattern of a FluxTransformer2DModel: "joint" (stock) or "decoupled"."""
     decoupled = attention == "decoupled"
     kind = KVProcessor if decoupled else FluxAttnProcessor
-    for block in blocks_of(transformer):
-        old = block.attn.processor
+    for attn in (block.attn for block in blocks_of(transformer)):
+        old = attn.processor
         if type(old) is not kind:
             new = kind()
             new._attention_backend = old._attention_backend
             new._parallel_config = old._parallel_config
-            block.attn.set_processor(new)
+            attn.set_processor(new)
     function = forward if decoupled else type(transformer).forward
     # accelerate's offloading hook wraps `forward` and calls `_old_forward`
     name = "_old_forward" if hasattr(transformer, "_hf_hook") else "forward"
@@ -105,14 +110,14 @@ def set_attention(transformer: nn.Module, attention: str) -> None:
 
 
 @apply_lora_scale("joint_attention_kwargs")
-def forward(
+def forward(  # noqa: D417, PLR0913, PLR0917 (the stock signature)
     self: Any,
     hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    pooled_projections: Tensor | None = None,
-    timestep: Tensor | None = None,
-    img_ids: Tensor | None = None,
-    txt_ids: Tensor | None = None,
+    encoder_hidden_states: Any = None,
+    pooled_projections: Any = None,
+    timestep: Any = None,
+    img_ids: Any = None,
+    txt_ids: Any = None,
     guidance: Tensor | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
     return_dict: bool = True,
@@ -167,8 +172,8 @@ def _mask_pass(self: Any, tokens: Tensor, ids: Tensor) -> tuple[Pair, ...]:
     no_text = mask[:, :0]
     pairs: list[Pair] = []
     for block in blocks_of(self):
-        _, mask, *pair = _run(self, block, n, mask, no_text, modulation, rope, {})
-        pairs.append(tuple(pair))
+        _, mask, k, v = _run(self, block, n, mask, no_text, modulation, rope, {})
+        pairs.append((k, v))
     return tuple(pairs)
 
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from .blocks import blocks_of
 
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
 
-def shard_base(transformer: nn.Module, accelerator: Any) -> nn.Module:
+
+def shard_base(transformer: FluxTransformer2DModel, accelerator: Any) -> FluxTransformer2DModel:
     """Leave this process 1/n of each block's frozen weights, on its device, instead of DDP.
 
     Args:
@@ -46,8 +49,9 @@ def shard_base(transformer: nn.Module, accelerator: Any) -> nn.Module:
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace the gradients by their mean over all processes, in one message."""
-    flat: Tensor = torch.cat([p.grad.flatten() for p in parameters])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
     distributed.all_reduce(flat)
     flat /= distributed.get_world_size()
-    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(mean.view_as(p))
+    for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(mean.view_as(g))
