@@ -267,11 +267,11 @@ def modified(folder: Path, name: str) -> int:
 def test_a_split_is_generated_once_and_completed(config, tmp_path):
     config = config.replace(adapters=str(tmp_path / "adapters"), profile=str(tmp_path / "run"))
     with pytest.raises(FileNotFoundError, match="no weights of MM2Latent"):
-        PictureSet(config, "MM2Latent", "test").generate(progress=False)
+        PictureSet(config, "MM2Latent", "test").generate(shard=(0, 1), progress=False)
     assert not (config.run_dir / "images").exists()
     build("MM2Latent", config).save(tmp_path / "baselines" / "mm2latent")
     pictures = PictureSet(config, "MM2Latent", "test")
-    folder = pictures.generate(progress=False)
+    folder = pictures.generate(shard=(0, 1), progress=False)
     ids = pictures.dataset.ids
     assert {path.stem for path in folder.glob("*.png")} == set(ids)
     with Image.open(folder / f"{ids[0]}.png") as picture:
@@ -280,7 +280,7 @@ def test_a_split_is_generated_once_and_completed(config, tmp_path):
     before = load_pictures(folder, ids)
     times = [modified(folder, name) for name in ids]
     (folder / f"{ids[2]}.png").unlink()
-    assert PictureSet(config, "MM2Latent", "test").generate(progress=False) == folder
+    assert PictureSet(config, "MM2Latent", "test").generate(shard=(0, 1), progress=False) == folder
     same = [modified(folder, name) == time for name, time in zip(ids, times, strict=True)]
     assert same == [True, True, False, True]
     # a level of 255, as sums of a smaller batch may be rounded otherwise
