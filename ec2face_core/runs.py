@@ -68,8 +68,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed here
-        shutil.rmtree(left)
+    for left in path.parent.glob(f".{path.name}.*"):
+        if not _is_running(left.suffix[1:]):  # a process was killed here
+            shutil.rmtree(left, ignore_errors=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.mkdir(parents=True)
     try:
@@ -81,6 +82,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)  # signal 0 only asks whether the process exists
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _cannot_write(path: Path, error: Exception) -> OSError:

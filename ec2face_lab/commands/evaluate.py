@@ -10,6 +10,7 @@ bootstrapped over images.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ec2face_core.config import VARIANTS, Config, ConfigError, config_from_args, user_path
@@ -47,6 +48,8 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("--layout and --manifest describe pictures: name them by --images DIR")
     if options.images is None:
         folders = generate.generate(config, options)
+        if os.environ.get("RANK", "0") != "0":  # the first rank scores
+            return
         dataset = open_dataset(config, options.split)
     else:
         dataset = open_dataset(config, options.split)
