@@ -75,8 +75,8 @@ def kept_file(config: Config, name: str) -> Path:
 
     name: of the study, `sweeps` or `fairness`.
     """
-    own = config.run_dir / name / f"{name}.csv"
-    return own if own.is_file() else resolve(config.adapters).with_name(own.name)
+    retrained = config.run_dir / name / f"{name}.csv"
+    return retrained if retrained.is_file() else resolve(config.adapters).with_name(retrained.name)
 
 
 def write_frame(path: Path, table: DataFrame) -> None:

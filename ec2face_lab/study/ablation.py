@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +117,14 @@ def lora_table(config: Config) -> DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def parameter_count(path: Path) -> int:
+    """How many weights a safetensors file holds; its tensors are not read."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return sum(math.prod(file.get_slice(k).get_shape()) for k in file.keys())  # noqa: SIM118
 
 
 def describe_training(run_dir: Path) -> str:

@@ -14,20 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from ec2face_core.config import Config, ConfigError, adapter_dir, resolve
 from ec2face_core.data import open_dataset
 from ec2face_core.mask_branch import LORA_FILE
-from ec2face_core.pipeline import EC2FacePipeline
 from ec2face_core.runs import path_digest
 
-from ..baselines import NEWER, PAPER, SYSTEMS, WEIGHTS, load, systems, trained, weights_dir
+from ..baselines import NEWER, PAPER, SYSTEMS, WEIGHTS, systems, trained, weights_dir
 from ..baselines.int8_weights import shared_file
 from ..baselines.training_inputs import recorded_inputs, shared_inputs, training_inputs
 from ..launch import run
 from ..plots.render_tables import METHODS
-from .painters import weight_files
+from .ablation import parameter_count
+from .painters import painter, weight_files
 from .pictures import available, official_pictures
 from .tables import difference_rows
 
@@ -103,7 +101,7 @@ def _check_others(config: Config, name: str, names: Sequence[str], target: Path)
     """
     folder = weights_dir(config, name)
     for stage in systems()[name].shares[:1]:
-        own = shared_file(folder, stage)
+        new = shared_file(folder, stage)
         kept = shared_file(target / folder.name, stage)
         others = [
             other
@@ -112,7 +110,7 @@ def _check_others(config: Config, name: str, names: Sequence[str], target: Path)
             and other not in names
             and (target / SYSTEMS[other].partition(".")[0] / WEIGHTS).is_file()
         ]
-        if others and kept.is_file() and path_digest(kept) != path_digest(own):
+        if others and kept.is_file() and path_digest(kept) != path_digest(new):
             raise ConfigError(
                 f"{', '.join(others)} in {target} were trained on {kept}, which would be replaced: "
                 "name them in --only as well"
@@ -210,63 +208,42 @@ def system_facts(config: Config, split: str = "test") -> DataFrame:
         record = {}
         if path.is_file() and not official:
             record = json.loads(path.read_text())["parameters"]
-        own, shared = (
-            sum(stage["seconds"] for stage in record.get(key, {}).values())
+        training, shared = (
+            sum(stage["seconds"] for stage in record.get(key, {}).values()) / 60
             for key in ("stages", "shared")
         )
-        foundation = ours[1] if "base" in record.get("stands_on", {}) else shared / 60
+        foundation = ours[1] if "base" in record.get("stands_on", {}) else shared
         seconds = sampling_seconds(config, name) if name in miniatures and not official else 0
-        rows.append((name, record.get("parameters", 0) / 1e6, foundation, own / 60, seconds))
-    seconds = sampling_seconds(config, "EC2Face") if miniatures else 0
+        rows.append((name, record.get("parameters", 0) / 1e6, foundation, training, seconds))
+    seconds = sampling_seconds(config, OURS) if miniatures else 0
     rows.append((METHODS["EC2Face"], *ours, seconds))
     columns = ["system", "parameters (M)", "foundation (min)", "training (min)", "sampling (s)"]
     table = pd.DataFrame(rows, columns=columns).set_index("system").round(3)
     return table.astype(object).where(table > 0, "")
 
 
-def sampling_seconds(config: Config, name: str, count: int = 8) -> float:
+def sampling_seconds(config: Config, method: str, count: int = 8) -> float:
     """Seconds for each of `count` test faces in one batch, the better of two measurements."""
     dataset = open_dataset(config, "test")
+    model = painter(config, method, dataset)
     ids = dataset.ids[:count]
-    texts = [dataset.manifest_caption(i) for i in ids]
-    masks = torch.stack([dataset.label_map(i) for i in ids])
-    if name in SYSTEMS:
-        system = load(config, name)
-
-        def generate() -> None:
-            system.generate(texts, masks, [torch.Generator().manual_seed(0) for _ in ids])
-
-    else:
-        s = config.sampling
-        pipe = EC2FacePipeline.from_config(config, variant=OURS)
-        pipe.set_progress_bar_config(disable=True)
-
-        def generate() -> None:
-            guidance = {"text_guidance": s.text_guidance, "mask_guidance": s.mask_guidance}
-            bf16 = s.mixed_precision == "bf16"
-            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
-                pipe(texts, masks, num_inference_steps=s.steps, output_type="pt", **guidance)
-
+    model.paint(ids)  # loads the weights
     times = []
     for _ in range(2):
         began = time.perf_counter()
-        generate()
+        model.paint(ids)
         times.append(time.perf_counter() - began)
     return min(times) / len(ids)
 
 
 def _own_facts(config: Config) -> tuple[float, float, float]:
     """Millions of parameters, minutes of the base's and of the LoRA's training."""
-    import numpy as np
-    from safetensors import safe_open
-
     base = resolve(config.backbone.path)
     lora = adapter_dir(config, OURS)
     files = list((base / "transformer").glob("*.safetensors"))
     count = 0
-    for path in [*files, lora / LORA_FILE] if files else []:  # without weights here: blank
-        with safe_open(path, "pt") as file:
-            count += sum(np.prod(file.get_slice(k).get_shape()) for k in file.keys())  # noqa: SIM118
+    if files:  # without weights here: blank
+        count = sum(parameter_count(path) for path in (*files, lora / LORA_FILE))
     minutes = []
     for folder in (base, lora):
         record = folder / "provenance.json"

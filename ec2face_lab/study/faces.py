@@ -1,4 +1,4 @@
-"""Which faces are shown, and how well rare parts are drawn on them."""
+"""Which faces are shown, and how well pictures show their rare parts."""
 
 from __future__ import annotations
 

@@ -68,11 +68,11 @@ def varied(config: Config, way: str) -> Config:
     """
     if way in ("once", AUTOENCODED):
         return config
-    own = config.baselines
+    budget = config.baselines
     folder = f"{config.profile}/fairness/{way}"
     changed = {"published_masks": True}
     if way in FACTORS:
-        seconds = {"seconds": own.seconds, "foundation_seconds": own.foundation_seconds}
+        seconds = {"seconds": budget.seconds, "foundation_seconds": budget.foundation_seconds}
         changed = {key: FACTORS[way] * value for key, value in seconds.items()}
     return config.replace(profile=folder, adapters=f"runs/{folder}/adapters", baselines=changed)
 
@@ -217,6 +217,6 @@ def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "
 
 def plot_fairness(rows: DataFrame) -> Figure:
     """EC²Face minus every system that was scored, in every way; independent perception models."""
-    own = rows[rows["critic"] == "independent"]
-    names = [name for name in PAPER if f"{name}, once" in set(own["method"])]
-    return fairness_figure(own, {name: MINUS.format(name) for name in names}, MARKS)
+    scores = rows[rows["critic"] == "independent"]
+    names = [name for name in PAPER if f"{name}, once" in set(scores["method"])]
+    return fairness_figure(scores, {name: MINUS.format(name) for name in names}, MARKS)

@@ -108,10 +108,10 @@ def describe_parsers(rows: DataFrame) -> str:
     """From the rows of `real`: both parsers' accuracy, and the class that is parsed worst."""
     parts = []
     for role in ROLES:
-        own = rows[rows["critic"] == role].set_index("metric")["value"].astype(float)
-        classes = own[[name for name in CLASS_ID if name in own]]
+        values = rows[rows["critic"] == role].set_index("metric")["value"].astype(float)
+        classes = values[[name for name in CLASS_ID if name in values]]
         worst = display_name(CLASS_ID[classes.idxmin()])
-        parts.append(f"{role} {own['OAA']:.1f} (worst: {worst} {classes.min():.0f})")
+        parts.append(f"{role} {values['OAA']:.1f} (worst: {worst} {classes.min():.0f})")
     return f"OAA of the parsers on real test faces: {', '.join(parts)}."
 
 

@@ -1,4 +1,4 @@
-"""Reverse estimation along t (Fig. 2, notebooks 02 and 03), and the facts of Fig. 1.
+"""Reverse estimation along t (Fig. 2, notebooks 02 and 03), and the fit of beta(t).
 
 The curves are measured by the guiding parser and CLIP, since it is their output on the estimate
 that Eq. 9 uses. Faces are test faces; the noise is the same at every t.
@@ -14,18 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ec2face_core.attributes import CLASSES
 from ec2face_core.backbone import decode_latents, encode_images, encode_text, load_backbone
 from ec2face_core.config import Config, adapter_dir
 from ec2face_core.data import FaceDataset, open_dataset
 from ec2face_core.flow import interpolate, reverse_estimate
-from ec2face_core.losses import beta, class_weights, long_tail_weights
+from ec2face_core.losses import beta
 from ec2face_core.mask_branch import load_mask_lora, mask_latents_of, predict_velocity
 from ec2face_core.metrics import mask_counts, psnr
 from ec2face_core.runs import content_key
 
 from ..cache import code_digest, data_digest, write_frame
-from ..plots.style import CYCLE, mask_picture, new_figure, picture, styled
+from ..plots.style import CYCLE, new_figure, styled
 from .intervals import bootstrap_accuracy, bootstrap_interval
 from .painters import BASE, painter
 from .scores import models_digest, perception_models
@@ -252,13 +251,13 @@ def reliability(
 
     rows = []
     for (t, metric), parts in scores.items():
-        values = torch.cat(parts).numpy()
+        per_image = torch.cat(parts).numpy()
         if metric != "counts":
-            interval = bootstrap_interval(values, resamples, seed)
+            interval = bootstrap_interval(per_image, resamples, seed)
             rows.append({"t": t, "metric": metric, **interval._asdict()})
             continue
-        correct = values[:, 0]
-        support = values[:, 1]
+        correct = per_image[:, 0]
+        support = per_image[:, 1]
         share = bootstrap_interval(100 * correct.sum(1) / support.sum(1), resamples, seed)
         rows.append({"t": t, "metric": "pixel_accuracy", **share._asdict()})
         overall = bootstrap_accuracy(correct, support, resamples, seed).iloc[0]
@@ -371,65 +370,3 @@ def gradient_weights(settings: Sequence[tuple[float, float]]) -> Figure:
         ax.grid(axis="y")
     fig.legend(loc="outside upper center", ncols=len(settings))
     return fig
-
-
-# --------------------------------------------------------------------------- the framework (Fig. 1)
-
-
-def framework_facts(
-    config: Config, name: str, method: str = "both", t: float = 0.3
-) -> dict[str, Any]:
-    """The content of `plots.diagram.framework_diagram`, taken from the loaded modules.
-
-    Args:
-        config: the profile.
-        name: a training face, whose pictures are shown.
-        method: one of `VARIANTS`.
-        t: time of the shown estimate.
-    """
-    from matplotlib import colormaps
-
-    dataset = open_dataset(config, "train")
-    model = Estimator(config, method, dataset)
-    models = perception_models(config)
-    b = model.backbone
-    batch = model.batch([name])
-    z = batch["z"]
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-    _, estimate = reverse_estimation(batch, t, noise, model)
-
-    counts = dataset.label_counts()
-    weights = long_tail_weights(batch["label_map"].cpu(), counts)[0].log()
-    every_weight = class_weights(counts)
-    heat = (weights - weights.min()) / (weights.max() - weights.min())
-    parts = {
-        "text_encoder": b.text_encoder, "text_encoder_2": b.text_encoder_2, "vae": b.vae,
-        "transformer": b.transformer, "clip": models.clips["guiding"].model,
-        "parser": models.parsers["guiding"].net,
-    }  # fmt: skip
-    sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
-    named = b.transformer.named_parameters()
-    sizes["lora"] = sum(p.numel() for key, p in named if ".lora_" in key)
-    sizes["transformer"] -= sizes["lora"]
-    tokens = z.shape[-2] * z.shape[-1] // 4
-    return {
-        "names": {
-            part: getattr(module, "original_name", type(module).__name__)
-            for part, module in parts.items()
-        },
-        "parameters": sizes,
-        "tokens": {"text": config.backbone.text_length, "noise": tokens, "mask": tokens},
-        "blocks": (b.transformer.config.num_layers, b.transformer.config.num_single_layers),
-        "rank": config.lora.rank,
-        "loss": config.loss,
-        "weights": {
-            c: float(w) for c, w, n in zip(CLASSES, every_weight, counts, strict=True) if n
-        },
-        "caption": dataset.manifest_caption(name),
-        "pictures": {
-            "image": picture(batch["image"][0]),
-            "mask": mask_picture(batch["label_map"][0]),
-            "estimate": picture(estimate[0]),
-            "weights": colormaps["magma"](heat.numpy())[..., :3],
-        },
-    }

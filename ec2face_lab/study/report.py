@@ -79,9 +79,9 @@ def report(config: Config) -> str:
     """
     differences = _table(config, "ablation_differences")
     seeds = _table(config, "ablation_seeds")
-    own = differences[differences["critic"] == "independent"]
-    used = str(own["seeds"].iloc[0])
-    n = int(own["n"].max())
+    scores = differences[differences["critic"] == "independent"]
+    used = str(scores["seeds"].iloc[0])
+    n = int(scores["n"].max())
     lines = [HEAD.format(profile=config.profile, n=n, seeds=used).rstrip("\n")]
     for claim in CLAIMS:
         paper = _paper_difference(claim)

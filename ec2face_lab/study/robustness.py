@@ -294,8 +294,8 @@ def common_accuracy(rows: DataFrame, role: str = "independent") -> Series:
 
     A class that one edit removes (a necklace of one pixel's width) thus counts for no edit.
     """
-    own = rows[(rows["critic"] == role) & rows["metric"].isin(CLASS_ID)]
-    classes = own.pivot(index="metric", columns="method", values="value").dropna()
+    scores = rows[(rows["critic"] == role) & rows["metric"].isin(CLASS_ID)]
+    classes = scores.pivot(index="metric", columns="method", values="value").dropna()
     return classes.mean()
 
 

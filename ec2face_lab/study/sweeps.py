@@ -19,7 +19,7 @@ from ec2face_core.runs import read_metrics
 from ..cache import kept_file
 from ..plots.differences import length_figure, noise_band, sweep_figure
 from ..plots.save import read_rows, save_rows
-from .ablation import retrain
+from .ablation import parameter_count, retrain
 from .intervals import summarise, summarise_difference
 from .pictures import PictureSet
 from .tables import with_seed
@@ -207,11 +207,9 @@ def _training_rows(config: Config, method: str) -> DataFrame:
     """The size of a LoRA, and values of its training log if that is there."""
     import numpy as np
     import pandas as pd
-    from safetensors import safe_open
 
-    with safe_open(adapter_dir(config, method) / LORA_FILE, "pt") as file:
-        sizes = [np.prod(file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118
-    values = {"LoRA parameters": float(sum(sizes))}
+    size = parameter_count(adapter_dir(config, method) / LORA_FILE)
+    values = {"LoRA parameters": float(size)}
     log = read_metrics(config.run_dir / "training" / adapter_name(config, method))
     if log:
         norms = np.array([row["grad_norm"] for row in log])
@@ -243,10 +241,12 @@ def compared(
 ) -> tuple[DataFrame, DataFrame, dict[str, str], str]:
     """Arguments of `sweep_figure`: differences, other seeds, labels and the reference's label."""
     reference, *others = SWEEPS[sweep]
-    own = rows[rows["critic"].isin([role, ""])]
-    differences = own[(own["table"] == f"{sweep}, {MINUS.format(reference)}")]
+    scores = rows[rows["critic"].isin([role, ""])]
+    differences = scores[(scores["table"] == f"{sweep}, {MINUS.format(reference)}")]
     method = SWEEPS[sweep][reference].method
-    noise = own[(own["table"] == "seeds") & own["method"].str.startswith(f"{method}, seed")]
+    noise = scores[
+        (scores["table"] == "seeds") & scores["method"].str.startswith(f"{method}, seed")
+    ]
     labels = {name: SWEEPS[sweep][name].label for name in others}
     return differences, noise, labels, SWEEPS[sweep][reference].label
 
@@ -259,8 +259,8 @@ def trained_sweeps(rows: DataFrame) -> list[str]:
 def plot_sweep(rows: DataFrame, sweep: str) -> Figure:
     """The figure of a sweep, by the independent perception models."""
     if sweep == "length":
-        own = rows[(rows["critic"] == "independent") & (rows["table"] == "length")]
-        return length_figure(own, length_series(), "optimiser steps")
+        scores = rows[(rows["critic"] == "independent") & (rows["table"] == "length")]
+        return length_figure(scores, length_series(), "optimiser steps")
     return sweep_figure(*compared(rows, sweep))
 
 
@@ -292,15 +292,15 @@ def conclusion(
         ]
         if effects:
             parts.append(f"{metric}: {', '.join(effects)}")
-    effects = "; ".join(parts) or "none"
-    return f"Significant differences to {reference} that exceed other seeds: {effects}."
+    summary = "; ".join(parts) or "none"
+    return f"Significant differences to {reference} that exceed other seeds: {summary}."
 
 
 def sweep_table(rows: DataFrame, sweep: str, role: str = "independent") -> DataFrame:
     """Points down; scores, and values of the training log, across."""
-    own = rows[(rows["table"] == sweep) & rows["critic"].isin([role, ""])]
-    table = own.pivot(index="method", columns="metric", values="value")
-    names = [*MEASURED, *(m for m in own["metric"].unique() if ", " in m)]
+    scores = rows[(rows["table"] == sweep) & rows["critic"].isin([role, ""])]
+    table = scores.pivot(index="method", columns="metric", values="value")
+    names = [*MEASURED, *(m for m in scores["metric"].unique() if ", " in m)]
     table = table.reindex(index=list(SWEEPS[sweep]), columns=[n for n in names if n in table])
     return table.rename(index={k: point.label for k, point in SWEEPS[sweep].items()})
 

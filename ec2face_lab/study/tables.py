@@ -236,8 +236,8 @@ def describe_guide_gain(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA",
 
 def describe_classes(rows: DataFrame, method: str, ceiling: str = ROUND_TRIP) -> str:
     """The classes in which a method is furthest below a ceiling, by the independent parser."""
-    own = rows[(rows["critic"] == "independent") & rows["metric"].isin(CLASS_ID)]
-    table = own.pivot(index="metric", columns="method", values="value")
+    scores = rows[(rows["critic"] == "independent") & rows["metric"].isin(CLASS_ID)]
+    table = scores.pivot(index="metric", columns="method", values="value")
     gap = (table[ceiling] - table[method]).dropna()
     largest = [
         f"{display_name(CLASS_ID[name])} {value:.0f}" for name, value in gap.nlargest(3).items()

@@ -125,9 +125,9 @@ def describe_diversity(table: DataFrame) -> str:
 
 def describe_one_condition(rows: DataFrame) -> str:
     """From `one_condition` and the joint scores under the names `Text, EC2Face`, `OAA, EC2Face`."""
-    own = rows[rows["critic"] == "independent"].set_index("metric")["value"]
+    scores = rows[rows["critic"] == "independent"].set_index("metric")["value"]
     return (
-        f"Text score {own['Text, text alone']:.1f} from text alone, {own['Text, EC2Face']:.1f} "
-        f"from both; OAA {own['OAA, mask alone']:.1f} from the mask alone, "
-        f"{own['OAA, EC2Face']:.1f} from both."
+        f"Text score {scores['Text, text alone']:.1f} from text alone, "
+        f"{scores['Text, EC2Face']:.1f} from both; OAA {scores['OAA, mask alone']:.1f} from the "
+        f"mask alone, {scores['OAA, EC2Face']:.1f} from both."
     )

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from ec2face_core import config as settings
+from ec2face_core import runs
 from ec2face_core.backbone import load_backbone
 from ec2face_core.config import Config, ConfigError, adapter_dir, resolve
 from ec2face_core.data import open_dataset
 from ec2face_core.runs import path_digest
 from ec2face_lab.__main__ import main
 from ec2face_lab.baselines import SYSTEMS, WEIGHTS, build, load, systems, weights_dir
-from ec2face_lab.plots import save as results
 from ec2face_lab.plots.render_tables import METHODS
 from ec2face_lab.plots.save import read_rows
 from ec2face_lab.study import comparison, fairness
@@ -139,7 +139,7 @@ def test_half_and_double_are_other_runs_of_other_lengths(config):
 
 
 def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch, tmp_path_factory):
-    for module in (settings, results):  # files go on record by their paths below the root
+    for module in (settings, runs):  # files go on record by their paths below the root
         monkeypatch.setattr(module, "ROOT", tmp_path_factory.getbasetemp())
     monkeypatch.setattr(fairness, "OURS", "real")  # EC²Face has no LoRA here
     monkeypatch.setattr(fairness, "adapter_dir", lambda config, method: adapter_dir(config, "both"))
@@ -304,7 +304,7 @@ def test_the_lead_is_described_against_the_best_of_the_others():
 def test_facts_are_those_of_the_trainings(config, kept, monkeypatch):
     monkeypatch.setattr(comparison, "_own_facts", lambda config: (2.4, 71.0, 15.0))
     real = comparison.sampling_seconds
-    seconds = lambda c, name: 0.5 if name == "EC2Face" else real(c, name, 2)  # noqa: E731
+    seconds = lambda c, name: 0.5 if name == "both" else real(c, name, 2)  # noqa: E731
     monkeypatch.setattr(comparison, "sampling_seconds", seconds)
     table = comparison.system_facts(config)
     assert list(table.index) == [NAME, METHODS["EC2Face"]]
