@@ -1,8 +1,7 @@
 """EC²Face: explicit conditional consistency diffusion for faces from a mask and a text.
 
-These are the names that a new experiment imports. `EC2FacePipeline`, `Trainer`, `FaceParser`,
-`ClipScorer` and `predict_velocity` need diffusers, facer or open_clip, which take 5-20 s to import,
-so they are imported on first use.
+These are the names that a new experiment imports. Those that need diffusers, facer or open_clip
+(5-20 s to import) are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The 19 semantic classes of CelebAMask-HQ: names, groups, palette, flips, other systems' orders.
+"""The 19 semantic classes of CelebAMask-HQ: names, groups, palette, flips, other parsers' order.
 
 Conventions owned by this module
     Label ids are CelebAMask-HQ's own (`g_mask.py`), 0 background to 18 cloth. `l_` is the

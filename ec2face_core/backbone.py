@@ -83,7 +83,7 @@ class TextEmbedding:
         return TextEmbedding(self.tokens.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
 
     def where(self, keep: Tensor, other: TextEmbedding) -> TextEmbedding:
-        """These samples where `keep` `(b,)` is true, else `other` (b or 1 samples). Eq. 13."""
+        """Eq. 13: this embedding where `keep` `(b,)` is true, else `other` (b or 1 samples)."""
         keep = keep.to(self.tokens.device)
         return TextEmbedding(
             torch.where(keep[:, None, None], self.tokens, other.tokens.to(self.tokens)),
@@ -111,9 +111,9 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
     everything = {name for names in PARTS.values() for name in names}
     folder = resolve(config.path)
     if not folder.is_dir() and not is_hub_id(config.path):
-        raise FileNotFoundError(_missing(config, "no such folder"))
+        raise FileNotFoundError(_missing_message(config, "no such folder"))
     try:
-        with _without_bars():
+        with hide_progress_bars():
             pipeline = FluxPipeline.from_pretrained(
                 str(folder) if folder.is_dir() else config.path,
                 dtype=getattr(torch, config.dtype),
@@ -121,7 +121,7 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
                 **dict.fromkeys(everything - wanted),
             )
     except (OSError, SafetensorError) as error:
-        raise FileNotFoundError(_missing(config, str(error).split("\n")[0])) from error
+        raise FileNotFoundError(_missing_message(config, str(error).split("\n")[0])) from error
     backbone = Backbone(**{name: getattr(pipeline, name) for name in wanted})
     for module in backbone.modules():
         module.requires_grad_(False).eval()
@@ -129,7 +129,7 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def hide_progress_bars() -> Iterator[None]:
     """Without the loading bars of diffusers and transformers."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -144,7 +144,7 @@ def _without_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _missing(config: BackboneConfig, reason: str) -> str:
+def _missing_message(config: BackboneConfig, reason: str) -> str:
     return (
         f"the backbone {config.path!r} (setting backbone.path) cannot be loaded: {reason}. "
         "`python -m ec2face_lab prepare --dry-run` names every missing, incomplete or pickled "
@@ -166,7 +166,7 @@ def save_backbone(
         name: copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) else part
         for name, part in backbone.components().items()
     }
-    with _without_bars():
+    with hide_progress_bars():
         FluxPipeline(**parts).save_pretrained(str(folder))
 
 

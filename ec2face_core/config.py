@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses whose defaults are the paper's values, and YAML profiles.
+"""Configuration: frozen dataclasses whose defaults are paper scale, and YAML profiles.
 
 A profile (`ec2face_core/profiles/*.yaml`) holds only what differs from the defaults. Each field has
 a type with bounds, checked by pydantic whenever a configuration is built, so an impossible value
@@ -41,7 +41,7 @@ class ConfigError(UserError, ValueError):
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as text; a boolean is no number."""
+    """Refuse booleans, which pydantic would accept (but not text: YAML 1.1 reads 1e-4 as text)."""
     if isinstance(value, bool):
         raise ValueError("a boolean is not a number")
     return value
@@ -116,7 +116,7 @@ class PerceptionConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Eqs. 7-12."""
+    """Weights and options of the losses (Eqs. 7-12)."""
 
     alpha_text: NotNegative = 0.5  # alpha_1
     alpha_mask: NotNegative = 0.5  # alpha_2
@@ -127,7 +127,7 @@ class LossConfig:
     long_tail: Flag = True  # Eq. 11 instead of Eq. 3
     scope: Literal["dataset", "sample"] = "dataset"  # T of Eq. 10: training set | one face
     reduction: Literal["max", "mean", "nearest"] = "max"  # weights to latent resolution
-    normalize: Literal["mean", "none"] = "mean"  # mean: mean squared weight of a batch is 1
+    normalize: Literal["mean", "none"] = "mean"  # mean: mean squared weight of a step is 1
     clip: NotNegative = 0.0  # upper bound of the weights after Eq. 10; 0: none
     importance_sampling: NotNegative = field(  # pixel losses on a sample of faces; 0: on all
         default=0.0, metadata={"digest": "gate"}
@@ -194,7 +194,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is scored, and with which certainty."""
+    """What is scored, and how its intervals are computed."""
 
     limit: CountOrZero = 0  # test faces to score; 0: all
     bootstrap: Count = 1000  # resamples of each 95 % interval
@@ -217,7 +217,7 @@ class BaselinesConfig:
     """Training of the comparison systems' miniatures; seconds are of one core."""
 
     pool: Count = 16_384  # faces that foundations see: as many as `make foundation` takes
-    foundation_seconds: Positive = 1800.0  # for what a system stands on
+    foundation_seconds: Positive = 1800.0  # for the base model that a system builds on
     seconds: Positive = 900.0  # for its task: EC²Face's training took 890
     published_masks: Flag = False  # masks as the authors feed them, not one-hot maps of 19 classes
 
@@ -276,7 +276,7 @@ class Config:
 
 
 def digest_values(config: Any) -> dict[str, Any]:
-    """The settings of a configuration as nested mappings, under the names that digests know."""
+    """The settings of a configuration as nested mappings, under the names used for the digest."""
     values: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -389,14 +389,14 @@ def user_path(text: str) -> Path:
 
 
 def adapter_name(config: Config, variant: str) -> str:
-    """Folder name of a variant's training: `both`, and `both-seed43` for another seed than 42."""
+    """Folder name of a variant's training: `both`, and `both-seed43` for a seed other than 42."""
     if variant not in VARIANTS:
         raise ConfigError(f"variant {variant!r} does not exist{_hint(variant, VARIANTS)}")
     return variant if config.seed == Config.seed else f"{variant}-seed{config.seed}"
 
 
 def adapter_dir(config: Config, variant: str) -> Path:
-    """Folder of a variant's LoRA: the retrained one of this profile if it exists, else the kept."""
+    """Folder of a variant's LoRA: this profile's retrained one, otherwise that of `adapters`."""
     name = adapter_name(config, variant)
     retrained = config.run_dir / "adapters" / name
     return retrained if retrained.exists() else resolve(config.adapters) / name
@@ -427,7 +427,7 @@ def cli(main: Callable[..., int | None]) -> Callable[..., int]:
         except (UserError, OSError, subprocess.CalledProcessError) as error:
             if isinstance(error, subprocess.CalledProcessError) and error.returncode != 2:
                 raise
-            print(f"error: {error}", file=sys.stderr)  # a child's ends with its own message
+            print(f"error: {error}", file=sys.stderr)  # a child's error ends with its message
             return 2
 
     return cli_main

@@ -1,12 +1,12 @@
 """Explicit conditional consistency (Sec. 3.3): losses on the pixels of the decoded estimate.
 
-    z_hat = z_t - t v        L = beta(t) (alpha_text L_text(D(z_hat)) + alpha_mask L_mask(D(z_hat)))
+    z_hat = z_t - t v    L_mcc = beta(t) (alpha_text L_text(D(z_hat)) + alpha_mask L_mask(D(z_hat)))
 
-The gradient is taken in two stages. First g = dL/dz_hat at a *detached* z_hat; then the training
-loss contains `(z_hat * g).sum()`, whose gradient is the same by the chain rule. So the graph
-through decoder, parser and CLIP is freed before the transformer's backward begins, pictures are
-decoded a few at a time, and no parameter shared by ranks is involved. Two savings follow, both off
-by default: the pixel losses of a sample of the batch only (`fast/importance.py`), and a small
+The gradient is taken in two stages. First g = dL_mcc/dz_hat at a *detached* z_hat; then the
+training loss contains `(z_hat * g).sum()`, whose gradient is the same by the chain rule. So the
+graph through decoder, parser and CLIP is freed before the transformer's backward begins, pictures
+are decoded a few at a time, and DDP has nothing to synchronise. Two savings follow, both off by
+default: the pixel losses of some samples of the batch only (`fast/importance.py`), and a small
 decoder (TAEF1, `backbone.load_tiny_decoder`) in place of the VAE's.
 """
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 PIXELS_AT_ONCE = 512 * 512  # decoded together: one picture at paper scale, 64 in the miniature
-
-Gradient = tuple[Tensor, Tensor | None, Tensor | None]  # g, L_text, L_mask
 
 
 class PixelConsistency:
@@ -88,7 +86,7 @@ class PixelConsistency:
         keep_text: Tensor | None = None,
         keep_mask: Tensor | None = None,
         pixel_weight: Tensor | None = None,
-    ) -> Gradient:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Eq. 9: g, the gradient of the modulated losses at z_hat (the first stage).
 
         Args:
@@ -104,52 +102,25 @@ class PixelConsistency:
             g `b c h w`, of the *sum* of Eq. 9 over samples, and L_text and L_mask `(b,)`, detached
             (None without the guide); all times pixel_weight.
         """
-        if pixel_weight is None:
-            return self._gradient(z_hat, captions, label_map, t, keep_text, keep_mask)
-        index = pixel_weight.nonzero()[:, 0]
-        rows = index.to(z_hat.device)
-        weights = pixel_weight[index].to(z_hat.device)
+        weight = torch.ones(len(t)) if pixel_weight is None else pixel_weight
+        at_once = max(1, PIXELS_AT_ONCE // label_map.shape[-1] ** 2)
         g = torch.zeros_like(z_hat)
         text_loss = None if self.clip is None else torch.zeros_like(t)
         mask_loss = None if self.parser is None else torch.zeros_like(t)
-        if len(index):
-            some = [captions[i] for i in index.tolist()]
-            keep = [None if k is None else k[rows] for k in (keep_text, keep_mask)]
-            part, text, mask = self._gradient(z_hat[rows], some, label_map[rows], t[rows], *keep)
-            g[rows] = part * weights[:, None, None, None]
-            if text_loss is not None and text is not None:
-                text_loss[rows] = (text * weights).to(t.dtype)
-            if mask_loss is not None and mask is not None:
-                mask_loss[rows] = (mask * weights).to(t.dtype)
-        return g, text_loss, mask_loss
-
-    def _gradient(
-        self,
-        z_hat: Tensor,
-        captions: Sequence[str],
-        label_map: Tensor,
-        t: Tensor,
-        keep_text: Tensor | None,
-        keep_mask: Tensor | None,
-    ) -> Gradient:
-        at_once = max(1, PIXELS_AT_ONCE // label_map.shape[-1] ** 2)
-        gradients: list[Tensor] = []
-        text_losses: list[Tensor] = []
-        mask_losses: list[Tensor] = []
-        for start in range(0, len(z_hat), at_once):
-            rows = slice(start, start + at_once)
+        for chunk in weight.nonzero()[:, 0].split(at_once):
+            if len(chunk) == 0:
+                continue
+            rows = chunk.to(z_hat.device)
+            w = weight[chunk].to(z_hat)
             z = z_hat[rows].detach().requires_grad_()
-            text, mask = self.losses(z, captions[rows], label_map[rows])
+            text, mask = self.losses(z, [captions[i] for i in chunk.tolist()], label_map[rows])
             keep = [None if k is None else k[rows] for k in (keep_text, keep_mask)]
             no_flow = torch.zeros_like(t[rows])
-            modulated = total_loss(no_flow, text, mask, t[rows], self.config, *keep).total
-            gradients += torch.autograd.grad(modulated.sum(), z)
-            if text is not None:
-                text_losses.append(text.detach())
-            if mask is not None:
-                mask_losses.append(mask.detach())
-        return (
-            torch.cat(gradients),
-            torch.cat(text_losses) if text_losses else None,
-            torch.cat(mask_losses) if mask_losses else None,
-        )
+            L_mcc = total_loss(no_flow, text, mask, t[rows], self.config, *keep).total
+            (dL_dz,) = torch.autograd.grad(L_mcc.sum(), z)
+            g[rows] = dL_dz * w[:, None, None, None]
+            if text_loss is not None and text is not None:
+                text_loss[rows] = (text.detach() * w).to(t.dtype)
+            if mask_loss is not None and mask is not None:
+                mask_loss[rows] = (mask.detach() * w).to(t.dtype)
+        return g, text_loss, mask_loss

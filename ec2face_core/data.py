@@ -31,7 +31,7 @@ from .runs import parallel
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SUFFIXES = {"image": IMAGE_SUFFIXES, "mask": (".png",), "text": (".txt",)}
 MANIFEST_COLUMNS = ["id", "split", "caption_index", "caption"]
-VALIDATION_SEED = 1000  # added to the procedural faces' seed, so that validation faces are others
+VALIDATION_SEED = 1000  # added to the procedural faces' seed, so that validation faces differ
 
 
 @dataclass
@@ -345,10 +345,10 @@ def open_dataset(config: Config, split: str) -> FaceDataset:
     Args:
         config: data is used.
         split: train, test, zero_shot, or validation: faces of neither training nor test, on which
-            settings are chosen. Photographs have these in the same root, marked in manifest.csv.
+            settings are chosen. For photographs they are in `root`, marked in manifest.csv.
 
     Raises:
-        DataError: there is no data, or its size differs from the configured one.
+        DataError: there is no data, or procedural faces of another number than configured.
     """
     data = config.data
     first = {"train": data.train, "test": data.test}

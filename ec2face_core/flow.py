@@ -1,4 +1,4 @@
-"""Rectified flow: the path between data and noise, its velocity, and the way back (Eqs. 2, 3, 5).
+"""Rectified flow: the path of Eqs. 2 and 3 between data and noise, its velocity, Eq. 5 backwards.
 
 Time convention, stated here once: `t = 0` is data, `t = 1` is noise, as in FLUX and diffusers
 (flow_matching, torchcfm and SiT run the other way).
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Eq. 2: the point `x_t` on the straight path from data to noise.
+    """The point `x_t` on the straight path from data to noise, whose ODE is Eq. 2.
 
     Args:
         x0: data, `(b, ...)`.
@@ -29,8 +29,8 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x0 + t * noise
 
 
-def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """Eq. 3: the target velocity `mu_t = d x_t / d t`, the same at every time."""
+def target_velocity(x0: Tensor, noise: Tensor) -> Tensor:
+    """Eq. 3's target `mu_t = d x_t / d t`, the same at every time."""
     return noise - x0
 
 

@@ -1,14 +1,14 @@
-"""Encode once: image latents, mask latents and text embeddings on disk, found by their content.
+"""Encode once: image latents, mask latents and text embeddings on disk.
 
     folder/<key>/images-00000.safetensors   64 faces: z, z_mask, label_map, counts; ids and captions
                                             in the metadata
     folder/<key>/text-<hash>.safetensors    256 captions
 
-The key covers the encoders' files, size, text length and data, so a cache is never stale: other
-encoders make another one. A file appears whole or not at all and carries the hash of its content;
-a killed run continues with the missing files, and several ranks share the work. Latents are found
-by the face's id and embeddings by the caption's words. They are float16: half the disk space, and
-finer than the bfloat16 of FLUX's own weights.
+The key covers the encoders' files, size, text length, and names and sizes of the data files, so
+other encoders or data make another cache. A file appears whole or not at all and carries the hash
+of its content; a killed run continues with the missing files, and several ranks share the work.
+Latents are found by the face's id and embeddings by the caption's text. They are float16: half the
+disk space, and finer than the bfloat16 of FLUX's own weights.
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ class LatentCache:
         """Embeddings of captions (also of the empty one), float32."""
         missing = [caption for caption in captions if caption not in self._text]
         if missing:
+            more = f" and {len(missing) - 1} more captions" if len(missing) > 1 else ""
             raise CacheError(
-                f"{self.folder} has no embedding of {missing[0]!r} and {len(missing) - 1} others: "
-                "run encode_dataset again with these captions"
+                f"{self.folder} has no embedding of {missing[0]!r}{more}: run encode_dataset again "
+                "with these captions"
             )
         tokens = self._rows("tokens", self._text, captions)
         return TextEmbedding(tokens.float(), self._rows("pooled", self._text, captions).float())
@@ -222,7 +223,7 @@ def _encoder_digest(config: BackboneConfig) -> list[str]:
     if not folder.is_dir():  # a hub id: its commit names the content
         from huggingface_hub import hf_hub_download
 
-        load_backbone(config, ())  # says what is wrong if it is not to be had
+        load_backbone(config, ())  # raises a clear error if it is unavailable
         return [config.path, Path(hf_hub_download(config.path, "vae/config.json")).parts[-3]]
     parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     return [path_digest(folder / part) for part in parts]

@@ -1,11 +1,12 @@
 """The losses of the paper: flow matching with long-tail weights (Eqs. 3, 10, 11), the consistency
 losses (Eqs. 6, 7), their fading in time (Eq. 8), the total (Eqs. 9, 12) and dropout (Eq. 13).
 
-Every loss is returned unreduced, `(b,)`; the trainer takes the mean. The paper leaves three points
-open, and they are settled here: the cross-entropy of Eq. 7 is the mean over pixels and classes, and
-its Dice term runs over pixels and classes of one sample; the weight of Eq. 11 is squared, as
-printed; weights reach latent resolution by the maximum over the pixels of a latent cell, so that
-thin classes keep theirs.
+Every loss is returned unreduced, `(b,)`; the trainer takes the mean. Settled here: the
+cross-entropy of Eq. 7 is the mean over pixels and classes (Eq. 7 prints a sum), and its Dice term
+runs over pixels and classes of one sample; the weight of Eq. 11 is squared, as printed. Weights
+reach latent resolution by the maximum over the pixels of a latent cell, so that thin classes keep
+theirs. By default T of Eq. 10 is counted over the training set, and weights are divided by their
+root mean square (`loss.scope`, `loss.normalize`).
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def latent_weights(
         config: scope, clip, reduction and normalize are used.
 
     Returns:
-        Weights `b h' w'` float32. With normalize `mean` the mean squared weight of the batch is 1,
+        Weights `b h' w'` float32. With normalize `mean` their mean square over the given maps is 1,
         so the loss keeps the scale that it has without weights.
     """
     if config.scope == "dataset":
@@ -159,7 +160,8 @@ def beta(t: Tensor, steepness: float = 10.0, center: float = 0.4) -> Tensor:
 class LossBreakdown:
     """The total of Eq. 12 and its parts, each `(b,)`.
 
-    text and mask are the losses of Eqs. 6 and 7 before β(t), and 0 where the condition was dropped.
+    text and mask are the losses of Eqs. 6 and 7 before β(t), and 0 where the condition was dropped;
+    with importance sampling they are weighted by 1/p.
     """
 
     total: Tensor
@@ -211,6 +213,9 @@ def drop_conditions(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 13: which samples keep their text and which keep their mask, drawn independently.
 
+    `TextEmbedding.where` replaces a dropped text by the null text, and `predict_velocity` lets no
+    token attend to a dropped mask.
+
     Args:
         b: number of samples.
         p: probability of dropping a condition, in [0, 1].
@@ -231,5 +236,5 @@ def _where_kept(loss: Tensor | None, keep: Tensor | None, like: Tensor) -> Tenso
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    """Half precision would lose the squares of weights of 10^3, and logarithms."""
+    """float16 overflows on squared weights above 65504, and logarithms lose precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

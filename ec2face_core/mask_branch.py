@@ -16,8 +16,9 @@ The LoRA's file records everything it was trained with, and loading restores it:
     mask_position  first position id of mask tokens: offset (1) or aligned (0, the noise tokens');
                    rows and columns are the noise tokens'
 
-The LoRA is on the visual embedder, the attention and feed-forward output projections of the image
-stream, and all projections of the single blocks, without AdaLN: 0.091 % of FLUX.1-dev at rank 4.
+The LoRA is on the visual embedder, all attention projections and the feed-forward output of the
+image stream, and all projections of the single blocks, without AdaLN: 0.091 % of FLUX.1-dev at
+rank 4.
 The last single block's `to_q`, `proj_mlp` and `proj_out` are left out, because the mask tokens'
 output ends there and no gradient would reach them. A dropped mask (Eq. 13) means that no token
 attends to the mask tokens; it is not a black image.
@@ -47,13 +48,12 @@ if TYPE_CHECKING:
 
 ADAPTER = "mask"  # peft's name of the mask branch's LoRA
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
-# --------------------------------------------------------------------------------- Eq. 4: velocity
+# ------------------------------------------------------ velocity of one joint sequence (Eqs. 1, 4)
 
 
 @dataclass(frozen=True)
 class MaskKVCache:
-    """Keys and values of m masks in decoupled attention; iterating gives those of the batch."""
+    """Keys and values of m masks in decoupled attention; iterating yields a pair per block."""
 
     pairs: tuple[tuple[Tensor, Tensor], ...]  # keys (after rope) and values `m n heads d` per block
     rows: Tensor | None = None  # mask of each sample of a batch, `(b,)`; None: sample i has mask i
@@ -92,7 +92,7 @@ def predict_velocity(
     lora: LoraConfig | None = None,
     mask_strength: float = 1.0,
 ) -> Tensor:
-    """Eq. 4: the velocity `v_theta(z_t, t, text, mask)`, `b c h w`, in the dtype of `z_t`.
+    """The velocity `v_theta(z_t, t, text, mask)` of Eqs. 1 and 4, `b c h w` in `z_t`'s dtype.
 
     Args:
         transformer: FluxTransformer2DModel, also wrapped by DDP or compiled; with or without LoRA.
@@ -126,19 +126,19 @@ def predict_velocity(
     text_tokens = text.tokens.shape[1]
     mask_tokens = 0
     options: dict[str, Any] = {}
-    if mask_latents is None or mask_strength == 0:
-        pass
-    elif isinstance(mask_latents, MaskKVCache):
+    if mask_strength == 0:
+        mask_latents = None
+    if isinstance(mask_latents, MaskKVCache):
         if not decoupled:
             raise ValueError(
                 "this LoRA has joint attention: give mask latents, not their keys and values"
             )
         mask_tokens = mask_latents.tokens
         options["mask_kv"] = mask_latents
-    else:
+    elif mask_latents is not None:
         mask_ids = _mask_ids(mask_latents, lora or (branch.config if branch else LoraConfig()))
         mask_tokens = len(mask_ids)
-        tokens = torch.cat([tokens, pack(mask_latents).to(tokens.dtype)], dim=1)
+        tokens = torch.cat([tokens, pack(mask_latents).to(tokens.dtype)], dim=1)  # [z_t; z_m]
         ids = torch.cat([ids, mask_ids])
     tokens = tokens.to(module.dtype)
     if branch:
@@ -176,7 +176,7 @@ def guided_velocity(  # noqa: D417, PLR0913, PLR0917
     mask_scale: float = 1.0,
     mask_strength: float = 1.0,
 ) -> Tensor:
-    """Classifier-free guidance for two conditions, `b c h w` (Ho & Salimans 2022).
+    """Classifier-free guidance for two conditions, `b c h w` (as in InstructPix2Pix, Eq. 3).
 
     v(0, 0) + s_t [v(text, 0) - v(0, 0)] + s_m [v(text, mask) - v(text, 0)], where 0 is the null
     text or no mask. Terms with factor 0 are not computed.
@@ -220,7 +220,7 @@ def precompute_mask_kv(transformer: FluxTransformer2DModel, mask_latents: Tensor
 
     Returns:
         Keys and values of these masks, differentiable; `cache[rows]` lays them out for another
-        batch. They belong to the weights that made them: an optimiser step outdates them.
+        batch. They are valid only until the next optimiser step.
 
     Raises:
         ValueError: the attention is not decoupled.
@@ -378,7 +378,7 @@ class MaskBranch:
     def forward(
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
-        """Add the LoRA to the rows of `result` `(b, tokens, d)` that belong to mask tokens."""
+        """Eq. 4's w^m: add the LoRA to the rows of `result` `(b, tokens, d)` of mask tokens."""
         tokens = x.shape[1] if self.config.tokens == "all" else self.tokens
         if tokens == 0:
             return result
@@ -398,7 +398,7 @@ class MaskBranch:
     merge_safe = unmerge = merge_unsafe
 
     def supports_lora_conversion(self) -> bool:
-        """False: a plain LoRA acts on all tokens."""
+        """A plain LoRA acts on all tokens."""
         return False
 
 
@@ -430,7 +430,7 @@ def save_mask_lora(
 
     The metadata record config and text_length (T5 tokens in training). Load it with
     `load_mask_lora`, also into stock pipelines: their own `load_lora_weights` would apply the LoRA
-    to all tokens without a complaint.
+    to all tokens silently.
     """
     from diffusers import FluxPipeline
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -480,7 +480,7 @@ def read_mask_lora(folder: Path | str) -> tuple[LoraConfig, int]:
             f"{path} is damaged or incomplete ({error}): copy or train it again"
         ) from error
     if values is None:
-        raise ValueError(f"{path} is no mask LoRA of this project: its metadata do not say so")
+        raise ValueError(f"{path} is not a mask LoRA of this project: it has no `ec2face` metadata")
     text_length = values.pop("text_length")
     return LoraConfig(**values), text_length
 

@@ -3,7 +3,7 @@
 The same two classes serve FaRL and OpenAI's CLIP at paper scale and the miniature's own networks,
 both as guides of training and as evaluators. Images are `b 3 h w` in [-1, 1]; gradients reach the
 image; weights are frozen. facer's own call runs in `inference_mode` and aligns faces by landmarks.
-Faces here fill an aligned frame, for which that alignment is exactly a resize, so `.net` is called.
+Faces here are aligned already, so that this reduces to a resize, and `.net` is called.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class FaceParser:
 
     Args:
         path: TorchScript file, absolute or relative to the repository root.
-        size: side in pixels of the square frame that the network wants (448 for FaRL).
+        size: side in pixels of the square frame that the network expects (448 for FaRL).
         device: where the network runs.
 
     Raises:
-        FileNotFoundError: there is no file, or (WeightsError) half a file or another pickle than
-            TorchScript. The message names the setting and where the file comes from.
+        FileNotFoundError: there is no file, or (WeightsError) a truncated file or a pickle that is
+            not TorchScript. The message names the setting and where the file comes from.
     """
 
     def __init__(self, path: str | Path, size: int, device: torch.device | str = "cpu") -> None:
@@ -124,7 +124,7 @@ class ClipScorer:
             raise FileNotFoundError(
                 f"CLIP {name!r} cannot be opened: {error}. It is named by perception.clip and "
                 "perception.scoring_clip. Paper scale: downloaded from the hub at first use; "
-                "without network name a folder that holds it, local-dir:<folder>. Miniature: it "
+                "when offline, give a folder that holds it, local-dir:<folder>. Miniature: it "
                 "is part of the clone (`git checkout data/mini`) or trained by `make foundation`."
             ) from error
         self.model.requires_grad_(False).eval()
@@ -168,7 +168,7 @@ def _unit(images: Tensor) -> Tensor:
 
 
 def _resize(x: Tensor, size: int | Sequence[int], mode: str) -> Tensor:
-    """To `size`, with antialiasing when shrinking; nothing to do costs nothing."""
+    """Resize with antialiasing when shrinking; returned unchanged if the size matches."""
     size = (size, size) if isinstance(size, int) else tuple(size)
     if x.shape[-2:] == size:
         return x
@@ -186,7 +186,7 @@ def _clip_name(name: str) -> tuple[str, str | None]:
 
 
 def _quiet() -> None:
-    """bitsandbytes, which comes with other packages, reports missing CPU kernels as an error."""
+    """Silence bitsandbytes' message about missing CPU kernels."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

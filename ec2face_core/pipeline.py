@@ -189,7 +189,8 @@ class EC2FacePipeline(DiffusionPipeline):
             text_guidance: classifier-free guidance scale `s_t` of the text (see
                 `guided_velocity`); default: the model's own.
             mask_guidance: the scale `s_m` of the mask, likewise. A step costs one pass of the
-                transformer at 1 and 1, two where they are equal or one is 1, else three.
+                transformer for every factor of `guided_velocity` that is not 0: one at 1 and 1,
+                two where both are equal or text_guidance is 1, otherwise three.
             generator: one per picture, or one from which the pictures' noise is drawn in turn.
             height: pixels, a multiple of 2 * vae_scale_factor; default: the model's own.
             width: likewise.
@@ -204,7 +205,7 @@ class EC2FacePipeline(DiffusionPipeline):
 
         Raises:
             ValueError: numbers of prompts, masks, generators or latents that do not fit; a label
-                above 18; a size or output type that does not exist.
+                above 18; an unsupported size or output type.
         """
         size = (height or self.config.image_size, width or self.config.image_size)
         self._check(size, num_inference_steps, output_type)
@@ -250,7 +251,7 @@ class EC2FacePipeline(DiffusionPipeline):
                     self.transformer, z, t, *condition, guidance, text_scale, mask_scale,
                     mask_strength,
                 )  # fmt: skip
-                z = self.scheduler.step(v, time, z, return_dict=False)[0]
+                z = self.scheduler.step(v, time, z, return_dict=False)[0]  # Eq. 2, one Euler step
                 bar.update()
         images = self.image_processor.postprocess(decode_latents(self.vae, z), output_type)
         self.maybe_free_model_hooks()
@@ -348,7 +349,7 @@ def _label_map(mask: MaskLike) -> Tensor:
 
 
 def _resize(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest pixel, centre to centre."""
+    """Resize by nearest neighbour, aligned at pixel centres."""
     if labels.shape == size:
         return labels
     resized = torch.nn.functional.interpolate(

@@ -3,7 +3,8 @@
     checkpoints/step_000250/{state.safetensors, state.json}   training state with its SHA-256
     metrics.jsonl                                             one line per optimiser step
 
-Files and folders appear whole or not at all: they are written beside their place and then renamed.
+Files and folders appear whole or not at all: they are written beside their place and then renamed
+(metrics.jsonl, which is appended to, may end with half a line, which readers ignore).
 A checkpoint that was damaged later is recognised by its hash, named, and the one before it is used.
 """
 
@@ -109,7 +110,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def content_key(parts: Any, digits: int = 12) -> str:
-    """The first hex digits of the SHA-256 of JSON-ready values: the name of what they shape."""
+    """First hex digits of the SHA-256 of JSON-ready values: a key for what derives from them."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:digits]
 
 
@@ -146,8 +147,8 @@ def file_sha256(path: Path) -> str:
 TENSORS = "state.safetensors"
 STATE = "state.json"
 
-# What may change between the runs of one training; everything else decides the weights.
-FREE = {
+# Settings that may change when a training is resumed.
+MAY_CHANGE = {
     "profile", "adapters", "data.validation", "sampling", "evaluation", "baselines",
     "perception.scoring_parser", "perception.scoring_clip",
     "trainer.steps", "trainer.batch_size", "trainer.accumulation", "trainer.num_processes",
@@ -218,7 +219,7 @@ def training_tensors(
 ) -> dict[str, Tensor]:
     """Parameters and their optimiser state by name: `<parameter>/value`, `<parameter>/exp_avg` ...
 
-    parameters: in the order in which the optimiser got them.
+    parameters: in the order in which the optimiser received them.
     """
     tensors: dict[str, Tensor] = {}
     state = optimizer.state_dict()["state"]
@@ -244,12 +245,12 @@ def restore_training(
 
 
 def training_identity(config: Config) -> dict[str, Any]:
-    """Every setting that decides the weights, flat: `{"loss.alpha_text": 0.5, ...}`."""
+    """The settings that a resumed training must share, flat: `{"loss.alpha_text": 0.5, ...}`."""
 
     def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         flat: dict[str, Any] = {}
         for key, value in values.items():
-            if prefix + key not in FREE:
+            if prefix + key not in MAY_CHANGE:
                 nested = isinstance(value, dict)
                 flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
         return flat
@@ -263,7 +264,7 @@ def training_identity(config: Config) -> dict[str, Any]:
 def compare_identities(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
     """Refuse to resume a training of other settings: ConfigError that names them.
 
-    A setting that an older checkpoint does not know had the effect of its default.
+    A setting that an older checkpoint does not record had the effect of its default.
     """
     before = training_identity(Config()) | before
     other = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
@@ -353,7 +354,7 @@ def provenance(
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """The commit, and whether anything but results differs from it; None outside a repository."""
+    """The commit, and whether anything but `figures` differs from it; None outside a repository."""
 
     def git(*command: str) -> str | None:
         try:

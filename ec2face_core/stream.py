@@ -3,7 +3,7 @@
 Sample number g of a training has the same face, caption, time, noise and dropped conditions on
 whichever rank it is computed. So ranks that take different g get different noise, any number of
 ranks sees the same samples, and a resumed run continues the same sequence: no state of a random
-generator has to be saved. Every epoch shows each face once, in an order of its own.
+generator has to be saved. Every epoch shows each face `repeats` times, in an order of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .flow import sample_timesteps
 from .latents import LatentCache
 from .losses import drop_conditions
 
-BLOCK = 32  # neighbours whose evenly spread times and sampled pixel losses are drawn together
+BLOCK = 32  # consecutive samples whose spread times and sampled pixel losses are drawn together
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Samples:
     """The random part of b training samples."""
 
     ids: list[str]
-    captions: list[int]  # index of the caption among the face's captions
+    caption_indices: list[int]  # among the face's captions
     t: Tensor  # (b,) in [0, 1]
     noise: Tensor  # b c h w
     keep_text: Tensor  # (b,) bool, Eq. 13
@@ -40,13 +40,13 @@ class SampleStream:
     """The endless sequence of training samples of one seed.
 
     Args:
-        cache: the faces.
+        cache: an opened latent cache, whose faces are shown.
         seed: other seeds give other sequences.
         drop_probability: p of Eq. 13.
-        low_discrepancy_t: the times of neighbours cover [0, 1] evenly; all else stays the same.
+        low_discrepancy_t: the times of consecutive samples cover [0, 1] evenly.
         pixel_probability: `t (b,) -> p (b,)`, the probability of a sample's pixel losses; None: 1.
-        repeats: so many neighbours show the same face, each with a caption, time, noise and dropped
-            conditions of its own.
+        repeats: number of consecutive samples that show the same face, each with a caption, time,
+            noise and dropped conditions of its own.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class SampleStream:
         """The samples of these global indices, on the CPU."""
         shape = (1, *self.cache.latent_shape)
         ids: list[str] = []
-        captions: list[int] = []
+        caption_indices: list[int] = []
         parts: list[tuple[Tensor, ...]] = []
         for index in indices:
-            id, caption, generator = self._begin(index)
+            id, caption, generator = self._face_caption_generator(index)
             t = sample_timesteps(1, generator)
             keep_text, keep_mask = drop_conditions(1, self.drop_probability, generator)
             noise = torch.randn(shape, generator=generator)
             ids.append(id)
-            captions.append(caption)
+            caption_indices.append(caption)
             parts.append((t, noise, keep_text, keep_mask))
         t, noise, keep_text, keep_mask = (torch.cat(part) for part in zip(*parts, strict=True))
         if self.low_discrepancy_t:
@@ -86,15 +86,15 @@ class SampleStream:
         pixel_weight = None
         if self.pixel_probability is not None:
             pixel_weight = self._from_blocks(self._pixel_weights, indices)
-        return Samples(ids, captions, t, noise, keep_text, keep_mask, pixel_weight)
+        return Samples(ids, caption_indices, t, noise, keep_text, keep_mask, pixel_weight)
 
     def ids(self, indices: Sequence[int]) -> list[str]:
-        """Only the faces of these samples."""
+        """Face ids of these samples."""
         return [self._id(index) for index in indices]
 
     def captions(self, indices: Sequence[int]) -> set[str]:
         """The captions of these samples, which have to be embedded."""
-        starts = (self._begin(index) for index in indices)
+        starts = (self._face_caption_generator(index) for index in indices)
         return {self.cache.captions(id)[caption] for id, caption, _ in starts}
 
     def _from_blocks(self, values: Callable[[int], Tensor], indices: Sequence[int]) -> Tensor:
@@ -106,7 +106,7 @@ class SampleStream:
         """Times of the samples `block * BLOCK ...`, `(BLOCK,)`."""
         if self.low_discrepancy_t:
             return low_discrepancy_timesteps(BLOCK, self._generator("times", block))
-        generators = (self._begin(block * BLOCK + i)[2] for i in range(BLOCK))
+        generators = (self._face_caption_generator(block * BLOCK + i)[2] for i in range(BLOCK))
         return torch.cat([sample_timesteps(1, generator) for generator in generators])
 
     def _pixel_weights(self, block: int) -> Tensor:
@@ -116,7 +116,7 @@ class SampleStream:
         u = torch.rand((), generator=self._generator("gate", block), dtype=torch.float64)
         return systematic_sample(p, float(u)).div(p).float()
 
-    def _begin(self, index: int) -> tuple[str, int, torch.Generator]:
+    def _face_caption_generator(self, index: int) -> tuple[str, int, torch.Generator]:
         """Face, caption, and the generator that draws the rest of the sample."""
         id = self._id(index)
         generator = self._generator("sample", index)

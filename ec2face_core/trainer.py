@@ -1,13 +1,14 @@
 """The training loop (Sec. 3.5, 4.1) on cached latents; only the mask branch's LoRA is trained.
 
-`Trainer.step` is the paper's training step, Eqs. 2-13 in their order. `Trainer.update` is one
-optimiser step over samples [n, n + batch x accumulation x processes) of the stream.
+`Trainer.step` is the paper's training step. `Trainer.update` is one optimiser step over samples
+[n, n + batch x accumulation x processes) of the stream.
 
 Everything random is a function of (seed, sample index), see `stream.py`, and the learning rate is a
-function of the step. So a checkpoint is the LoRA, the optimiser's state and two counters, and
-resuming is bitwise identical to an uninterrupted run. Long-tail weights are normalised over the
-samples of a whole optimiser step, so neither ranks nor accumulation change the loss. `run_dir`
-holds config.yaml, metrics.jsonl (one line per step), checkpoints/ and final/ (the LoRA).
+function of the step. So a checkpoint is the LoRA, the optimiser's state and two counters (and the
+scaler of fp16), and resuming with the same settings is bitwise identical to an uninterrupted run.
+Long-tail weights are normalised over the samples of a whole optimiser step, so neither ranks nor
+accumulation change the loss. `run_dir` holds config.yaml, metrics.jsonl (one line per step),
+checkpoints/ and final/ (the LoRA).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .data import open_dataset
 from .fast.blocks import attention_kernel, prepare_blocks
 from .fast.importance import pixel_loss_probability
 from .fast.sharding import average_gradients, shard_base
-from .flow import interpolate, reverse_estimate, velocity
+from .flow import interpolate, reverse_estimate, target_velocity
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
 from .losses import flow_matching_loss, latent_weights, total_loss
 from .mask_branch import (
@@ -67,8 +68,8 @@ class Trainer:
     Args:
         config: the experiment; `VARIANTS[variant]` is laid over it.
         variant: row of Tables 3 and 4.
-        run_dir: where everything goes; default `runs/<profile>/training/<variant>`. A directory
-            that holds a checkpoint is resumed.
+        run_dir: where everything goes; default `runs/<profile>/training/<adapter_name>`. A
+            directory that holds a checkpoint is resumed.
         device: "cpu" keeps the training off a GPU; default: accelerate chooses.
 
     Raises:
@@ -94,10 +95,10 @@ class Trainer:
     # ----------------------------------------------------------------------------- the paper's step
 
     def step(self, samples: Samples, w: Tensor | None = None) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch: Eqs. 2-13, in the paper's order and symbols.
+        """Forward and backward of one micro-batch: the paper's step in its symbols.
 
-        Gradients are added to the LoRA's. They are those of Eq. 12; `consistency.py` explains why
-        its second term can be written as an inner product with a constant g.
+        Eq. 13 comes first because it decides the inputs; Eq. 10 is computed once for a whole
+        optimiser step (`update`). Gradients are added to the LoRA's.
 
         Args:
             samples: faces, times, noise and dropped conditions of b samples.
@@ -106,47 +107,46 @@ class Trainer:
         Returns:
             Batch means for the log, detached: t, the parts of Eq. 12, and unweighted_flow (Eq. 3).
         """
-        loss_config = self.config.loss
-        z, z_m, m, captions, embedded = self._read(samples)
+        z, z_m, m, c, text = self._read(samples)
         t = samples.t.to(self.device)
         noise = samples.noise.to(self.device)
 
-        keep_text = samples.keep_text.to(self.device)  # Eq. 13
+        text = text.where(samples.keep_text, self.null_text).to(self.device)  # Eq. 13
+        keep_text = samples.keep_text.to(self.device)
         keep_mask = samples.keep_mask.to(self.device)
-        text = embedded.where(samples.keep_text, self.null_text).to(self.device)
-        any_mask_dropped = not samples.keep_mask.all()  # on the CPU: no wait for the GPU
 
-        z_t = interpolate(z, noise, t)  # Eq. 2
-        mu = velocity(z, noise)
+        z_t = interpolate(z, noise, t)  # the path of Eqs. 2 and 3
+        mu = target_velocity(z, noise)
         v = predict_velocity(  # Eqs. 1, 4
-            self.model, z_t, t, text, self._mask_condition(z_m),
-            keep_mask if any_mask_dropped else None,
+            self.model, z_t, t, text, self._mask_condition(z_m), samples.keep_mask,
             guidance=self.config.backbone.guidance, lora=self.config.lora,
         )  # fmt: skip
-        flow = flow_matching_loss(v, mu, w)  # Eqs. 3, 11
-        loss = flow.mean()
+        flow_loss = flow_matching_loss(v, mu, w)  # Eqs. 3, 11
+        total = flow_loss.mean()
 
         text_loss = mask_loss = None
         if self.consistency is not None:
             z_hat = reverse_estimate(z_t, v, t)  # Eq. 5
-            with self.accelerator.autocast():
-                g, text_loss, mask_loss = self.consistency.gradient(  # Eqs. 6-9
-                    z_hat, captions, m, t, keep_text, keep_mask, samples.pixel_weight
+            with self.accelerator.autocast():  # Eqs. 6-9: g = dL_mcc / dz_hat, a constant
+                g, text_loss, mask_loss = self.consistency.gradient(
+                    z_hat, c, m, t, keep_text, keep_mask, samples.pixel_weight
                 )
-            loss = loss + (z_hat * g).sum() / len(t)  # Eq. 12
-        self.accelerator.backward(loss / self.config.trainer.accumulation)
+            total = total + (z_hat * g).sum() / len(t)  # has the gradient of Eq. 12, not its value
+        self.accelerator.backward(total / self.config.trainer.accumulation)
 
         with torch.no_grad():
-            parts = total_loss(flow, text_loss, mask_loss, t, loss_config, keep_text, keep_mask)
-            plain = flow_matching_loss(v, mu).mean()
-        return parts.mean() | {"t": t.mean(), "unweighted_flow": plain}
+            parts = total_loss(
+                flow_loss, text_loss, mask_loss, t, self.config.loss, keep_text, keep_mask
+            )  # Eqs. 9, 12 for the log
+            unweighted = flow_matching_loss(v, mu).mean()
+        return parts.mean() | {"t": t.mean(), "unweighted_flow": unweighted}
 
     def update(self) -> None:
         """One optimiser step over the next samples of the stream."""
         start = time.perf_counter()
         c = self.config.trainer
         indices = range(self.samples_done, self.samples_done + self.step_samples)
-        w = self.long_tail_weights(indices)
+        w = self.long_tail_weights(indices)  # Eq. 10
         sums = torch.zeros(len(METRICS) - 1, device=self.device)
         for k in range(c.accumulation):
             first = (k * c.num_processes + self.accelerator.process_index) * c.batch_size
@@ -174,7 +174,7 @@ class Trainer:
         self._unlogged.append((row, torch.cat([sums / c.accumulation, norm.float().reshape(1)])))
 
     def long_tail_weights(self, indices: range) -> Tensor | None:
-        """Eq. 10 for all samples of a step, of all ranks, so that `normalize` sees them all."""
+        """Eq. 10 for all samples of a step, of all ranks, so that normalisation covers them all."""
         if not self.config.loss.long_tail:
             return None
         label_maps = self.cache.label_maps(self.stream.ids(indices)).to(self.device)
@@ -182,8 +182,8 @@ class Trainer:
         return latent_weights(label_maps, self.counts, side, self.config.loss)
 
     def _read(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor, list[str], Any]:
-        """Cached inputs of the samples: z, z_m, m on the device; captions and their embeddings."""
-        batch = self.cache.batch(samples.ids, samples.captions)
+        """Cached inputs: z, z_m and m on the device, captions c and their embeddings."""
+        batch = self.cache.batch(samples.ids, samples.caption_indices)
         tensors = (batch[name].to(self.device) for name in ("z", "z_mask", "label_map"))
         return *tensors, batch["captions"], batch["text"]
 
@@ -362,7 +362,7 @@ class Trainer:
         resumed = f", resumed after step {self.steps_done}" if self.steps_done else ""
         print(
             f"{self.variant}: {trainable:,} LoRA parameters "
-            f"({100 * trainable / frozen:.3f} % of the backbone's), "
+            f"({100 * trainable / frozen:.3f} % of the transformer's), "
             f"{self.accelerator.num_processes} x {self.device.type}, {self.step_samples} samples "
             f"per step, attention kernel {self._kernels()}, latents in {self.cache.folder}"
             f"{resumed}",
@@ -454,7 +454,7 @@ def make_accelerator(config: TrainerConfig, device: str | None = None) -> Any:
     """Accelerate with DDP over the LoRA only, checked against the configuration.
 
     Every process holds the whole frozen base (or 1/n of it, `trainer.shard`), and DDP averages the
-    LoRA's gradients: 44 MB at paper scale.
+    LoRA's gradients: 43 MB at paper scale.
 
     Args:
         config: mixed_precision and num_processes are used.

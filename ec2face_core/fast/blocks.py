@@ -66,7 +66,7 @@ def attention_kernel(
     shape = (1, heads, tokens, transformer.config.attention_head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool, device=device) if masked else None
-    choice = torch._fused_sdp_choice(q, q, q, attn_mask=mask)  # what the dispatcher itself asks
+    choice = torch._fused_sdp_choice(q, q, q, attn_mask=mask)  # the dispatcher's own choice
     return SDPBackend(choice).name.lower()
 
 

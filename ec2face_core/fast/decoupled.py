@@ -8,8 +8,8 @@ and keeps each block's keys and values (after rope); the second runs text and no
 them. The first depends on the mask alone, so one pass serves all steps, guidance terms, captions
 and seeds. "Without a text" means no text tokens and a pooled vector of zeros.
 
-The forward is explicit rather than made of hooks: each block receives what it reads as an argument,
-so no state can become stale. Whatever wraps the transformer's `forward` (DDP, autocast, offloading)
+The forward is explicit rather than made of hooks: each block receives the keys and values that it
+reads as an argument. Whatever wraps the transformer's `forward` (DDP, autocast, offloading)
 or its blocks (FSDP, gradient checkpointing, regional compilation) works as with the stock forward.
 The last block runs to its end although its output is not needed: 1 % of FLUX's first pass.
 """
@@ -79,7 +79,7 @@ class KVProcessor(FluxAttnProcessor):
         if mask_kv is not None:
             pairs = zip((k, v), mask_kv, strict=True)
             k, v = (torch.cat([x, more.to(x.dtype)], dim=1) for x, more in pairs)
-        out = dispatch_attention_fn(
+        out = dispatch_attention_fn(  # Eq. 1
             q, k, v,
             attn_mask=attention_mask,
             backend=self._attention_backend,

@@ -48,7 +48,7 @@ def shard_base(transformer: FluxTransformer2DModel, accelerator: Any) -> FluxTra
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the gradients by their mean over all processes, in one message."""
+    """Replace the gradients by their mean over all processes, in one all-reduce."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     distributed.all_reduce(flat)

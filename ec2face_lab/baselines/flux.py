@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ec2face_core.backbone import TextEmbedding, decode_latents, encode_text, load_backbone
 from ec2face_core.config import Config, resolve
-from ec2face_core.flow import interpolate, sample_timesteps, velocity
+from ec2face_core.flow import interpolate, sample_timesteps, target_velocity
 from ec2face_core.losses import flow_matching_loss
 from ec2face_core.mask_branch import (
     MaskKVCache,
@@ -114,7 +114,7 @@ class FluxSystem(System):
             z_t = interpolate(z, noise, t)
             mask = self.condition(self.drop(encoded[rows].float(), generator), z_t, t)
             v = predict_velocity(self.transformer, z_t, t, text, mask)
-            return flow_matching_loss(v, velocity(z, noise)).mean()
+            return flow_matching_loss(v, target_velocity(z, noise)).mean()
 
         optimise(run, "control", loss, dict(self.networks))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ec2face_core.config import Config
 from ec2face_core.consistency import PixelConsistency
 from ec2face_core.data import open_dataset
-from ec2face_core.flow import interpolate, reverse_estimate, velocity
+from ec2face_core.flow import interpolate, reverse_estimate, target_velocity
 from ec2face_core.losses import beta, flow_matching_loss, latent_weights
 from ec2face_core.perception import ClipScorer, FaceParser
 
@@ -83,7 +83,7 @@ def gradient_norms(config: Config, method: str = "both", batches: int = 2) -> Da
             t = torch.full((len(ids),), time, device=z.device)
             z_t = interpolate(z, noise, t)
             v = model.velocity(z_t, t, batch)
-            flow = flow_matching_loss(v, velocity(z, noise), weights).mean()
+            flow = flow_matching_loss(v, target_velocity(z, noise), weights).mean()
             text, mask = consistency.losses(reverse_estimate(z_t, v, t), captions, maps)
             modulation = float(beta(t[:1], c.steepness, c.center))
             terms = {FLOW: flow, TEXT: c.alpha_text * text.mean(), MASK: c.alpha_mask * mask.mean()}

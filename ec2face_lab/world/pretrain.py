@@ -30,7 +30,7 @@ from ec2face_core.attributes import pixel_counts
 from ec2face_core.backbone import Backbone, TextEmbedding, encode_images, save_backbone
 from ec2face_core.config import ROOT, load_profile, resolve
 from ec2face_core.fast.blocks import blocks_of
-from ec2face_core.flow import interpolate, velocity
+from ec2face_core.flow import interpolate, target_velocity
 from ec2face_core.losses import class_weights
 from ec2face_core.mask_branch import predict_velocity
 from ec2face_core.metrics import psnr
@@ -307,7 +307,7 @@ def train_flux(source: DataSource, out: Path, samples: int, batch: int, lr: floa
         ]
         with accelerator.autocast(), sdpa_kernel(FASTEST_SDPA):
             v = wrapped(interpolate(x0, noise, t), t, ids_of(texts), z_c, keep)
-        loss = F.mse_loss(v.float(), velocity(x0, noise))
+        loss = F.mse_loss(v.float(), target_velocity(x0, noise))
         optimizer.zero_grad()
         accelerator.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -328,7 +328,7 @@ def train_flux(source: DataSource, out: Path, samples: int, batch: int, lr: floa
         with accelerator.autocast():
             for name, z in (("condition", z_condition[index, 0].float()), ("text", None)):
                 v = model(interpolate(x0, noise, t), t, ids, z, None)
-                losses[name] = F.mse_loss(v.float(), velocity(x0, noise)).item()
+                losses[name] = F.mse_loss(v.float(), target_velocity(x0, noise)).item()
         return losses
 
     seconds = train(

@@ -176,7 +176,7 @@ def test_lora_file_errors(tiny, tmp_path):
         read_mask_lora(tmp_path)
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"format": json.dumps("pt")})
-    with pytest.raises(ValueError, match="no mask LoRA of this project"):
+    with pytest.raises(ValueError, match="not a mask LoRA of this project"):
         load_mask_lora(tiny.transformer, tmp_path)
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="damaged or incomplete"):

@@ -6,7 +6,7 @@ import torch
 from helpers import step_gradients
 
 from ec2face_core.consistency import PixelConsistency
-from ec2face_core.flow import interpolate, reverse_estimate, velocity
+from ec2face_core.flow import interpolate, reverse_estimate, target_velocity
 from ec2face_core.losses import flow_matching_loss, total_loss
 from ec2face_core.mask_branch import predict_velocity
 from ec2face_core.perception import FaceParser
@@ -21,13 +21,13 @@ def test_two_stage_gradient_is_the_end_to_end_gradient(exact):
     two_stage, means = step_gradients(exact, draws, weights)
 
     config = exact.config
-    batch = exact.cache.batch(draws.ids, draws.captions)
+    batch = exact.cache.batch(draws.ids, draws.caption_indices)
     z_t = interpolate(batch["z"], draws.noise, draws.t)
     text = batch["text"].where(draws.keep_text, exact.cache.text([""]))
     v = predict_velocity(
         exact.transformer, z_t, draws.t, text, batch["z_mask"], draws.keep_mask, guidance=1.0
     )
-    flow = flow_matching_loss(v, velocity(batch["z"], draws.noise), weights)
+    flow = flow_matching_loss(v, target_velocity(batch["z"], draws.noise), weights)
     z_hat = reverse_estimate(z_t, v, draws.t)
     text_loss, mask_loss = exact.consistency.losses(z_hat, batch["captions"], batch["label_map"])
     parts = total_loss(
@@ -51,7 +51,7 @@ def test_two_stage_gradient_is_the_end_to_end_gradient(exact):
 def test_the_guides_round_alike_from_the_first_call_on(exact):
     """What the resume rests on: a fresh process's first gradient is a warm one's hundredth."""
     draws = exact.stream.sample(range(2))
-    batch = exact.cache.batch(draws.ids, draws.captions)
+    batch = exact.cache.batch(draws.ids, draws.caption_indices)
     fresh = FaceParser.from_config(exact.config.perception)
     guide = PixelConsistency(
         exact.consistency.vae, exact.consistency.clip, fresh, exact.config.loss

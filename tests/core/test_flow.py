@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ec2face_core.fast.importance import low_discrepancy_timesteps
-from ec2face_core.flow import interpolate, reverse_estimate, sample_timesteps, velocity
+from ec2face_core.flow import interpolate, reverse_estimate, sample_timesteps, target_velocity
 
 SHAPES = [(5,), (5, 7), (5, 16, 32), (5, 3, 8, 6)]
 
@@ -28,14 +28,14 @@ def test_endpoints(shape):
 def test_reverse_estimate_undoes_the_path(shape):
     x0, noise, t = draw(shape)
     x_t = interpolate(x0, noise, t)
-    torch.testing.assert_close(reverse_estimate(x_t, velocity(x0, noise), t), x0)
+    torch.testing.assert_close(reverse_estimate(x_t, target_velocity(x0, noise), t), x0)
 
 
 def test_velocity_is_the_derivative_of_the_path():
     x0, noise, t = draw((4, 3, 5, 5))
     step = 1e-4
     slope = (interpolate(x0, noise, t + step) - interpolate(x0, noise, t - step)) / (2 * step)
-    torch.testing.assert_close(slope, velocity(x0, noise), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(slope, target_velocity(x0, noise), rtol=1e-8, atol=1e-8)
 
 
 def test_every_sample_has_its_own_time():

@@ -120,7 +120,7 @@ def test_gates_are_a_function_of_seed_and_index(exact):
         assert not torch.equal(other.pixel_weight, whole.pixel_weight)
 
     plain, even = (stream(low_discrepancy_t=e).sample(range(64)) for e in (False, True))
-    assert torch.equal(plain.noise, even.noise) and plain.captions == even.captions
+    assert torch.equal(plain.noise, even.noise) and plain.caption_indices == even.caption_indices
     assert not torch.equal(plain.t, even.t)
     ungated = SampleStream(exact.cache, 42, 0.1).sample(range(64))
     assert ungated.pixel_weight is None and torch.equal(ungated.t, plain.t)
@@ -161,7 +161,7 @@ def test_a_tiny_decoder_guides_in_place_of_the_vae(exact, tiny_decoder_dir, tmp_
     assert type(vae).__name__ == "AutoencoderTiny" and not hasattr(vae, "encoder")
     assert not any(p.requires_grad for p in vae.parameters())
     draws = exact.stream.sample(range(2))
-    batch = exact.cache.batch(draws.ids, draws.captions)
+    batch = exact.cache.batch(draws.ids, draws.caption_indices)
     z = batch["z"].requires_grad_()
     images = decode_latents(vae, z)
     torch.testing.assert_close(images, vae.decoder(z.detach()))  # the latents as they are

@@ -30,7 +30,7 @@ def test_samples_are_a_function_of_seed_and_index(cache):
         parts = torch.cat([getattr(halves[1], name), getattr(halves[0], name)])
         assert torch.equal(getattr(whole, name), parts)
     assert whole.ids == halves[1].ids + halves[0].ids
-    assert whole.captions == halves[1].captions + halves[0].captions
+    assert whole.caption_indices == halves[1].caption_indices + halves[0].caption_indices
     # ranks draw different noise, and so do other seeds
     flat = torch.cat([whole.noise, SampleStream(cache, 43, 0.1).sample(range(40, 48)).noise])
     similarity = torch.corrcoef(flat.flatten(1)) - torch.eye(16)
@@ -43,7 +43,7 @@ def test_samples_have_the_stated_distribution(cache):
     epochs = [tuple(draws.ids[i : i + n]) for i in range(0, len(draws.ids), n)]
     assert all(sorted(epoch) == sorted(cache.ids) for epoch in epochs)
     assert len(set(epochs)) == len(epochs)  # each in an order of its own
-    assert set(Counter(draws.captions)) == set(range(10))
+    assert set(Counter(draws.caption_indices)) == set(range(10))
     b = len(draws.t)
     assert abs(draws.t.mean() - 0.5) < 4 / (12 * b) ** 0.5
     for keep in (draws.keep_text, draws.keep_mask):

@@ -55,7 +55,7 @@ def test_dropped_conditions_reach_the_transformer_as_null(exact, monkeypatch):
     draws = exact.stream.sample(range(8))
     step_gradients(exact, draws)
     null = exact.cache.text([""]).tokens[0]
-    told = exact.cache.batch(draws.ids, draws.captions)["text"].tokens
+    told = exact.cache.batch(draws.ids, draws.caption_indices)["text"].tokens
     for i, keep in enumerate(draws.keep_text):
         assert torch.equal(seen["text"].tokens[i], told[i] if keep else null)
     assert torch.equal(seen["keep_mask"], draws.keep_mask)
