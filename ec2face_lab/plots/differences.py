@@ -7,19 +7,19 @@ a setting counts only if its difference lies outside.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+import pandas as pd
+import seaborn.objects as so
 
-from .style import BLUE, CYCLE, GREY, ORANGE, SKY, new_figure, styled
+from .style import BLUE, CYCLE, GREY, ORANGE, SKY, chart, new_figure, outside_legend, styled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
 
-SERIES = (SKY, *CYCLE[:-1])
+SERIES = [SKY, *CYCLE[:-1]]
 BLACK = "0.15"
 
 
@@ -38,32 +38,18 @@ def difference_figure(
         paper: columns method, metric, value.
         metrics: one panel each; values are in points.
     """
+    marks = {"each training seed": ("|", SKY), "ours, 95 % interval over faces": ("o", BLUE),
+             "paper": ("D", ORANGE)}  # fmt: skip
+    alone = seeds.assign(method=seeds["method"].str.rpartition(", seed ")[0])
+    means = ["method", "metric", "value"]
+    parts = zip(marks, (alone[means], rows, paper[means]), strict=True)
+    shown = pd.concat([part.assign(series=name) for name, part in parts])
     labels = list(dict.fromkeys(rows["method"]))
-    fig = new_figure(9, 0.9 + 0.45 * len(labels))
-    panels = fig.subplots(1, len(metrics), sharey=True)
-    y = np.arange(len(labels))
-    for ax, metric in zip(panels, metrics, strict=True):
-        ax.axvline(0, color="0.4", lw=1)
-        _dots(
-            ax,
-            rows,
-            metric,
-            labels,
-            y,
-            color=BLUE,
-            label="ours, 95 % interval over faces",
-            ms=6,
-            lw=2,
-        )
-        each = seeds[seeds["metric"] == metric]
-        rise = [labels.index(method.rpartition(", seed ")[0]) - 0.22 for method in each["method"]]
-        ax.plot(each["value"], rise, "o", mfc="none", mec=SKY, ms=4.5, label="each training seed")
-        printed = paper[paper["metric"] == metric]
-        rise = [labels.index(method) + 0.22 for method in printed["method"]]
-        ax.plot(printed["value"], rise, "D", color=ORANGE, ms=5, label="paper")
-        ax.set(title=metric, xlabel="difference (points)")
-        ax.grid(axis="x")
-    return _labelled(fig, labels, 3)
+    fig = _dots(shown, labels, marks, metrics, "difference (points)", 0.9 + 0.45 * len(labels))
+    for ax in fig.axes:
+        ax.axvline(0, color="0.4", lw=1, zorder=0.9)
+    outside_legend(fig, 3)
+    return fig
 
 
 def noise_band(noise: DataFrame, metric: str) -> tuple[float, float]:
@@ -89,20 +75,16 @@ def sweep_figure(
         reference: label of the point that is subtracted.
         metrics: one panel each.
     """
-    names = list(labels)
-    fig = new_figure(9, 1.0 + 0.32 * len(names))
-    panels = fig.subplots(1, len(metrics), sharey=True)
-    y = np.arange(len(names))
-    for ax, metric in zip(panels, metrics, strict=True):
-        ax.axvspan(*noise_band(noise, metric), color=GREY, alpha=0.25, lw=0,
+    marks = {"this setting, 95 % interval over faces": ("o", BLUE)}
+    shown = rows.assign(method=rows["method"].map(labels), series=next(iter(marks)))
+    names = list(labels.values())
+    fig = _dots(shown, names, marks, metrics, "difference (points)", 1.0 + 0.32 * len(names))
+    for ax, metric in zip(fig.axes, metrics, strict=True):
+        ax.axvspan(*noise_band(noise, metric), color=GREY, alpha=0.25, lw=0, zorder=0.4,
                    label="range of other training seeds")  # fmt: skip
-        _dots(
-            ax, rows, metric, names, y, color=BLUE, label="this setting, 95 % interval over faces"
-        )
-        ax.axvline(0, color="0.4", lw=1, label=f"reference: {reference}")
-        ax.set(title=metric, xlabel="difference (points)")
-        ax.grid(axis="x")
-    return _labelled(fig, list(labels.values()), 3)
+        ax.axvline(0, color="0.4", lw=1, zorder=0.9, label=f"reference: {reference}")
+    outside_legend(fig, 3)
+    return fig
 
 
 @styled
@@ -120,24 +102,19 @@ def length_figure(
         xlabel: label of the number.
         metrics: one panel each.
     """
+    points = [(x, point, label) for label, pairs in series.items() for x, point in pairs]
+    shown = pd.DataFrame(points, columns=["x", "method", "series"]).merge(rows, on="method")
+    ticks = so.Continuous(trans="log").tick(at=sorted(set(shown["x"])))
     fig = new_figure(9, 2.9 if len(series) < 4 else 3.4)
-    for ax, metric in zip(fig.subplots(1, len(metrics)), metrics, strict=True):
-        scores = rows[rows["metric"] == metric].set_index("method")
-        for (label, points), colour in zip(series.items(), SERIES, strict=False):
-            x, names = zip(*sorted(points), strict=True)
-            line = scores.reindex(list(names))
-            ax.fill_between(x, line["ci_low"].to_numpy(float), line["ci_high"].to_numpy(float),
-                            color=colour, alpha=0.18, lw=0)  # fmt: skip
-            ax.plot(x, line["value"].to_numpy(float), "o-", color=colour, label=label, ms=4)
-        ax.set_xscale("log")
-        ax.set_xticks(sorted({x for points in series.values() for x, _ in points}))
-        ax.get_xaxis().set_major_formatter("{x:g}")
+    plot = chart(shown[shown["metric"].isin(metrics)], x="x", y="value", color="series")
+    plot = plot.facet("metric", order=list(metrics)).share(y=False)
+    plot = plot.add(so.Band(), ymin="ci_low", ymax="ci_high", legend=False)
+    plot = plot.add(so.Line(marker="o", pointsize=4)).label(x=xlabel, y="accuracy (%)")
+    colours = so.Nominal(SERIES[: len(series)], order=list(series))
+    plot.scale(x=ticks.label(like="{x:g}"), color=colours).on(fig).plot()
+    for ax in fig.axes:
         ax.minorticks_off()
-        ax.set(title=metric, xlabel=xlabel)
-        ax.grid(axis="y")
-    fig.axes[0].set_ylabel("accuracy (%)")
-    handles, texts = fig.axes[0].get_legend_handles_labels()
-    fig.legend(handles, texts, loc="outside upper center", ncols=min(len(texts), 7))
+    outside_legend(fig, min(len(series), 7))
     return fig
 
 
@@ -158,27 +135,22 @@ def fairness_figure(
             colour); those without rows are left out.
         metrics: one panel each.
     """
-    methods = set(rows["method"])
-    marks = {
-        condition: mark
-        for condition, mark in conditions.items()
-        if any(f"{name}, {condition}" in methods for name in names.values())
-    }
-    fig = new_figure(9, 1.1 + 0.14 * (len(marks) + 1) * len(names))
-    rise = np.linspace(-0.34, 0.34, len(marks)) if len(marks) > 1 else [0.0]
-    for ax, metric in zip(fig.subplots(1, len(metrics), sharey=True), metrics, strict=True):
-        ax.axvline(0, color=BLACK, lw=1)
-        for dy, (condition, (label, marker, colour)) in zip(rise, marks.items(), strict=True):
-            points = [f"{name}, {condition}" for name in names.values()]
-            y = np.arange(len(names)) + dy
-            style = {"color": colour, "label": label, "fmt": marker, "lw": 1.2}
-            _dots(ax, rows, metric, points, y, **style)
+    parts = rows["method"].str.rpartition(", ")
+    systems = {name: system for system, name in names.items()}
+    words = {condition: label for condition, (label, *_) in conditions.items()}
+    shown = rows.assign(method=parts[0].map(systems), series=parts[2].map(words))
+    shown = shown.dropna(subset=["method", "series"])
+    marks = {label: m for label, *m in conditions.values() if label in set(shown["series"])}
+    height = 1.1 + 0.14 * (len(marks) + 1) * len(names)
+    fig = _dots(shown, list(names), marks, metrics, "EC²Face minus system (points)", height)
+    for ax, metric in zip(fig.axes, metrics, strict=True):
+        ax.axvline(0, color=BLACK, lw=1, zorder=0.9)
         for edge in range(1, len(names)):
             ax.axhline(edge - 0.5, color="0.9", lw=0.7)
         faces = rows[rows["metric"] == metric]["n"].max()
-        ax.set(title=f"{metric} (n = {faces:,.0f} faces)", xlabel="EC²Face minus system (points)")
-        ax.grid(axis="x")
-    return _labelled(fig, list(names), 3)
+        ax.set_title(f"{metric} (n = {faces:,.0f} faces)")
+    outside_legend(fig, 3)
+    return fig
 
 
 @styled
@@ -200,43 +172,47 @@ def guide_gain_figure(
         ceiling: the method of the real images.
         metrics: one panel each.
     """
-    names = list(labels)
-    fig = new_figure(9, 1.0 + 0.38 * len(names))
-    panels = fig.subplots(1, len(metrics), sharey=True)
-    y = np.arange(len(names))
-    roles = {"independent": (BLUE, -0.13), "guiding": (ORANGE, 0.13)}
-    for ax, metric in zip(panels, metrics, strict=True):
-        for role, (colour, shift) in roles.items():
-            scores = rows[(rows["critic"] == role) & (rows["metric"] == metric)]
-            top = scores[scores["method"] == ceiling]["value"].iloc[0] / 100
-            share = scores.assign(**{k: scores[k] / top for k in ("value", "ci_low", "ci_high")})
-            _dots(ax, share, metric, names, y + shift, color=colour, label=f"{role} critic")
-        ax.set(title=metric, xlabel="% of the real images' score")
-        ax.grid(axis="x")
-    return _labelled(fig, list(labels.values()), 2)
-
-
-def _labelled(fig: Figure, labels: Sequence[str], columns: int) -> Figure:
-    """Label the rows from top to bottom, and add one legend for all panels."""
-    first = fig.axes[0]
-    first.set_yticks(range(len(labels)), labels)
-    first.set_ylim(len(labels) - 0.5, -0.5)
-    handles, names = first.get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside upper center", ncols=columns)
+    marks = {"independent critic": ("o", BLUE), "guiding critic": ("o", ORANGE)}
+    shown = rows.assign(method=rows["method"].map(labels), series=rows["critic"] + " critic")
+    top = rows[rows["method"] == ceiling].set_index(["critic", "metric"])["value"]
+    shown = shown.join(top.rename("top"), on=["critic", "metric"])
+    scores = ["value", "ci_low", "ci_high"]
+    shown[scores] = 100 * shown[scores].div(shown["top"], axis=0)
+    names = list(labels.values())
+    xlabel = "% of the real images' score"
+    fig = _dots(shown, names, marks, metrics, xlabel, 1.0 + 0.38 * len(names))
+    outside_legend(fig, 2)
     return fig
 
 
 def _dots(
-    ax: Axes,
     rows: DataFrame,
-    metric: str,
-    names: list[str],
-    y: np.ndarray,
-    **style: Any,
-) -> None:
-    """Plot the value and the interval of each method at a height; `style` is of `errorbar`."""
-    scores = rows[rows["metric"] == metric].set_index("method").reindex(names)
-    below = scores["value"] - scores["ci_low"]
-    above = scores["ci_high"] - scores["value"]
-    errors = np.clip(np.stack([below, above]), 0, None)
-    ax.errorbar(scores["value"], y, xerr=errors, **{"fmt": "o", "ms": 5, "lw": 1.8} | style)
+    labels: Sequence[str],
+    marks: Mapping[str, Sequence[str]],
+    metrics: Sequence[str],
+    xlabel: str,
+    height: float,
+) -> Figure:
+    """Dots with intervals, a panel for each metric.
+
+    Args:
+        rows: method, metric, series, value, ci_low and ci_high (NaN: no interval).
+        labels: the methods, from top to bottom; others are left out.
+        marks: series -> (marker, colour), from top to bottom within a method.
+        metrics: one panel each.
+        xlabel: of every panel.
+        height: of the figure in inches.
+    """
+    fig = new_figure(9, height)
+    shown = rows[rows["method"].isin(labels) & rows["metric"].isin(metrics)]
+    markers = so.Nominal([marker for marker, _ in marks.values()], order=list(marks))
+    colours = so.Nominal([colour for _, colour in marks.values()], order=list(marks))
+    side = so.Dodge(by=["color"])
+    plot = chart(shown, "x", x="value", y="method", color="series", marker="series")
+    plot = plot.facet("metric", order=list(metrics)).share(x=False).label(x=xlabel, y="")
+    interval = so.Range({"capstyle": "butt"})
+    plot = plot.add(interval, side, xmin="ci_low", xmax="ci_high", legend=False)
+    plot = plot.add(so.Dot(stroke=1.5), side)
+    plot = plot.scale(y=so.Nominal(order=list(labels)), color=colours, marker=markers)
+    plot.on(fig).plot()
+    return fig

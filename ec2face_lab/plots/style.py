@@ -19,6 +19,8 @@ from ec2face_core.attributes import PALETTE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from seaborn.objects import Plot
 
 
 # Colours of seaborn's colour-blind palette.
@@ -56,6 +58,33 @@ def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
             return function(*args, **kwargs)
 
     return wrapper
+
+
+def chart(rows: DataFrame, grid: str = "y", **variables: str) -> Plot:
+    """A seaborn plot in the style of a `styled` function; `.on(fig).plot()` draws it.
+
+    Args:
+        rows: one for each mark.
+        grid: the axis whose ticks have lines: x or y.
+        variables: variable of the plot -> column.
+    """
+    from matplotlib import cycler, rcParams
+    from seaborn.objects import Plot
+
+    theme = {key: rcParams[key] for key in Plot.config.theme}
+    lines = {"axes.grid": True, "axes.grid.axis": grid, "axes.prop_cycle": cycler(color=CYCLE)}
+    return Plot(rows, **variables).theme(theme | lines)
+
+
+def outside_legend(fig: Figure, columns: int, side: str = "upper") -> None:
+    """Place seaborn's legend outside the panels, with what is labelled in the first panel."""
+    handles, labels = fig.axes[0].get_legend_handles_labels()
+    while fig.legends:
+        legend = fig.legends.pop()
+        handles = [*legend.legend_handles, *handles]
+        labels = [*(text.get_text() for text in legend.get_texts()), *labels]
+    place = f"outside {side} center"
+    fig.legend(handles, labels, loc=place, ncols=columns, scatteryoffsets=[0.5])
 
 
 def new_figure(width: float, height: float) -> Figure:

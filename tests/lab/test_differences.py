@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 from figure_checks import assert_legible, texts
@@ -68,5 +69,6 @@ def test_conditions_without_rows_are_left_out():
 
 def test_scores_are_shares_of_the_same_models_ceiling():
     fig = guide_gain()
-    points = [line.get_xdata() for line in fig.axes[0].lines if len(line.get_xdata()) == 1]
-    assert [float(x[0]) for x in points] == [100.0, 100.0]
+    intervals, dots = fig.axes[0].collections
+    assert np.allclose(dots.get_offsets()[:, 0], 100)
+    assert np.allclose([segment[:, 0] for segment in intervals.get_segments()], [50, 170])
