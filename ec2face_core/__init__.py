@@ -1,7 +1,19 @@
 """EC²Face: explicit conditional consistency diffusion for faces from a mask and a text.
 
-These are the names that a new experiment imports. Those that need diffusers, facer or open_clip
-(5-20 s to import) are imported on first use.
+Where the paper's equations are:
+
+    1, 4      attention over [text, noise, mask] tokens   mask_branch.predict_velocity, MaskBranch
+    2         sampling by Euler steps                     pipeline.EC2FacePipeline
+    3, 11     flow matching, with weights                 losses.flow_matching_loss; flow
+    5         reverse estimate                            flow.reverse_estimate
+    6, 7, 8   text and mask consistency, beta(t)          losses
+    9, 12     the total; its gradient in pixel space      losses.total_loss; consistency
+    10        long-tail weights                           losses.class_weights, latent_weights
+    13        condition dropout                           losses.drop_conditions
+    all       the training step                           trainer.Trainer.step
+
+The names below are those that a new experiment imports. Those that need diffusers, facer or
+open_clip (5-20 s to import) are imported on first use.
 """
 
 from __future__ import annotations
