@@ -1,14 +1,24 @@
-"""Mask accuracy against plain loops, and PSNR."""
+"""Mask accuracy against plain loops and scikit-learn, and PSNR."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 
-from ec2face_core.attributes import CLASS_ID, CLASSES, GROUPS
-from ec2face_core.metrics import accuracy_from_counts, mask_accuracy, mask_counts, psnr
+from ec2face_core.attributes import CLASS_ID, CLASSES, GROUPS, pixel_counts
+from ec2face_core.metrics import (
+    OVERLAP,
+    accuracy_from_counts,
+    mask_accuracy,
+    mask_counts,
+    overlap_from_counts,
+    overlap_means,
+    psnr,
+)
 
 
 @pytest.fixture
@@ -74,8 +84,86 @@ def test_wrong_label_maps_are_refused(label_maps):
     predicted, target = label_maps
     with pytest.raises(ValueError, match="differ"):
         mask_counts(predicted[:, :-1], target)
+    with pytest.raises(ValueError, match="differ"):
+        mask_accuracy(predicted, target.mT)  # as many pixels
+    with pytest.raises(TypeError, match=r"predicted label map is torch\.float32"):
+        mask_counts(predicted.float(), target)
     with pytest.raises((RuntimeError, IndexError)):
         mask_counts(predicted, target + 1)  # a label 19
+    with pytest.raises(ValueError, match="19 classes"):
+        accuracy_from_counts(torch.ones(2, 18), torch.ones(2, 18))
+    with pytest.raises(ValueError, match="equal"):
+        accuracy_from_counts(torch.ones(2, 19), torch.ones(2, 19), torch.ones(1, 19))
+
+
+@pytest.mark.parametrize("missing", [(), (0, 3, 7, 16)])
+def test_all_metrics_equal_those_of_scikit_learn(label_maps, missing):
+    """Some classes missing in the masks, of which some are predicted nevertheless; one unseen."""
+    predicted, target = (x.clone() for x in label_maps)
+    for c in missing:
+        target[target == c] = 1
+    predicted[predicted == 9] = 2
+    accuracy = mask_accuracy(predicted, target)
+    options = {"labels": list(range(19)), "average": None, "zero_division": 0}
+    flat = (target.flatten().numpy(), predicted.flatten().numpy())
+    precision, recall, f1, support = precision_recall_fscore_support(*flat, **options)
+    iou = jaccard_score(*flat, **options)
+    absent = support == 0
+    assert absent.sum() == len(missing) and precision[9] == 0
+    assert accuracy.support.tolist() == support.tolist()
+    pairs = {"per_class": recall, "precision": precision, "f1": f1, "iou": iou}
+    for name, expected in pairs.items():
+        ours = getattr(accuracy, name).numpy()
+        np.testing.assert_allclose(ours, np.where(absent, np.nan, 100 * expected), rtol=1e-13)
+    present = ~absent
+    assert pytest.approx(100 * f1[present].mean()) == accuracy.F1
+    assert pytest.approx(100 * iou[present].mean()) == accuracy.mIoU
+    for group, ids in GROUPS.items():
+        mean = np.mean([f1[c] for c in ids if present[c]])
+        assert getattr(accuracy, f"F1_{group}") == pytest.approx(100 * mean)
+
+
+def test_painting_more_raises_recall_and_lowers_precision():
+    ring = CLASS_ID["ear_r"]
+    target = torch.zeros(1, 10, 10, dtype=torch.int64)
+    target[0, 0, :4] = ring
+    narrow = torch.zeros_like(target)
+    narrow[0, 0, :2] = ring
+    wide = torch.zeros_like(target)
+    wide[0, :2, :8] = ring
+    a, b = mask_accuracy(narrow, target), mask_accuracy(wide, target)
+    assert a.per_class[ring] == 50 and a.precision[ring] == 100
+    assert a.f1[ring].item() == pytest.approx(200 / 3) and a.iou[ring] == 50
+    assert b.per_class[ring] == 100 and b.precision[ring] == 25
+    assert b.f1[ring] == 40 and b.iou[ring] == 25
+    assert b.RFA > a.RFA and b.F1_RFA < a.F1_RFA
+
+
+def test_names_of_the_overlap_metrics(label_maps):
+    accuracy = mask_accuracy(*label_maps)
+    values = accuracy.overlap_dict()
+    per_class = [f"{name}_{c}" for name in ("precision", "f1", "iou") for c in CLASSES]
+    assert list(values) == [*OVERLAP, *per_class]
+    assert values["mIoU"] == accuracy.mIoU and values["iou_hair"] == accuracy.iou[13].item()
+    assert not set(values) & set(accuracy.as_dict())
+
+
+def test_overlap_pools_counts_and_is_nan_without_predicted_pixels(label_maps):
+    predicted, target = label_maps
+    counts = (*mask_counts(predicted, target), pixel_counts(predicted))
+    whole = mask_accuracy(predicted, target)
+    assert accuracy_from_counts(*counts).overlap_dict() == whole.overlap_dict()
+    two = accuracy_from_counts(*counts[:2])
+    assert two.as_dict() == whole.as_dict()
+    assert all(math.isnan(value) for value in two.overlap_dict().values())
+
+    rows = overlap_from_counts(*(x.numpy() for x in counts))  # image by image
+    means = overlap_means(rows["f1"], rows["iou"])
+    for i in range(len(target)):
+        one = mask_accuracy(predicted[i], target[i])
+        np.testing.assert_array_equal(rows["precision"][i], one.precision.numpy())
+        for name in OVERLAP:
+            assert means[name][i] == pytest.approx(getattr(one, name), rel=1e-13)
 
 
 def test_psnr_of_a_known_error():
