@@ -1,4 +1,4 @@
-"""Frequencies by hand, intervals against theory and loops, reliability of known velocities."""
+"""Intervals against theory, loops and scipy, over faces and over trainings; Holm by hand."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
-from ec2face_core.attributes import CLASS_ID
+from ec2face_core.attributes import CLASS_ID, CLASSES, NUM_CLASSES, pixel_counts
 from ec2face_core.metrics import group_means, mask_accuracy, mask_counts, psnr
 from ec2face_lab.study.intervals import (
     bootstrap_accuracy,
     bootstrap_interval,
+    holm,
+    interval_p_values,
     paired_accuracy_difference,
+    t_interval,
+    two_level_accuracy,
+    two_level_interval,
 )
 
 
@@ -104,6 +110,124 @@ def test_paired_difference_is_sharper_than_two_intervals():
     assert (same.value, same.ci_low, same.ci_high) == (0, 0, 0)
     with pytest.raises(ValueError, match="same images"):
         paired_accuracy_difference(first, [x.flip(0) for x in second])
+
+
+# --- faces and trainings ---
+
+
+def drawn_pairs(trainings: int, faces: int, resamples: int, seed: int):
+    """The trainings and the faces of each resample, as two streams of one seed."""
+    streams = np.random.SeedSequence(seed).spawn(2)
+    shapes = ((trainings, (resamples, trainings)), (faces, (resamples, faces)))
+    draws = [
+        np.random.default_rng(stream).integers(n, size=size)
+        for stream, (n, size) in zip(streams, shapes, strict=True)
+    ]
+    return zip(*draws, strict=True)
+
+
+def test_two_level_interval_equals_a_loop_that_leaves_out_nan():
+    values = np.random.default_rng(1).normal(size=(3, 20))
+    values[1, :5] = np.nan
+    values[:, 7] = np.nan
+    naive = [np.nanmean(values[np.ix_(t, f)]) for t, f in drawn_pairs(3, 20, 200, seed=4)]
+    interval = two_level_interval(values, resamples=200, seed=4)
+    assert interval.value == pytest.approx(np.nanmean(values)) and interval.n == 19
+    assert interval[1:3] == pytest.approx(tuple(np.percentile(naive, [2.5, 97.5])))
+
+
+def test_two_level_interval_has_the_variance_of_both_levels():
+    """A mean of crossed effects has the variance s² (trainings) / 3 + s² (faces) / n."""
+    rng = np.random.default_rng(0)
+    trainings, faces = 8, 300
+    training = rng.normal(0, 0.3, size=(trainings, 1))
+    face = rng.normal(0, 2, size=faces)
+    interval = two_level_interval(training + face, resamples=4000)
+    expected = 2 * 1.96 * np.sqrt(training.var() / trainings + face.var() / faces)
+    assert interval.ci_high - interval.ci_low == pytest.approx(expected, rel=0.06)
+    one = two_level_interval(face[None], resamples=4000)  # a single training: faces alone
+    assert one.ci_high - one.ci_low == pytest.approx(2 * 1.96 * face.std() / faces**0.5, rel=0.06)
+    assert two_level_interval(np.full((2, 3), np.nan)).n == 0
+    with pytest.raises(ValueError, match="trainings, faces"):
+        two_level_interval(face)
+
+
+def test_two_level_accuracy_equals_pooling_the_drawn_pictures_again():
+    _, target = label_maps(10, right=1)
+    pictures = [torch.stack([label_maps(10, r, 7 * i)[0] for i in range(2)]) for r in (0.7, 0.5)]
+    masks = target.expand(2, *target.shape)
+    methods = []
+    for parsed in pictures:
+        flat = (parsed.flatten(0, 1), masks.flatten(0, 1))
+        counts = [*mask_counts(*flat), pixel_counts(flat[0])]
+        methods.append([count.reshape(2, 10, NUM_CLASSES) for count in counts])
+
+    def accuracies(parsed: torch.Tensor, t=slice(None), f=slice(None)) -> dict[str, float]:
+        accuracy = mask_accuracy(parsed[t][:, f].flatten(), masks[t][:, f].flatten())
+        return accuracy.as_dict() | accuracy.overlap_dict()
+
+    single = two_level_accuracy(methods[0], resamples=100, seed=2).set_index("metric")
+    paired = two_level_accuracy(*methods, resamples=100, seed=2).set_index("metric")
+    whole = [accuracies(parsed) for parsed in pictures]
+    assert list(single.index) == list(paired.index) == list(whole[0])
+    naive = [
+        [accuracies(parsed, t, f) for t, f in drawn_pairs(2, 10, 100, seed=2)]
+        for parsed in pictures
+    ]
+    first, second = (pd.DataFrame(rows) for rows in naive)
+    for metric in ("OAA", "RFA", "skin", "F1", "F1_RFA", "mIoU", "precision_ear_r", "iou_nose"):
+        for table, value, draws in (
+            (single, whole[0][metric], first[metric]),
+            (paired, whole[0][metric] - whole[1][metric], first[metric] - second[metric]),
+        ):
+            row = table.loc[metric]
+            assert row.value == pytest.approx(value)
+            bounds = np.percentile(draws.dropna(), [2.5, 97.5])
+            assert [row.ci_low, row.ci_high] == pytest.approx(list(bounds))
+    names = ["OAA", "RFA", "F1_RFA", "f1_ear_r", "neck_l", "mIoU"]
+    assert single.loc[names, "n"].tolist() == [10, 2, 2, 2, 0, 10]
+    assert single.loc["precision_hair", ["value", "ci_low", "ci_high"]].isna().all()
+    assert len(single) == 4 + 5 + 4 * len(CLASSES)
+
+    other = [methods[1][0], methods[1][1].flip(1), methods[1][2]]
+    with pytest.raises(ValueError, match="same masks"):
+        two_level_accuracy(methods[0], other)
+    with pytest.raises(ValueError, match="trainings, faces, 19"):
+        two_level_accuracy(methods[0], [count[:1] for count in methods[1]])
+
+
+def test_t_interval_equals_that_of_scipy():
+    values = [82.1, 83.4, 82.6, np.nan]
+    expected = stats.ttest_1samp(values[:3], 0).confidence_interval(0.95)
+    interval = t_interval(values)
+    assert interval == pytest.approx((np.mean(values[:3]), expected.low, expected.high, 3))
+    assert t_interval([1.0])[::3] == (1, 1) and np.isnan(t_interval([1.0]).ci_low)
+    assert t_interval([]).n == 0
+
+
+def test_p_values_of_intervals():
+    z = np.array([0.0, 0.5, -1.3, 3.0])
+    p = interval_p_values(2 * z, 2 * (z - stats.norm.ppf(0.975)), 2 * (z + stats.norm.ppf(0.975)))
+    np.testing.assert_allclose(p, [1, *(2 * stats.norm.cdf(-np.abs(z[1:])))])
+    assert interval_p_values(-1.30, -2.38, -0.23) == pytest.approx(0.018, abs=5e-4)
+    assert interval_p_values([0, 1], [0, 1], [0, 1]).tolist() == [1, 0]
+    assert np.isnan(interval_p_values(np.nan, np.nan, np.nan))
+
+
+def test_holm_by_hand_and_by_its_step_down_rule():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.6, np.nan, 0.02, 0.7]), [1, np.nan, 0.06, 1])
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p = rng.uniform(size=12) ** 4
+        rejected = np.zeros(12, dtype=bool)
+        for step, claim in enumerate(np.argsort(p)):  # stop at the first that fails
+            if p[claim] > 0.05 / (12 - step):
+                break
+            rejected[claim] = True
+        assert ((holm(p) <= 0.05) == rejected).all()
+    with pytest.raises(ValueError, match=r"between -0\.1 and 0\.5"):
+        holm([0.5, -0.1])
 
 
 # --- reliability ---
