@@ -397,7 +397,7 @@ def test_a_memory_is_for_decoupled_attention_only(tiny, transformer, batch):
     with pytest.raises(ValueError, match=r"only with lora\.attention 'decoupled'"):
         precompute_mask_kv(joint, batch["mask_latents"])
     batch["mask_latents"] = precompute_mask_kv(transformer, batch["mask_latents"])
-    with pytest.raises(ValueError, match="attention is joint"):
+    with pytest.raises(ValueError, match="has joint attention"):
         predict_velocity(joint, **batch)
 
 
