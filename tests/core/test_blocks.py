@@ -61,6 +61,7 @@ def test_nothing_is_recomputed_by_default(adapted):
     assert not transformer.gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients(adapted, monkeypatch):
     """In one graph each (`fullgraph`): the mask branch breaks none. No inductor: it takes long."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

@@ -272,6 +272,7 @@ def test_gradient_checkpointing_changes_no_bit(tiny, batch):
             assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_blocks_compile_without_a_graph_break(tiny, batch):
     for attention in MODES:
         torch._dynamo.reset()

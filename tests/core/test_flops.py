@@ -72,6 +72,7 @@ def test_flux_with_the_mask_lora(flux, text, step):
     assert backward == pytest.approx(by_hand[1], rel=0.01)
 
 
+@pytest.mark.slow
 def test_flux_with_decoupled_attention(flux):
     """The pass over the mask is 45 % of a step at 128 text tokens: what K draws share."""
     transformer, _ = flux

@@ -200,6 +200,7 @@ def test_from_config_and_from_a_flux_folder(pipe, backbone, label_map, tmp_path)
         "smoke",
         backbone={"path": str(tmp_path / "flux"), "text_length": 24},
         data={"size": 32},
+        sampling={"text_guidance": 1.0, "mask_guidance": 1.0},
         adapters=str(tmp_path / "adapters"),
         profile="test-pipeline",  # no retrained adapters under runs/
     )

@@ -74,12 +74,13 @@ def test_folders_are_never_stale(config, sampled):
         PictureSet(config, "boht", "test")
 
 
-def test_references(config, sampled):
+def test_references(config, sampled, tmp_path):
     """Real images are the faces; the round trip is another picture of the same face."""
     dataset = sampled.dataset
     real = PictureSet(config, "real", "test").load(dataset.ids)
     assert same(real, torch.stack([dataset.image(name) for name in dataset.ids]))
-    trip = PictureSet(config, "vae_round_trip", "test", limit=2).generate(progress=False)
+    fresh = config.replace(profile=str(tmp_path / "run"))
+    trip = PictureSet(fresh, "vae_round_trip", "test", limit=2).generate(progress=False)
     assert sorted(f.stem for f in trip.glob("*.png")) == dataset.ids[:2]
 
 
