@@ -106,6 +106,7 @@ def noise(n: int = 2) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
+@pytest.mark.slow
 def test_resumed_training_equals_an_uninterrupted_one(trained, config):
     straight, stopped, folder = trained
     a = straight.networks.state_dict()

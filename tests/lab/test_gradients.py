@@ -31,6 +31,7 @@ def wide(table: pd.DataFrame, modulated: bool) -> pd.DataFrame:
     return table[table["modulated"] == modulated].pivot(index="t", columns="loss", values="norm")
 
 
+@pytest.mark.slow
 def test_norms_follow_the_equations(config):
     """d z_hat / d v = -t: nothing at t = 0; alpha and beta(t) are factors; kept and read again."""
     table = gradients.gradient_norms(config, batches=1)

@@ -76,6 +76,7 @@ def test_the_bundle_of_procedural_faces_is_not_overwritten(faces_dir, capsys):
     assert "--data needs --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_stage_trains_on_a_folder(faces_dir, tmp_path):
     from ec2face_core.backbone import load_backbone
     from ec2face_core.config import load_profile

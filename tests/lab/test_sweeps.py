@@ -87,6 +87,7 @@ def swept(tiny_config, tmp_path_factory):
         yield *sweeps.kept_sweeps(config), path
 
 
+@pytest.mark.slow
 def test_rows_of_a_sweep(swept):
     rows, source, path = swept
     assert source == path and path.with_suffix(".json").is_file()
@@ -105,6 +106,7 @@ def test_rows_of_a_sweep(swept):
     assert list(table.index) == ["as it is", "raw"] and "Text, text alone" in table
 
 
+@pytest.mark.slow
 def test_rows_of_other_sweeps_stay_and_those_of_this_one_are_made_anew(swept):
     earlier = swept[0][swept[0]["method"] == "16"]
     assert sorted(earlier["table"]) == ["lora", "lora, minus 16"]
