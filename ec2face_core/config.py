@@ -47,7 +47,6 @@ def _number(value: Any) -> Any:
     return value
 
 
-Int = Annotated[int, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
