@@ -3,7 +3,8 @@
 Conventions owned by this module
     Label ids are CelebAMask-HQ's own (`g_mask.py`), 0 background to 18 cloth. `l_` is the
     *subject's* left, which is image right: mean_x(l_eye) > mean_x(r_eye). A label map is int64 of
-    shape `b h w` or `h w`. Groups are those of Appendix A: HFA, NFA and RFA (high-, normal-,
+    shape `b h w` or `h w`; functions take any integer type and refuse ids out of range (TypeError,
+    ValueError). Groups are those of Appendix A: HFA, NFA and RFA (high-, normal-,
     rare-frequency).
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .checks import check_labels
 
 CLASSES: tuple[str, ...] = (
     "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear",
@@ -64,20 +67,23 @@ def palette_tensor(device: torch.device | str = "cpu") -> Tensor:
 
 def palette_image(label_map: Tensor) -> Tensor:
     """Label map `b h w` -> palette image `b 3 h w` in [-1, 1], which the mask branch reads."""
-    return palette_tensor(label_map.device)[label_map].movedim(-1, -3)
+    labels = check_labels(label_map, NUM_CLASSES)
+    return palette_tensor(labels.device)[labels].movedim(-1, -3)
 
 
 def flip_labels(label_map: Tensor) -> Tensor:
     """Mirror a label map `... h w` left to right, exchanging the subject's left and right parts."""
-    swap = torch.arange(NUM_CLASSES, device=label_map.device)
+    labels = check_labels(label_map, NUM_CLASSES)
+    swap = torch.arange(NUM_CLASSES, device=labels.device)
     for left, right in FLIP_PAIRS:
         swap[left], swap[right] = right, left
-    return swap[label_map.flip(-1)]
+    return swap[labels.flip(-1)]
 
 
 def one_hot(label_map: Tensor) -> Tensor:
     """Label map `b h w` -> `b 19 h w` floats in {0, 1}."""
-    return torch.nn.functional.one_hot(label_map, NUM_CLASSES).movedim(-1, 1).float()
+    labels = check_labels(label_map, NUM_CLASSES)
+    return torch.nn.functional.one_hot(labels, NUM_CLASSES).movedim(-1, 1).float()
 
 
 def pixel_counts(label_map: Tensor, where: Tensor | None = None) -> Tensor:
@@ -85,7 +91,9 @@ def pixel_counts(label_map: Tensor, where: Tensor | None = None) -> Tensor:
 
     where: bool, of the shape of label_map; only pixels where it is True are counted.
     """
-    labels = label_map.flatten(1).long()
+    labels = check_labels(label_map, NUM_CLASSES).flatten(1)
+    if where is not None and where.shape != label_map.shape:
+        raise ValueError(f"where {tuple(where.shape)} and label map {tuple(label_map.shape)} differ")
     ones = torch.ones_like(labels) if where is None else where.flatten(1).long()
     # a scatter refuses a label above 18, and is 100 times cheaper than one-hot at 512 px
     return labels.new_zeros(len(labels), NUM_CLASSES).scatter_add_(1, labels, ones)

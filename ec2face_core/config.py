@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import json
+import reprlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,14 +42,25 @@ class ConfigError(UserError, ValueError):
 
 
 def _number(value: Any) -> Any:
-    """Refuse booleans, which pydantic would accept (but not text: YAML 1.1 reads 1e-4 as text)."""
+    """Refuse booleans and 1_000, which pydantic accepts (YAML 1.1 reads 1e-4 as text: accepted)."""
     if isinstance(value, bool):
         raise ValueError("a boolean is not a number")
+    if isinstance(value, str) and not (value.isascii() and "_" not in value):
+        raise ValueError("input should be a valid number")
     return value
 
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+def _inside(name: str) -> str:
+    """Refuse a profile that would leave `runs/` by `..`; an absolute one is its own folder."""
+    if ".." in Path(name).parts or "\0" in name:
+        raise ValueError("must not lead out of the folder of runs")
+    return name
+
+
+Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+Size = Annotated[int, Field(strict=True, ge=1, le=65_536)]  # of what is in memory at once
+Seed = Annotated[int, Field(strict=True, ge=0, le=2**40)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
@@ -56,6 +68,7 @@ Fraction = Annotated[Real, Field(ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 Name = Annotated[str, Field(strict=True, min_length=1)]
+FolderName = Annotated[Name, AfterValidator(_inside)]
 
 # Fields that were added or renamed later keep old digests valid: a field with ADDED does not count
 # while it has its default, and `{"digest": name}` counts under its former name.
@@ -68,12 +81,13 @@ class DataConfig:
 
     root: Name = "data/raw/mm-celeba-hq"  # MM-CelebA-HQ in the merged layout
     zero_shot_root: Name = "data/raw/mm-ffhq"  # FFHQ-Text with parsed masks
-    size: Annotated[int, Field(strict=True, ge=16)] = 512  # pixels
+    size: Annotated[Size, Field(ge=16)] = 512  # pixels
     procedural: Flag = False  # make missing roots from procedural faces (smoke, mini)
     maker: Name = field(  # the function that makes them, `module:name`
         default="ec2face_lab.world.sources:write_dataset", metadata=ADDED
     )
-    seed: CountOrZero = 42  # of the procedural faces
+    cache: Text = field(default="", metadata=ADDED)  # folder of the latents; empty: beside root
+    seed: Seed = 42  # of the procedural faces
     train: Count = 27000  # faces of the training split (ids 0-26999)
     test: Count = 3000  # faces of the test split (ids 27000-29999)
     zero_shot: Count = 760  # faces of the zero-shot set
@@ -86,7 +100,7 @@ class BackboneConfig:
 
     path: Name = "black-forest-labs/FLUX.1-dev"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the frozen weights
-    text_length: Count = 128  # T5 tokens; padded, so part of every cache key
+    text_length: Size = 128  # T5 tokens; padded, so part of every cache key
     guidance: NotNegative = 1.0  # value of the guidance embedding in training
     pixel_decoder: Text = ""  # AutoencoderTiny (TAEF1) for the pixel losses; empty: the VAE's own
 
@@ -95,7 +109,7 @@ class BackboneConfig:
 class LoraConfig:
     """LoRA on the mask branch (Sec. 3.5): < 0.1 % new parameters at rank 4 without AdaLN."""
 
-    rank: Count = 4
+    rank: Size = 4
     alpha: Positive = 4.0
     tokens: Literal["mask", "all"] = "mask"  # tokens the LoRA is applied to; all: an ablation
     attention: Literal["joint", "decoupled"] = "joint"  # Eq. 4 | mask tokens see mask tokens only
@@ -110,7 +124,7 @@ class PerceptionConfig:
     clip: Name = "hf-hub:timm/vit_large_patch14_clip_224.openai"
     scoring_parser: Name = "data/raw/weights/scoring_parser_jit.pt"
     scoring_clip: Name = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-    parser_size: Annotated[int, Field(strict=True, ge=16)] = 448  # pixels the parser reads
+    parser_size: Annotated[Size, Field(ge=16)] = 448  # pixels the parser reads
 
 
 @dataclass(frozen=True)
@@ -132,14 +146,20 @@ class LossConfig:
         default=0.0, metadata={"digest": "gate"}
     )
 
+    @model_validator(mode="after")
+    def _usable_clip(self) -> LossConfig:
+        if 0 < self.clip < 1e-6:
+            raise ValueError(f"clip {self.clip:g} leaves no weight: give 1e-6 or more, or 0 for none")
+        return self
+
 
 @dataclass(frozen=True)
 class TrainerConfig:
     """Sec. 4.1: AdamW, 1e-4, 5,000 iterations, 8 GPUs x 4 samples."""
 
     steps: Count = 5000
-    batch_size: Count = 4  # samples per process and micro-step
-    accumulation: Count = 1
+    batch_size: Size = 4  # samples per process and micro-step
+    accumulation: Size = 1
     learning_rate: Positive = 1e-4
     weight_decay: NotNegative = 0.01
     warmup: CountOrZero = 0  # steps of linear warm-up
@@ -149,7 +169,7 @@ class TrainerConfig:
     low_discrepancy_t: Flag = field(  # t of neighbouring samples covers [0, 1] evenly
         default=False, metadata={"digest": "even_times"}
     )
-    noise_repeats: Count = field(  # neighbouring samples that share a face and its mask's pass
+    noise_repeats: Size = field(  # neighbouring samples that share a face and its mask's pass
         default=1, metadata={"digest": "draws_per_mask"}
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
@@ -157,7 +177,7 @@ class TrainerConfig:
     recompute_every: Count = 1  # with gradient_checkpointing: recompute each n-th block only
     compile: Flag = False  # torch.compile of the transformer's blocks
     shard: Flag = False  # FSDP2 over the frozen weights, for GPUs that cannot hold them
-    num_processes: Count = 8
+    num_processes: Size = 8
     checkpoint_every: Count = 250
     keep_checkpoints: Count = 2
     log_every: Count = 10
@@ -185,10 +205,10 @@ class SamplingConfig:
     guidance: NotNegative = 3.5  # guidance embedding of FLUX.1-dev
     text_guidance: NotNegative = 1.0  # CFG scale of the text, for an undistilled base; 1: off
     mask_guidance: NotNegative = 1.0  # CFG scale of the mask
-    seed: CountOrZero = 42
-    batch_size: Count = 4
+    seed: Seed = 42
+    batch_size: Size = 4
     mixed_precision: Literal["no", "bf16"] = "no"  # autocast around frozen float32 weights
-    num_processes: Count = 8  # that generate the pictures of a split
+    num_processes: Size = 8  # that generate the pictures of a split
 
 
 @dataclass(frozen=True)
@@ -225,8 +245,8 @@ class BaselinesConfig:
 class Config:
     """One experiment. `profile` names its folder in `runs/`."""
 
-    profile: Name = "paper"
-    seed: CountOrZero = 42
+    profile: FolderName = "paper"
+    seed: Seed = 42
     adapters: Name = "runs/paper/adapters"  # kept LoRA adapters, one folder per variant
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -327,12 +347,7 @@ def load_config(values: Path | dict[str, Any], **overrides: Any) -> Config:
     """
     if isinstance(values, Path):
         path = values
-        try:
-            values = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"{path} is not valid YAML: {' '.join(str(error).split())}"
-            ) from error
+        values = read_yaml(path.read_bytes(), str(path)) or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected settings, got {type(values).__name__}")
     merged = dataclasses.asdict(Config())
@@ -342,6 +357,15 @@ def load_config(values: Path | dict[str, Any], **overrides: Any) -> Config:
         return Config(**merged)
     except ValidationError as error:
         raise ConfigError("; ".join(map(_describe, error.errors()))) from error
+
+
+def read_yaml(text: str | bytes, where: str) -> Any:
+    """The value that a YAML text holds; ConfigError, in one line that names `where`, if none."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where} is not valid YAML: {reason}") from error
 
 
 def _merge(values: dict[str, Any], overrides: dict[str, Any], where: str = "") -> None:
@@ -355,7 +379,7 @@ def _merge(values: dict[str, Any], overrides: dict[str, Any], where: str = "") -
                 raise ConfigError(f"{where}{head}: is a single value and has no options in it")
             _merge(values[head], {rest: value} if rest else value, f"{where}{head}.")
         elif isinstance(values[head], dict):
-            raise ConfigError(f"{where}{head}: expected options, got {value!r}")
+            raise ConfigError(f"{where}{head}: expected options, got {reprlib.repr(value)}")
         else:
             values[head] = value
 
@@ -365,7 +389,7 @@ def _describe(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(problem["input"], (str, int, float, type(None))):
-        return f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+        return f"{where}: {message[0].lower()}{message[1:]}, got {reprlib.repr(problem['input'])}"
     return f"{where}: {message}" if where else message  # of several fields together
 
 
@@ -467,7 +491,4 @@ def parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--set {text!r}: expected option=value, for example trainer.steps=10")
-    try:
-        return {key: yaml.safe_load(value)}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: the value is not valid YAML") from error
+    return {key: read_yaml(value, f"--set {reprlib.repr(text)}: the value")}

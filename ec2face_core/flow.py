@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_floats, check_same_shape, check_times
+
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """The point `x_t` on the straight path from data to noise, whose ODE is Eq. 2.
@@ -24,13 +26,21 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
     Returns:
         x_t, `(b, ...)`, in the wider of the types of x0, noise and t.
+
+    Raises:
+        TypeError: something is not of real numbers (the timesteps 0-1000 of schedulers are not).
+        ValueError: the shapes do not fit, or a time is outside [0, 1].
     """
+    check_floats(x0, "x0")
+    check_floats(noise, "noise")
+    check_same_shape(x0=x0, noise=noise)
     t = _per_sample(t, x0)
     return (1 - t) * x0 + t * noise
 
 
 def target_velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """Eq. 3's target `mu_t = d x_t / d t`, the same at every time."""
+    """Eq. 3's target `mu_t = d x_t / d t`, the same at every time; ValueError if shapes differ."""
+    check_same_shape(x0=x0, noise=noise)
     return noise - x0
 
 
@@ -44,7 +54,13 @@ def reverse_estimate(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
 
     Returns:
         x0_hat, `(b, ...)`; exact where v is the true velocity, and x_t itself where t = 0.
+
+    Raises:
+        TypeError, ValueError: as for `interpolate`.
     """
+    check_floats(x_t, "x_t")
+    check_floats(v, "v")
+    check_same_shape(x_t=x_t, v=v)
     return x_t - _per_sample(t, x_t) * v
 
 
@@ -55,5 +71,8 @@ def sample_timesteps(b: int, generator: torch.Generator | None = None) -> Tensor
 
 
 def _per_sample(t: Tensor, x: Tensor) -> Tensor:
-    """`(b,)` -> `(b, 1, ..., 1)`, so that each sample has its own time."""
+    """`(b,)` -> `(b, 1, ..., 1)`, so that each sample has its own time; checked."""
+    if x.ndim == 0:
+        raise ValueError("expected samples `(b, ...)`, got a single number")
+    check_times(t, len(x))
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))

@@ -18,8 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attributes import one_hot, pixel_counts
+from .attributes import NUM_CLASSES, one_hot, pixel_counts
+from .checks import (
+    check_floats,
+    check_labels,
+    check_number,
+    check_per_sample,
+    check_range,
+    check_same_shape,
+    check_times,
+)
 from .config import LossConfig
+
+ROUNDING = 1e-3  # by which a probability may exceed [0, 1]
 
 # ------------------------------------------------------------------- flow matching (Eqs. 3, 10, 11)
 
@@ -36,13 +47,20 @@ def flow_matching_loss(v: Tensor, target: Tensor, weights: Tensor | None = None)
         Losses `(b,)`, in float32 or wider.
 
     Raises:
-        ValueError: v and target differ in shape.
+        TypeError: something is not of real numbers.
+        ValueError: v and target differ in shape, or the weights do not fit them.
     """
-    if v.shape != target.shape:
-        raise ValueError(f"velocity {tuple(v.shape)} and target {tuple(target.shape)} differ")
+    check_floats(v, "velocity")
+    check_floats(target, "target")
+    check_same_shape(velocity=v, target=target)
+    if v.ndim < 2:
+        raise ValueError(f"velocity {tuple(v.shape)}: expected samples of several values `(b, ...)`")
     error = v - _at_least_float32(target)
     if weights is not None:
-        error = (weights[:, None] if weights.ndim == v.ndim - 1 else weights) * error
+        check_floats(weights, "weights")
+        weights = weights[:, None] if weights.ndim == v.ndim - 1 else weights
+        error = weights * error
+        check_same_shape(velocity=v, weighted=error)
     return error.square().flatten(1).mean(1)
 
 
@@ -54,14 +72,22 @@ def class_weights(counts: Tensor) -> Tensor:
 
     Returns:
         `(19,)` float64. A class without pixels has the weight `sum(T)`, which no pixel uses.
+
+    Raises:
+        ValueError: not 19 counts, a negative one, or no pixel at all.
     """
+    if tuple(counts.shape) != (NUM_CLASSES,):
+        raise ValueError(f"counts {tuple(counts.shape)}: expected ({NUM_CLASSES},), one a class")
+    if counts.device.type == "cpu" and not (counts.min() >= 0 and 0 < counts.sum() < torch.inf):
+        raise ValueError("counts must be pixels of a training set: none negative, some above 0")
     T = counts.double()
     return T.sum() / (len(T) * T + 1)
 
 
 def long_tail_weights(label_map: Tensor, counts: Tensor) -> Tensor:
     """The weight matrix `w(i, j)` of Eq. 10: `b h w` ids -> `b h w` float32 weights."""
-    return class_weights(counts).to(label_map.device)[label_map].float()
+    labels = check_labels(label_map, NUM_CLASSES)
+    return class_weights(counts).to(labels.device)[labels].float()
 
 
 def latent_weights(
@@ -82,7 +108,14 @@ def latent_weights(
     Returns:
         Weights `b h' w'` float32. With normalize `mean` their mean square over the given maps is 1,
         so the loss keeps the scale that it has without weights.
+
+    Raises:
+        TypeError, ValueError: the label map is no `b h w` of ids 0-18, the counts are not 19, or
+            latent_size is not in 1 to h.
     """
+    if label_map.ndim != 3:
+        raise ValueError(f"label map {tuple(label_map.shape)}: expected `b h w`")
+    check_number(latent_size, "latent_size", 1, min(label_map.shape[1:]), whole=True)
     if config.scope == "dataset":
         w = long_tail_weights(label_map, counts)
     else:
@@ -109,7 +142,17 @@ def latent_weights(
 
 
 def text_consistency_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Eq. 6: one minus the cosine of the CLIP features `(b, d)` of image and text -> `(b,)`."""
+    """Eq. 6: one minus the cosine of the CLIP features `(b, d)` of image and text -> `(b,)`.
+
+    Raises:
+        TypeError: something is not of real numbers.
+        ValueError: the shapes are not the same `(b, d)`.
+    """
+    check_floats(image_features, "image features")
+    check_floats(text_features, "text features")
+    check_same_shape(image_features=image_features, text_features=text_features)
+    if image_features.ndim != 2:
+        raise ValueError(f"features {tuple(image_features.shape)}: expected `(b, d)`")
     return 1 - F.cosine_similarity(image_features, text_features, dim=-1)
 
 
@@ -128,8 +171,20 @@ def mask_consistency_loss(
         Losses `(b,)`, in float32 or wider; finite also where a probability is exactly 0 or 1.
 
     Raises:
-        ValueError: probabilities and label map differ in size.
+        TypeError: probabilities that are not real numbers, or ids that are not integers.
+        ValueError: the shapes do not fit, or a probability, an id, balance or smoothing is out of
+            range.
     """
+    check_number(balance, "balance", 0, 1)
+    check_number(smoothing, "smoothing", 0)
+    check_floats(probabilities, "probabilities")
+    if probabilities.ndim != 4 or probabilities.shape[1] != NUM_CLASSES:
+        shape = tuple(probabilities.shape)
+        raise ValueError(f"probabilities {shape}: expected `b {NUM_CLASSES} h w`")
+    check_range(probabilities, -ROUNDING, 1 + ROUNDING, "probabilities", allow_nan=True)
+    if label_map.ndim != 3 or len(label_map) != len(probabilities):
+        b = len(probabilities)
+        raise ValueError(f"label map {tuple(label_map.shape)}: expected `b h w` with b = {b}")
     if probabilities.shape[-2:] != label_map.shape[-2:]:
         raise ValueError(
             f"probabilities {tuple(probabilities.shape)} and label map {tuple(label_map.shape)} "
@@ -149,7 +204,16 @@ def mask_consistency_loss(
 
 
 def beta(t: Tensor, steepness: float = 10.0, center: float = 0.4) -> Tensor:
-    """Eq. 8: `1 / (1 + exp(steepness (t - center)))`, near 1 for small t and near 0 for large t."""
+    """Eq. 8: `1 / (1 + exp(steepness (t - center)))`, near 1 for small t and near 0 for large t.
+
+    Raises:
+        TypeError: times that are not real numbers (a scheduler's 0-1000 are not times).
+        ValueError: a time outside [0, 1], or a setting that is not finite.
+    """
+    check_floats(t, "t")
+    check_range(t, 0.0, 1.0, "t")
+    check_number(steepness, "steepness")
+    check_number(center, "center")
     return torch.sigmoid(steepness * (center - t))
 
 
@@ -197,12 +261,23 @@ def total_loss(
 
     Returns:
         The total and its parts.
+
+    Raises:
+        TypeError, ValueError: anything that is not `(b,)`, or a time outside [0, 1].
     """
+    check_floats(flow, "flow")
+    b = flow.numel()
+    given = {"flow": flow, "text": text, "mask": mask, "t": t}
+    given |= {"keep_text": keep_text, "keep_mask": keep_mask}
+    for name, value in given.items():
+        if value is not None:
+            check_per_sample(value, b, name)
+    check_times(t, b)
     text = _where_kept(text, keep_text, flow)
     mask = _where_kept(mask, keep_mask, flow)
-    b = beta(t, config.steepness, config.center)
-    total = flow + b * (config.alpha_text * text + config.alpha_mask * mask)
-    return LossBreakdown(total, flow, text, mask, b)
+    fading = beta(t, config.steepness, config.center)
+    total = flow + fading * (config.alpha_text * text + config.alpha_mask * mask)
+    return LossBreakdown(total, flow, text, mask, fading)
 
 
 # ---------------------------------------------------------------------- condition dropout (Eq. 13)
@@ -223,7 +298,12 @@ def drop_conditions(
 
     Returns:
         keep_text, keep_mask: `(b,)` bool on the generator's device.
+
+    Raises:
+        TypeError, ValueError: b is not a count, or p is no probability.
     """
+    check_number(b, "b", 0, whole=True)
+    check_number(p, "p", 0, 1)
     device = generator.device if generator is not None else "cpu"
     keep_text, keep_mask = torch.rand(2, b, generator=generator, device=device) >= p
     return keep_text, keep_mask
@@ -232,6 +312,8 @@ def drop_conditions(
 def _where_kept(loss: Tensor | None, keep: Tensor | None, like: Tensor) -> Tensor:
     if loss is None:
         return torch.zeros_like(like)
+    if keep is not None and keep.dtype != torch.bool:
+        raise TypeError(f"keep_text and keep_mask are bool, got {keep.dtype}")
     return loss if keep is None else loss.masked_fill(~keep, 0)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .attributes import CLASSES, GROUPS, NUM_CLASSES, pixel_counts
+from .checks import check_floats, check_labels, check_same_shape
 
 RECALL = ("OAA", "HFA", "NFA", "RFA")
 
@@ -94,12 +95,20 @@ def accuracy_from_counts(
             F1 and IoU are NaN.
 
     Raises:
-        ValueError: the shapes differ, or the last dimension is not 19.
+        TypeError: the counts are not integers.
+        ValueError: the shapes differ, the last dimension is not 19, or there are more correct
+            pixels of a class than it has in the masks.
     """
     counts = [correct, support] if predicted is None else [correct, support, predicted]
     shapes = [tuple(count.shape) for count in counts]
     if len(set(shapes)) > 1 or shapes[0][-1:] != (NUM_CLASSES,):
         raise ValueError(f"counts have the shapes {shapes}; give equal ones that end in 19 classes")
+    if any(count.is_floating_point() or count.is_complex() for count in counts):
+        raise TypeError("counts are pixels: give integers")
+    if any(bool((count < 0).any()) for count in counts) or bool((correct > support).any()):
+        raise ValueError("counts must not be negative, and correct not above support")
+    if predicted is not None and bool((correct > predicted).any()):
+        raise ValueError("more pixels of a class are correct than were predicted")
     pooled = [count.reshape(-1, NUM_CLASSES).sum(0) for count in counts]
     support = pooled[1]
     per_class = 100 * pooled[0].double() / support
@@ -161,7 +170,17 @@ def group_means(per_class: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images `b 3 h w` in [-1, 1], `(b,)`; at most 106 dB."""
+    """Peak signal-to-noise ratio in dB of images `b 3 h w` in [-1, 1], `(b,)`; at most 106 dB.
+
+    Raises:
+        TypeError: something is not of real numbers.
+        ValueError: the shapes differ, or are not `b c h w`.
+    """
+    check_floats(images, "images")
+    check_floats(references, "references")
+    check_same_shape(images=images, references=references)
+    if images.ndim != 4:
+        raise ValueError(f"images {tuple(images.shape)}: expected `b c h w`")
     error = (images.clamp(-1, 1) - references.clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
@@ -174,7 +193,6 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 def _check_label_maps(predicted: Tensor, target: Tensor) -> None:
     for name, labels in (("predicted", predicted), ("target", target)):
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"{name} label map is {labels.dtype}; give class ids as integers")
+        check_labels(labels, NUM_CLASSES, f"{name} label map")
     if predicted.shape != target.shape:
         raise ValueError(f"label maps {tuple(predicted.shape)} and {tuple(target.shape)} differ")

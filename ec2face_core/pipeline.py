@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .attributes import NUM_CLASSES
 from .backbone import decode_latents, encode_text, load_backbone
+from .checks import NotFiniteError, check_floats, check_number, check_texts
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
 from .data import labels_from_palette
 from .mask_branch import (
@@ -204,14 +205,22 @@ class EC2FacePipeline(DiffusionPipeline):
             The pictures.
 
         Raises:
+            TypeError: an argument of another type.
             ValueError: numbers of prompts, masks, generators or latents that do not fit; a label
-                above 18; an unsupported size or output type.
+                above 18; an unsupported size or output type; a number out of range or not finite.
+            NotFiniteError: the pictures are not finite.
         """
-        size = (height or self.config.image_size, width or self.config.image_size)
+        side = self.config.image_size
+        size = (side if height is None else height, side if width is None else width)
         self._check(size, num_inference_steps, output_type)
+        check_number(num_images_per_prompt, "num_images_per_prompt", 1, whole=True)
+        check_number(mask_strength, "mask_strength", 0)
+        guidance = self._setting("guidance", guidance_scale)
+        text_scale = self._setting("text_guidance", text_guidance)
+        mask_scale = self._setting("mask_guidance", mask_guidance)
         device = self._execution_device
         f = self.vae_scale_factor
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = check_texts(prompt)
         masks = _mask_list(mask)
         pairs = max(len(prompts), len(masks))
         if len(prompts) not in (1, pairs) or len(masks) not in (1, pairs):
@@ -234,14 +243,12 @@ class EC2FacePipeline(DiffusionPipeline):
             keep_mask = torch.tensor([m is not None for m in masks])[index]
 
         shape = (b, self.vae.config.latent_channels, size[0] // f, size[1] // f)
-        z = self._noise(shape, generator, device) if latents is None else latents.to(device).float()
+        z = self._noise(shape, generator, device) if latents is None else _noise_given(latents)
+        z = z.to(device)
         if z.shape != shape:
             raise ValueError(f"latents have shape {tuple(z.shape)}, expected {shape}")
         tokens = shape[-2] * shape[-1] // 4
         timesteps = flux_timesteps(self.scheduler, num_inference_steps, tokens, device)
-        guidance = self.config.guidance if guidance_scale is None else guidance_scale
-        text_scale = self.config.text_guidance if text_guidance is None else text_guidance
-        mask_scale = self.config.mask_guidance if mask_guidance is None else mask_guidance
         null = text if text_scale == 1 else encode_text(self, [""] * b, self.config.text_length)
         condition = (text, null, mask_latents, keep_mask)
         with self.progress_bar(total=len(timesteps)) as bar:
@@ -253,18 +260,31 @@ class EC2FacePipeline(DiffusionPipeline):
                 )  # fmt: skip
                 z = self.scheduler.step(v, time, z, return_dict=False)[0]  # Eq. 2, one Euler step
                 bar.update()
-        images = self.image_processor.postprocess(decode_latents(self.vae, z), output_type)
+        decoded = decode_latents(self.vae, z)
+        if not decoded.isfinite().all():  # they would be written as black pictures
+            raise NotFiniteError(
+                "the pictures are not finite: lower the guidance scales "
+                f"({guidance:g}, {text_scale:g}, {mask_scale:g}) or check the weights"
+            )
+        images = self.image_processor.postprocess(decoded, output_type)
         self.maybe_free_model_hooks()
         return EC2FacePipelineOutput(images=images)
 
     def _check(self, size: tuple[int, int], steps: int, output_type: str) -> None:
         multiple = 2 * self.vae_scale_factor
+        for name, side in zip(("height", "width"), size, strict=True):
+            check_number(side, name, multiple, whole=True)
         if any(side % multiple for side in size):
             raise ValueError(f"height and width {size} must be multiples of {multiple}")
-        if steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+        check_number(steps, "num_inference_steps", 1, whole=True)
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type {output_type!r}: use pil, np or pt")
+
+    def _setting(self, name: str, given: float | None) -> float:
+        """A scale that was given, or the model's own; finite and not negative."""
+        value = self.config[name] if given is None else given
+        check_number(value, name, 0)
+        return float(value)
 
     def _noise(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
         """Noise, one picture after another, so that batches do not change it."""
@@ -272,9 +292,19 @@ class EC2FacePipeline(DiffusionPipeline):
         streams = list(generator) if isinstance(generator, Sequence) else [generator] * b
         if len(streams) != b:
             raise ValueError(f"{len(streams)} generators for {b} pictures: give one or {b}")
+        if wrong := [g for g in streams if not isinstance(g, torch.Generator | None)]:
+            raise TypeError(f"generator: expected a torch.Generator, got {wrong[0]!r}")
         single = (1, *shape[1:])
         noise = [randn_tensor(single, g, device, torch.float32) for g in streams]
         return torch.cat(noise)
+
+
+def _noise_given(latents: Tensor) -> Tensor:
+    """The caller's noise as float32; refused where it is not finite."""
+    check_floats(latents, "latents")
+    if not latents.isfinite().all():
+        raise ValueError("latents must be finite")
+    return latents.float()
 
 
 def flux_timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device | str) -> Tensor:

@@ -20,6 +20,7 @@ from .flow import sample_timesteps
 from .latents import LatentCache
 from .losses import drop_conditions
 
+OFTEN = 50  # shows of every caption in the mean, beyond which none is left out
 BLOCK = 32  # consecutive samples whose spread times and sampled pixel losses are drawn together
 
 
@@ -93,7 +94,13 @@ class SampleStream:
         return [self._id(index) for index in indices]
 
     def captions(self, indices: Sequence[int]) -> set[str]:
-        """The captions of these samples, which have to be embedded."""
+        """The captions of these samples, which have to be embedded; all of them if that is safe.
+
+        A training that shows every caption many times is not gone through sample by sample.
+        """
+        everything = {c for id in self.cache.ids for c in self.cache.captions(id)}
+        if len(indices) > OFTEN * len(everything):
+            return everything
         starts = (self._face_caption_generator(index) for index in indices)
         return {self.cache.captions(id)[caption] for id, caption, _ in starts}
 

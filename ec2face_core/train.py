@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 from torch import distributed
 
+from .checks import number
 from .config import VARIANTS, add_config_options, cli, config_from_args, user_path
 
 END_WITH_PARENT = "EC2FACE_END_WITH_PARENT"  # environment variable of processes that we launch
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--run-dir", type=user_path,
         help="output folder (default: runs/<profile>/training/<variant>)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, help="short for --set trainer.steps=STEPS")
+    parser.add_argument("--steps", type=number(1), help="short for --set trainer.steps=STEPS")
     return parser
 
 

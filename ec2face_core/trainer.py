@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .backbone import load_backbone, load_tiny_decoder
+from .checks import NotFiniteError
 from .config import VARIANTS, Config, ConfigError, TrainerConfig, adapter_name, resolve
 from .consistency import PixelConsistency
 from .data import open_dataset
@@ -204,7 +205,7 @@ class Trainer:
 
         Raises:
             ConfigError: a setting does not fit the launch, or the checkpoint in `run_dir`.
-            FloatingPointError: the loss diverged.
+            NotFiniteError: the loss diverged.
         """
         from tqdm.auto import tqdm
 
@@ -394,7 +395,7 @@ class Trainer:
             self._print_means(rows)
         bad = [r["step"] for r in rows if not math.isfinite(r["total"] + r["grad_norm"])]
         if bad and self.config.trainer.mixed_precision != "fp16":  # whose scaler skips such steps
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"the loss or gradient of step {bad[0]} is not finite; the newest checkpoint is "
                 "from before. Lower trainer.learning_rate, or set loss.clip"
             )

@@ -14,6 +14,7 @@ import argparse
 
 import torch
 
+from ec2face_core.checks import number
 from ec2face_core.config import ConfigError, add_config_options, config_from_args, user_path
 
 from ..baselines import PAPER, SYSTEMS
@@ -39,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--out", type=user_path, metavar="DIR", help="folder of weights and state")
     one.add_argument("--shared", action="store_true", help="train only what it shares")
     one.add_argument(
-        "--seconds", type=float, default=0.0,
+        "--seconds", type=number(0, whole=False), default=0.0,
         help="training time on one core; 0: what the profile gives every system",
     )  # fmt: skip
-    one.add_argument("--seed", type=int, default=42, help="of weights and noise")
-    one.add_argument("--threads", type=int, default=1, help="of torch")
+    one.add_argument("--seed", type=number(0, 2**40), default=42, help="of weights and noise")
+    one.add_argument("--threads", type=number(1), default=1, help="of torch")
 
 
 def run(options: argparse.Namespace) -> None:

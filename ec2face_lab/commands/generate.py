@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ec2face_core.checks import number
 from ec2face_core.config import Config, add_config_options, config_from_args, user_path
 from ec2face_core.train import leave_group
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=user_path, metavar="DIR",
         help="folder of the pictures; inside runs/<profile> if it is not given",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, default=0, help="the first faces only; 0: all")
+    parser.add_argument("--limit", type=number(0), default=0, help="the first faces only; 0: all")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from ec2face_core.checks import number
 from ec2face_core.config import Config, add_config_options, config_from_args, resolve, user_path
 from ec2face_core.data import read_manifest
 from ec2face_core.perception import FaceParser
@@ -78,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         convert.add_argument(
             "--captions", type=user_path, help="folder of {id}.txt, one caption a line"
         )
-        convert.add_argument("--size", type=int, default=512, help="pixels")
-        convert.add_argument("--train", type=int, default=default, help=train)
+        convert.add_argument("--size", type=number(16, 65_536), default=512, help="pixels")
+        convert.add_argument("--train", type=number(1), default=default, help=train)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import argparse
 
 import torch
 
+from ec2face_core.checks import number
 from ec2face_core.config import UserError, resolve, user_path
 
 from ..world import pretrain, pretrain_perception
@@ -45,15 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--out", type=user_path, metavar="DIR", default=BUNDLE, help="folder of the bundle"
         )
         stage.add_argument(
-            "--samples", type=int, default=SAMPLES[name], help="faces to train on or to encode"
+            "--samples", type=number(1), default=SAMPLES[name], help="faces to train on or to encode"
         )
         if name in ("vae", "flux"):
-            stage.add_argument("--batch", type=int, default=16, help="samples a process and step")
+            stage.add_argument("--batch", type=number(1), default=16, help="samples a process and step")
         if name == "flux":
-            stage.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+            stage.add_argument("--lr", type=number(1e-12, whole=False), default=1e-3, help="peak learning rate")
         if name == "latents":
-            stage.add_argument("--part", type=int, default=0, help="number of this part")
-            stage.add_argument("--parts", type=int, default=1, help="parts of the pool in all")
+            stage.add_argument("--part", type=number(0), default=0, help="number of this part")
+            stage.add_argument("--parts", type=number(1), default=1, help="parts of the pool in all")
         if name in ("parser", "clip"):
             stage.add_argument(
                 "--role", choices=tuple(pretrain_perception.ROLES), required=True,

@@ -13,7 +13,8 @@ import argparse
 import signal
 import sys
 
-from ec2face_core.config import ROOT, load_profile, user_path
+from ec2face_core.checks import number
+from ec2face_core.config import ROOT, ConfigError, load_profile, user_path
 
 from ..reproduce import assign, run_notebooks, select
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 05 06")
     add("--force", action="store_true", help="run also what is up to date")
     add("--train", action="store_true", help="retrain every LoRA instead of using the kept ones")
-    add("--seeds", type=int, default=0, metavar="N", help="trainings of each method that count")
+    add("--seeds", type=number(0), default=0, metavar="N", help="trainings of each method that count")
     add("--sweeps", action="store_true", help="train and score every point of every sweep (hours)")
     add("--keep-going", action="store_true", help="run the other notebooks after a failure")
     add(
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Return 0, or 1 if a notebook failed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running kernel ends too
+    if any(name == "profile" for name, _ in options.parameter):
+        raise ConfigError("-p profile: name the profile by --profile, which also names the folders")
     requested = {"profile": options.profile, **dict(options.parameter)}
     if options.train:
         requested["train"] = "True"

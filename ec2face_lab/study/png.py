@@ -9,18 +9,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ec2face_core.checks import NotFiniteError
 from ec2face_core.data import read_image
 from ec2face_core.runs import parallel, whole_file
 
 
 def save_picture(path: Path, image: Tensor, chunks: Mapping[str, str]) -> None:
-    """Write an image `3 h w` in [0, 1] as PNG with text chunks."""
+    """Write an image `3 h w` in [0, 1] as PNG with text chunks.
+
+    Raises:
+        NotFiniteError: a value is not finite; it would be written as black.
+    """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for name, text in chunks.items():
         info.add_itxt(name, text)
+    if not image.isfinite().all():
+        raise NotFiniteError(f"the picture for {path} is not finite and is not written")
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     with whole_file(path) as part:
         Image.fromarray(pixels.movedim(0, -1).numpy()).save(part, "PNG", pnginfo=info)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ec2face_core.attributes import CLASSES
+from ec2face_core.checks import check_number, check_same_shape
 from ec2face_core.config import Config, ConfigError, resolve
 from ec2face_core.data import (
     IMAGE_SUFFIXES,
@@ -75,6 +76,7 @@ class Lpips:
     @torch.no_grad()
     def score(self, images: Tensor, references: Tensor) -> Tensor:
         """Distance of each image to its reference, `(b,)`; at least 31 px wide and high."""
+        check_same_shape(images=images, references=references)
         return self.net(images.to(self.device), references.to(self.device)).flatten()
 
     __call__ = score
@@ -253,6 +255,7 @@ def _load(config: Config) -> PerceptionModels:
 
 def evaluated_ids(config: Config, dataset: FaceDataset, limit: int = 0) -> list[str]:
     """The ids that count: the first `limit`, else `evaluation.limit`, else all of the dataset."""
+    check_number(limit, "limit", 0, whole=True)
     return dataset.ids[: limit or config.evaluation.limit or None]
 
 

@@ -66,7 +66,7 @@ def test_counts_and_one_hot_agree():
     where = torch.rand(3, 9, 8, generator=torch.Generator().manual_seed(1)) < 0.5
     expected = (one_hot(label_map) * where[:, None]).sum((2, 3)).long()
     assert torch.equal(pixel_counts(label_map, where), expected)
-    with pytest.raises((RuntimeError, IndexError)):
+    with pytest.raises(ValueError):
         pixel_counts(label_map + 1)
 
 

@@ -88,12 +88,15 @@ def test_wrong_label_maps_are_refused(label_maps):
         mask_accuracy(predicted, target.mT)  # as many pixels
     with pytest.raises(TypeError, match=r"predicted label map is torch\.float32"):
         mask_counts(predicted.float(), target)
-    with pytest.raises((RuntimeError, IndexError)):
-        mask_counts(predicted, target + 1)  # a label 19
+    with pytest.raises(ValueError, match="ids must be 0-18, found 1-19"):
+        mask_counts(predicted, target + 1)
+    ones = torch.ones(2, 19).long()
     with pytest.raises(ValueError, match="19 classes"):
-        accuracy_from_counts(torch.ones(2, 18), torch.ones(2, 18))
+        accuracy_from_counts(ones[:, 1:], ones[:, 1:])
     with pytest.raises(ValueError, match="equal"):
-        accuracy_from_counts(torch.ones(2, 19), torch.ones(2, 19), torch.ones(1, 19))
+        accuracy_from_counts(ones, ones, ones[:1])
+    with pytest.raises(ValueError, match="correct not above support"):
+        accuracy_from_counts(3 * ones, ones)  # 300 %
 
 
 @pytest.mark.parametrize("missing", [(), (0, 3, 7, 16)])
