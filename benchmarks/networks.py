@@ -166,7 +166,7 @@ class RandomClip(ClipScorer):
         self.model = model
         self.size = side
         self.mode = "bicubic"
-        self.device = device
+        self.device = torch.device(device)
         self.tokenizer = lambda texts: torch.zeros(len(texts), length, dtype=torch.long)
         self.mean = torch.tensor(CLIP_MEAN, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(CLIP_STD, device=device).view(1, 3, 1, 1)

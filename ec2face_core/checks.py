@@ -94,9 +94,7 @@ def check_times(t: Tensor, b: int) -> None:
     check_range(t, 0.0, 1.0, "t")
 
 
-def check_range(
-    x: Tensor, low: float, high: float, name: str, allow_nan: bool = False
-) -> None:
+def check_range(x: Tensor, low: float, high: float, name: str, allow_nan: bool = False) -> None:
     """Refuse values outside [low, high].
 
     Args:

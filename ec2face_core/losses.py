@@ -54,7 +54,9 @@ def flow_matching_loss(v: Tensor, target: Tensor, weights: Tensor | None = None)
     check_floats(target, "target")
     check_same_shape(velocity=v, target=target)
     if v.ndim < 2:
-        raise ValueError(f"velocity {tuple(v.shape)}: expected samples of several values `(b, ...)`")
+        raise ValueError(
+            f"velocity {tuple(v.shape)}: expected samples of several values `(b, ...)`"
+        )
     error = v - _at_least_float32(target)
     if weights is not None:
         check_floats(weights, "weights")
