@@ -57,7 +57,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 reproduce: $(STAMP)
-	$(PYTHON) -m ec2face_lab reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
+	exec env EC2FACE_END_WITH_PARENT=1 $(PYTHON) -m ec2face_lab reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
 	  $(if $(FORCE),--force) $(if $(TRAIN),--train) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SWEEPS),--sweeps)
 
 test: $(STAMP)

@@ -93,7 +93,9 @@ def pixel_counts(label_map: Tensor, where: Tensor | None = None) -> Tensor:
     """
     labels = check_labels(label_map, NUM_CLASSES).flatten(1)
     if where is not None and where.shape != label_map.shape:
-        raise ValueError(f"where {tuple(where.shape)} and label map {tuple(label_map.shape)} differ")
+        raise ValueError(
+            f"where {tuple(where.shape)} and label map {tuple(label_map.shape)} differ"
+        )
     ones = torch.ones_like(labels) if where is None else where.flatten(1).long()
     # a scatter refuses a label above 18, and is 100 times cheaper than one-hot at 512 px
     return labels.new_zeros(len(labels), NUM_CLASSES).scatter_add_(1, labels, ones)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .config import BackboneConfig, ConfigError, resolve
 from .fast.transfer import send
+from .sums import check_sums, list_sums
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
@@ -108,6 +109,7 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
 
     Raises:
         FileNotFoundError: the weights are missing, incomplete or not accessible.
+        DamagedError: they are not those that were kept (`sums.py`).
     """
     from diffusers import FluxPipeline
     from safetensors import SafetensorError
@@ -117,6 +119,8 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
     folder = resolve(config.path)
     if not folder.is_dir() and not is_hub_id(config.path):
         raise FileNotFoundError(_missing_message(config, "no such folder"))
+    for name in wanted if folder.is_dir() else ():
+        check_sums(folder / name)
     try:
         with hide_progress_bars():
             pipeline = FluxPipeline.from_pretrained(
@@ -173,6 +177,7 @@ def save_backbone(
     }
     with hide_progress_bars():
         FluxPipeline(**parts).save_pretrained(str(folder))
+    list_sums(Path(folder))
 
 
 # --------------------------------------------------------------------------- latents and tokens
@@ -255,6 +260,7 @@ def load_tiny_decoder(
 
     name = config.pixel_decoder
     folder = resolve(name)
+    check_sums(folder)
     try:
         vae = AutoencoderTiny.from_pretrained(
             str(folder) if folder.is_dir() else name,

@@ -149,7 +149,7 @@ class LossConfig:
     @model_validator(mode="after")
     def _usable_clip(self) -> LossConfig:
         if 0 < self.clip < 1e-6:
-            raise ValueError(f"clip {self.clip:g} leaves no weight: give 1e-6 or more, or 0 for none")
+            raise ValueError(f"clip {self.clip:g} is too small: 1e-6 or more, or 0 for none")
         return self
 
 

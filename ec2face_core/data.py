@@ -11,7 +11,6 @@ antialiasing and label maps to the nearest pixel.
 from __future__ import annotations
 
 import csv
-import importlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,8 @@ from torch.utils.data import Dataset
 
 from .attributes import NUM_CLASSES, PALETTE
 from .config import Config, UserError, resolve
-from .runs import parallel
+from .procedural import check_recipe, make_faces, recipe
+from .runs import content_key, file_digest, parallel
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SUFFIXES = {"image": IMAGE_SUFFIXES, "mask": (".png",), "text": (".txt",)}
@@ -319,6 +319,20 @@ class FaceDataset(Dataset[FaceSample]):
             self._counts = sum(parallel(count, self.ids), torch.zeros(NUM_CLASSES).long())
         return self._counts.clone()
 
+    def digest(self, *kinds: str) -> str:
+        """Sixteen hex digits of these faces' content.
+
+        kinds: of `image`, `mask`, `text` (the files) and `manifest` (splits and captions).
+        """
+        content: list[Any] = [self.size, self.ids]
+        for kind in kinds:
+            if kind == "manifest":
+                content.append([self._rows[name] for name in self.ids])
+            else:
+                files = [self._files[kind][name] for name in self.ids]
+                content.append([digest.hex() for digest in parallel(file_digest, files)])
+        return content_key(content, digits=16)
+
     def _read(self, kind: str, name: str, read: Any) -> Any:
         path = self._files[kind][name]
         try:
@@ -349,6 +363,7 @@ def open_dataset(config: Config, split: str) -> FaceDataset:
 
     Raises:
         DataError: there is no data, or procedural faces of another number than configured.
+        ConfigError: the procedural faces there are of another recipe.
     """
     data = config.data
     first = {"train": data.train, "test": data.test}
@@ -364,15 +379,16 @@ def open_dataset(config: Config, split: str) -> FaceDataset:
     root = resolve(getattr(data, key))
     if split == "validation" and data.procedural:
         root = root.with_name(f"{root.name}-validation")
+    wanted = recipe(data, seed, counts, "second" if split == "zero_shot" else "first")
     if not root.exists():
         if not data.procedural:
             raise DataError(
                 f"{root} does not exist. Make it from the downloads (`python -m "
                 f"ec2face_lab prepare --help`), or name another folder in the setting data.{key}"
             )
-        module, _, name = data.maker.partition(":")
-        make = getattr(importlib.import_module(module), name)
-        make(root, seed, counts, data.size, "second" if split == "zero_shot" else "first")
+        make_faces(root, wanted)
+    if data.procedural:
+        check_recipe(root, wanted)
     dataset = FaceDataset(root, None if split == "zero_shot" else split, data.size)
     if data.procedural and len(dataset) != counts[split]:
         raise DataError(

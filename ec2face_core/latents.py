@@ -4,9 +4,10 @@
                                             in the metadata
     folder/<key>/text-<hash>.safetensors    256 captions
 
-The key covers the encoders' files, size, text length, and names and sizes of the data files, so
-other encoders or data make another cache. A file appears whole or not at all and carries the hash
-of its content; a killed run continues with the missing files, and several ranks share the work.
+The key covers the content of the encoders' and the data's files, size and text length, so other
+encoders or data make another cache. A file appears whole or not at all and carries the hash of its
+content, which is compared when a run opens the cache; a damaged file is made again. A killed run
+continues with the missing files, and several ranks share the work.
 Latents are found by the face's id and embeddings by the caption's text. They are float16: half the
 disk space, and finer than the bfloat16 of FLUX's own weights.
 """
@@ -16,7 +17,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ from .attributes import pixel_counts
 from .backbone import Backbone, TextEmbedding, encode_images, encode_text, load_backbone
 from .config import BackboneConfig, Config, UserError, resolve
 from .mask_branch import mask_latents_of
-from .runs import content_key, parallel, path_digest, whole_file
+from .runs import content_key, parallel, path_digest, remove_leftovers, write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -125,13 +125,9 @@ class LatentCache:
 
     def verify(self) -> None:
         """Read every file and compare its content with its hash; CacheError names the bad ones."""
-        from safetensors.torch import load_file
-
         paths = sorted(self.folder.glob("*.safetensors"))
         bad = [
-            p.name
-            for p in paths
-            if not _intact(p) or _content_hash(load_file(p)) != _open(p)[1]["sha256"]
+            p.name for p, whole in zip(paths, parallel(_intact, paths), strict=True) if not whole
         ]
         if bad:
             raise CacheError(f"{self.folder}: {', '.join(bad)} changed on disk: delete them")
@@ -168,7 +164,8 @@ def encode_dataset(
         accelerator: its processes share the work and wait for each other.
 
     Raises:
-        CacheError: the disk is full, or the encoders give values that float16 cannot hold.
+        CacheError: the disk is full or not shared by the ranks, or the encoders give values that
+            float16 cannot hold.
     """
     rank = accelerator.process_index if accelerator else 0
     ranks = accelerator.num_processes if accelerator else 1
@@ -177,17 +174,28 @@ def encode_dataset(
     encoders = functools.cache(backbone) if callable(backbone) else lambda: backbone
 
     # Every rank looks before any rank writes, so that all divide the same list.
+    remove_leftovers(folder)
     files = range(0, len(dataset.ids), FACES)
-    missing = [i for i in files if not _intact(folder / _image_file(i))]
+    missing = _missing(folder, files)
     wait()
     for first in _bar(missing[rank::ranks], "images and masks", progress and rank == 0):
         rows = range(first, min(first + FACES, len(dataset.ids)))
         _write(folder / _image_file(first), *_encode_faces(dataset, rows, encoders()))
     wait()
+    if gone := [i for i in files if not (folder / _image_file(i)).is_file()]:
+        raise CacheError(
+            f"{len(gone)} files of latents are not in {folder} although every rank has written "
+            "its own: all ranks must see one disk and the same data"
+        )
 
-    for path in folder.glob("text-*.safetensors"):
-        if not _intact(path):
-            path.unlink(missing_ok=True)
+    texts = sorted(folder.glob("text-*.safetensors"))
+    damaged = [
+        path for path, whole in zip(texts, parallel(_intact, texts), strict=True) if not whole
+    ]
+    wait()
+    for path in damaged:
+        path.unlink(missing_ok=True)
+    wait()
     cache = LatentCache(folder)
     wanted = captions(cache) if captions else (c for i in cache.ids for c in cache.captions(i))
     absent = sorted(c for c in {EMPTY, *wanted} if not cache.has_text(c))
@@ -202,19 +210,18 @@ def encode_dataset(
 
 
 def cache_folder(config: Config) -> Path:
-    """Where caches of the training faces live: beside the data root, where there is room."""
+    """Where caches of the training faces live: `data.cache`, or beside the data root."""
+    if config.data.cache:
+        return resolve(config.data.cache)
     root = resolve(config.data.root)
     return root.with_name(f"{root.name}-latents")
 
 
 def cache_key(dataset: FaceDataset, config: Config) -> str:
-    """Sixteen hex digits: encoders, size, text length, and names and sizes of the data files."""
+    """Sixteen hex digits: encoders, size, text length, and the content of the data files."""
     about: list[Any] = [_encoder_digest(config.backbone), config.data.size]
     about += [config.backbone.dtype, config.backbone.text_length, dataset.ids]
-    ids = set(dataset.ids)
-    for kind in ("image", "mask", "text"):
-        found = (f for f in os.scandir(Path(dataset.root) / kind) if Path(f.name).stem in ids)
-        about.append(sorted((f.name, f.stat().st_size) for f in found))
+    about.append(dataset.digest("image", "mask", "text"))
     return content_key(about, 16)
 
 
@@ -266,6 +273,12 @@ def _encode_captions(
     return tensors, {"captions": captions}
 
 
+def _missing(folder: Path, files: Sequence[int]) -> list[int]:
+    """The files of image latents, by their first face, that are absent or damaged."""
+    whole = parallel(_intact, [folder / _image_file(first) for first in files])
+    return [first for first, good in zip(files, whole, strict=True) if not good]
+
+
 def _image_file(first: int) -> str:
     return f"images-{first // FACES:05d}.safetensors"
 
@@ -282,14 +295,19 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _intact(path: Path) -> bool:
-    """Whether the file is there and complete; a truncated one is named, and made again."""
+    """Whether the file is there and has its content; a damaged one is named, and made again."""
     from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     try:
-        _open(path)
+        tensors = load_file(path)
+        metadata = {name: json.dumps(value) for name, value in _open(path)[1].items()}
+        recorded = json.loads(metadata.pop("sha256"))
+        if _content_hash(tensors, metadata) != recorded:
+            raise ValueError("its content does not have the recorded hash")
     except FileNotFoundError:
         return False
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         warnings.warn(f"{path} is damaged ({error}) and is made again", stacklevel=3)
         return False
     return True
@@ -297,24 +315,23 @@ def _intact(path: Path) -> bool:
 
 def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write one file of the cache atomically."""
-    from safetensors.torch import save_file
-
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise CacheError(f"{name} of {path.name} is not finite in float16: check the encoders")
     metadata = {name: json.dumps(value) for name, value in about.items()}
     try:
-        with whole_file(path) as part:
-            save_file(tensors, part, metadata | {"sha256": _content_hash(tensors)})
+        write_tensors(path, tensors, metadata | {"sha256": _content_hash(tensors, metadata)})
     except OSError as error:
-        raise CacheError(f"{error}, or move data.root to a larger disk") from error
+        raise CacheError(f"{error}, or name another disk in data.cache") from error
 
 
-def _content_hash(tensors: dict[str, Tensor]) -> str:
-    total = hashlib.sha256()
+def _content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of everything in a file."""
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
-        total.update(name.encode() + tensors[name].numpy().tobytes())
+        total.update(name.encode())
+        total.update(tensors[name].numpy().data)
     return total.hexdigest()
 
 

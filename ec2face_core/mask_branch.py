@@ -40,7 +40,8 @@ from .attributes import palette_image
 from .backbone import TextEmbedding, encode_images, pack, position_ids, unpack
 from .config import LoraConfig
 from .fast.transfer import send
-from .runs import whole_file
+from .runs import write_tensors
+from .sums import check_sums, list_sums
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -436,26 +437,22 @@ def save_mask_lora(
     from diffusers import FluxPipeline
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     peft = transformer.peft_config[ADAPTER].to_dict()
     metadata = {
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps(
-            {f"transformer.{k}": list(v) if isinstance(v, set) else v for k, v in peft.items()}
+            {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in peft.items()}
         ),
         "ec2face": json.dumps({**dataclasses.asdict(config), "text_length": text_length}),
     }
 
-    def save(weights: dict[str, Tensor], path: str) -> None:
-        with whole_file(Path(path)) as part:
-            save_file({k: v.contiguous().cpu() for k, v in weights.items()}, part, metadata)
-
     FluxPipeline.save_lora_weights(
         str(folder),
         transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
-        save_function=save,
+        save_function=lambda weights, path: write_tensors(Path(path), weights, metadata),
     )
+    list_sums(Path(folder) / LORA_FILE)
 
 
 def read_mask_lora(folder: Path | str) -> tuple[LoraConfig, int]:
@@ -463,6 +460,7 @@ def read_mask_lora(folder: Path | str) -> tuple[LoraConfig, int]:
 
     Raises:
         FileNotFoundError: there is no LoRA.
+        DamagedError: the file is not the one that was kept (`sums.py`).
         ValueError: the file is damaged, or no mask LoRA.
     """
     from safetensors import SafetensorError, safe_open
@@ -473,6 +471,7 @@ def read_mask_lora(folder: Path | str) -> tuple[LoraConfig, int]:
             f"no mask LoRA at {path}: train it with `python -m ec2face_core.train`, or give the "
             "folder of another one"
         )
+    check_sums(path)
     try:
         with safe_open(path, "pt") as file:
             values = json.loads((file.metadata() or {}).get("ec2face", "null"))

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,14 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attributes import FACER_TO_CELEBAMASK
-from .config import PerceptionConfig, resolve
+from .config import PerceptionConfig, UserError, resolve
 from .fast.transfer import send
+from .sums import check_sums
 
 # our channel c = facer channel FACER_CHANNEL[c]: the inverse of FACER_TO_CELEBAMASK
 FACER_CHANNEL = torch.tensor(FACER_TO_CELEBAMASK).argsort()
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LOCAL_DIR = "local-dir:"
+TOUCHES_FILES = re.compile(  # in a TorchScript archive's code
+    rb"\b(?:torch|ops\.aten)\.(?:from_file|save|load)\b"
+    rb"|\bops\.(?!aten\b|prim\b|quantized\b|torchvision\b)\w+\.\w+"
+    rb"|\btorch\.classes\.(?!quantized\b)\w+"
+)
 
 
 class FaceParser:
@@ -52,6 +60,7 @@ class FaceParser:
                 "jit.pt of the release `models-v1` of FacePerceiver/facer on GitHub. Miniature: it "
                 "is part of the clone (`git checkout data/mini`) or trained by `make foundation`."
             )
+        check_sums(file)
         check_torchscript(file)
         _quiet()
         import facer
@@ -118,6 +127,7 @@ class ClipScorer:
                 weights = Path(self.name.removeprefix(LOCAL_DIR)) / "open_clip_model.safetensors"
                 if not weights.is_file():  # open_clip would take a pickle
                     raise OSError(f"{weights} is missing, and pickled weights are refused")
+                check_sums(weights.parent)
             self.model = open_clip.create_model(
                 self.name, pretrained, device=self.device, require_pretrained=True
             )
@@ -199,27 +209,44 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-class WeightsError(FileNotFoundError):
+class WeightsError(UserError, FileNotFoundError):
     """Weights that are missing, incomplete or refused; the message names the file and why."""
 
 
 def check_torchscript(path: Path) -> None:
-    """Accept a whole TorchScript archive only.
+    """Accept a whole TorchScript archive only, whose code names no operation on files.
+
+    TorchScript is a program: it runs when the network runs, and torch.save or torch.from_file in it
+    would write to any file of the user. Torch does not compare the archive's checksums.
 
     Raises:
-        WeightsError: no such file, an archive without its end, or another kind of pickle.
+        WeightsError: no such file, an archive without its end or with damaged content, another kind
+            of pickle, or code that may touch files.
     """
     start = first_bytes(path)
+    names: list[str] = []
+    code: list[bytes] = []
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        if start.startswith(b"PK"):
+            damaged = archive.testzip()
+            code = [archive.read(name) for name in names if "/code/" in name]
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} in it has another checksum")
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError) as error:
+        if start.startswith(b"PK") and not zipfile.is_zipfile(path):
             size = path.stat().st_size
             raise WeightsError(
                 f"{path}: half-downloaded, the archive's end is missing after {size:,} bytes"
             ) from error
-        names = []
+        if start.startswith(b"PK"):
+            raise WeightsError(f"{path} is damaged: {error}") from error
+    for text in code:
+        if call := TOUCHES_FILES.search(text):
+            raise WeightsError(
+                f"{path}: its code has {call[0].decode()}, which may read or write files. Such "
+                "networks are refused: export it without"
+            )
     if not any("/code/" in name for name in names):
         raise WeightsError(
             f"{path}: is no TorchScript file. Pickled weights run code when they are opened and "

@@ -42,6 +42,7 @@ from .mask_branch import (
     read_mask_lora,
     save_mask_lora,
 )
+from .sums import check_sums
 
 MaskLike = Tensor | np.ndarray | Image.Image | str | Path
 
@@ -133,6 +134,9 @@ class EC2FacePipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> EC2FacePipeline:
         """A folder of `save_pretrained`, or any FluxPipeline folder or hub id (base alone)."""
+        kwargs.setdefault("use_safetensors", True)  # a pickle runs code when it is opened
+        if Path(path).is_dir():
+            check_sums(Path(path))
         pipeline = super().from_pretrained(str(path), **kwargs)
         if (Path(path) / LORA_FOLDER).is_dir():
             pipeline.load_mask_lora(Path(path).absolute() / LORA_FOLDER)

@@ -1,11 +1,10 @@
-"""What a run leaves on disk: whole files, checkpoints, the metrics log, and provenance.
+"""What a run leaves on disk: whole files, content hashes, the metrics log, and provenance.
 
-    checkpoints/step_000250/{state.safetensors, state.json}   training state with its SHA-256
-    metrics.jsonl                                             one line per optimiser step
+    metrics.jsonl   one line per optimiser step
 
 Files and folders appear whole or not at all: they are written beside their place and then renamed
-(metrics.jsonl, which is appended to, may end with half a line, which readers ignore).
-A checkpoint that was damaged later is recognised by its hash, named, and the one before it is used.
+(metrics.jsonl, which is appended to, may end with half a line, which readers ignore). What a killed
+process has left beside it is removed by `remove_leftovers`.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,10 +28,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from .config import ROOT, Config, ConfigError, digest_values, resolve
+from .config import ROOT, Config, resolve
+from .parent import tie_to
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -49,8 +48,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    part = part_name(path)
     try:
         yield part
         os.replace(part, path)
@@ -69,20 +71,40 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    for left in path.parent.glob(f".{path.name}.*"):
-        if not _is_running(left.suffix[1:]):  # a process was killed here
-            shutil.rmtree(left, ignore_errors=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    remove_leftovers(path.parent)
+    part = part_name(path)
     part.mkdir(parents=True)
     try:
         yield part
         if path.exists():
-            shutil.rmtree(path)
+            remove(path)
         part.replace(path)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def part_name(path: Path) -> Path:
+    """Where this process writes what will become `path`."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes of this machine were writing in a folder (`part_name`)."""
+    ending = re.compile(rf"\..+\.{re.escape(platform.node())}\.(\d+)")
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        match = ending.fullmatch(path.name)
+        if match and not _is_running(match[1]):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link (not what it leads to); what is gone stays gone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_running(pid: str) -> bool:
@@ -109,31 +131,84 @@ def write_json(path: Path, content: Any) -> None:
         part.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file in one move; equal content gives equal bytes.
+
+    Raises:
+        OSError: as for `whole_file`.
+    """
+    from safetensors.torch import save_file
+
+    with whole_file(path) as part:
+        flat = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(flat, part, dict(metadata or {}))
+        _sort_metadata(part)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata, which it writes in any order, in one order."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # else it stays as it is, which is valid, too
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
 def content_key(parts: Any, digits: int = 12) -> str:
     """First hex digits of the SHA-256 of JSON-ready values: a key for what derives from them."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:digits]
 
 
-LARGE = 32 * 2**20  # bytes above which a file is known by size and time instead of its content
+SUMS = "SHA256SUMS"  # lists of hashes, see `sums.py`
+LARGE = 32 * 2**20  # bytes above which a file is known by samples of its content
+SAMPLES = 33  # of 1 MB each, the first and the last among them
 
 
 def path_digest(path: Path) -> str:
     """Sixteen hex digits of a file's content, or of every file under a folder ("absent" if none).
 
-    Files above 32 MB count by size and modification time.
+    Of a file above 32 MB the size and 33 MB that are spread evenly count, so that a copy on another
+    disk has the same digest, and FLUX.1-dev's takes a second.
     """
     if not path.exists():
         return "absent"
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():  # a list of hashes adds nothing to the content
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f.name != SUMS)
     total = hashlib.sha256()
     for file in files:
-        stat = file.stat()
-        content = f"{stat.st_size} {stat.st_mtime_ns}".encode()
-        if stat.st_size <= LARGE:
-            content = hashlib.sha256(file.read_bytes()).digest()
+        size = file.stat().st_size
+        content = _sampled(file, size) if size > LARGE else file_digest(file)
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
         total.update(name.encode() + b"\0" + content)
     return total.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file; read again only when its size or one of its times changes."""
+    stat = path.stat()
+    return _digest_of(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=500_000)
+def _digest_of(path: Path, *_: int) -> bytes:
+    return bytes.fromhex(file_sha256(path))
+
+
+def _sampled(path: Path, size: int) -> bytes:
+    total = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for k in range(SAMPLES):
+            file.seek((size - 2**20) * k // (SAMPLES - 1))
+            total.update(file.read(2**20))
+    return total.digest()
 
 
 def file_sha256(path: Path) -> str:
@@ -142,145 +217,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ------------------------------------------------------------------------------------- checkpoints
-
-TENSORS = "state.safetensors"
-STATE = "state.json"
-
-# Settings that may change when a training is resumed.
-MAY_CHANGE = {
-    "profile", "adapters", "data.validation", "sampling", "evaluation", "baselines",
-    "perception.scoring_parser", "perception.scoring_clip", "perception.scoring_facts",
-    "trainer.steps", "trainer.batch_size", "trainer.accumulation", "trainer.num_processes",
-    "trainer.gradient_checkpointing", "trainer.recompute_every", "trainer.compile",
-    "trainer.shard", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.log_every",
-}  # fmt: skip
-
-
-def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any], keep: int
-) -> Path:
-    """Write `folder/step_<step>` and delete all but the newest `keep` checkpoints.
-
-    Args:
-        folder: the checkpoints of one training.
-        step: optimiser steps done.
-        tensors: the training state, see `training_tensors`.
-        about: further JSON-ready state.
-        keep: checkpoints to keep, at least 1.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        OSError: the disk is full; the checkpoints that are there stay valid.
-    """
-    from safetensors.torch import save_file
-
-    path = folder / f"step_{step:06d}"
-    with whole_folder(path) as part:
-        contiguous = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-        save_file(contiguous, part / TENSORS)
-        state = {**about, "step": step, "sha256": file_sha256(part / TENSORS)}
-        (part / STATE).write_text(json.dumps(state, indent=2) + "\n")
-    for old in _newest_first(folder)[max(1, keep) :]:
-        shutil.rmtree(old)
-    return path
-
-
-def newest_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and JSON of the newest valid checkpoint; None if there is none.
-
-    Warns about every damaged one, by name.
-    """
-    from safetensors.torch import load_file
-
-    for path in _newest_first(folder):
-        try:
-            state = json.loads((path / STATE).read_text())
-            if file_sha256(path / TENSORS) != state["sha256"]:
-                raise ValueError(f"the content of {TENSORS} does not have the recorded hash")
-            return load_file(path / TENSORS), state
-        except (OSError, ValueError, KeyError) as error:
-            warnings.warn(
-                f"checkpoint {path} is damaged and is not used: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return None
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*"), key=lambda p: int(p.name.split("_")[1]), reverse=True)
-
-
-def training_tensors(
-    parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
-) -> dict[str, Tensor]:
-    """Parameters and their optimiser state by name: `<parameter>/value`, `<parameter>/exp_avg` ...
-
-    parameters: in the order in which the optimiser received them.
-    """
-    tensors: dict[str, Tensor] = {}
-    state = optimizer.state_dict()["state"]
-    for i, (name, p) in enumerate(parameters.items()):
-        tensors[f"{name}/value"] = p
-        tensors |= {f"{name}/{key}": value for key, value in state[i].items()}
-    return tensors
-
-
-def restore_training(
-    parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
-    """Put back what `training_tensors` gave."""
-    state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(parameters))}
-    number = {name: i for i, name in enumerate(parameters)}
-    for key, value in tensors.items():
-        name, _, quantity = key.partition("/")
-        if quantity == "value":
-            parameters[name].data.copy_(value)
-        else:
-            state[number[name]][quantity] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-
-def training_identity(config: Config) -> dict[str, Any]:
-    """The settings that a resumed training must share, flat: `{"loss.alpha_text": 0.5, ...}`."""
-
-    def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in values.items():
-            if prefix + key not in MAY_CHANGE:
-                nested = isinstance(value, dict)
-                flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-        return flat
-
-    flat = flatten(digest_values(config))
-    if config.trainer.schedule == "cosine":  # then the length decides every step's rate
-        flat["trainer.steps"] = config.trainer.steps
-    return flat
-
-
-def compare_identities(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
-    """Refuse to resume a training of other settings: ConfigError that names them.
-
-    A setting that an older checkpoint does not record had the effect of its default.
-    """
-    before = training_identity(Config()) | before
-    other = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if other:
-        changes = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in other)
-        raise ConfigError(
-            f"{run_dir} holds a training with other settings ({changes}): use these, or another "
-            "--run-dir, or delete it"
-        )
-
-
 # ------------------------------------------------------------------------------------- metrics log
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl, in order; a half-written last line is left out.
+    """The rows of a run's metrics.jsonl, in order; broken lines are left out.
 
     A row has step, samples (so far, over all processes), lr, seconds (of the step),
     samples_per_second, grad_norm (before clipping) and batch means: t, total, flow, text, mask,
@@ -288,11 +229,14 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
     """
     path = resolve(run_dir) / "metrics.jsonl"
     rows: list[dict[str, float]] = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
@@ -305,8 +249,25 @@ def cut_metrics(run_dir: Path, step: int) -> None:
 
 def add_metrics(run_dir: Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Append rows."""
-    with open(run_dir / "metrics.jsonl", "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    path = run_dir / "metrics.jsonl"
+    try:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def progress_line(rows: Sequence[Mapping[str, float]], steps: int) -> str:
+    """One line for a terminal about some steps of a training of `steps` steps: their means."""
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[-1]}
+    step = int(rows[-1]["step"])
+    return (
+        f"step {step}/{steps}  loss {mean['total']:.4f}  flow {mean['flow']:.4f}  "
+        f"text {mean['text']:.4f}  mask {mean['mask']:.4f}  gradient {mean['grad_norm']:.3f}  "
+        f"lr {rows[-1]['lr']:.1e}  {mean['seconds']:.3f} s/step  "
+        f"{mean['samples_per_second']:.1f} samples/s  "
+        f"{(steps - step) * mean['seconds'] / 60:.1f} min left"
+    )
 
 
 # -------------------------------------------------------------------------------------- provenance
@@ -399,6 +360,13 @@ def _device() -> str:
 # ----------------------------------------------------------------------------------- parallel work
 
 
+def _begin_worker(parent: int) -> None:
+    """What a worker process does first: it will end with its parent, and uses one core."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        tie_to(parent)()
+
+
 def parallel(
     function: Callable[[_T], _R],
     items: Iterable[_T],
@@ -425,7 +393,7 @@ def parallel(
         affinity = getattr(os, "sched_getaffinity", None)  # a cluster may lend fewer cores
         workers = min(len(items), len(affinity(0)) if affinity else os.cpu_count() or 1)
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        pool = ProcessPoolExecutor(max(1, workers), context, torch.set_num_threads, (1,))
+        pool = ProcessPoolExecutor(max(1, workers), context, _begin_worker, (os.getpid(),))
     else:
         pool = ThreadPoolExecutor()
     with pool:

@@ -1,5 +1,7 @@
 """`python -m ec2face_core.train`: train one LoRA. The same command again resumes it.
 
+SIGTERM ends a training on one process after its step, with a checkpoint and exit code 143.
+
 On N processes, with or without GPUs:
 
     torchrun --standalone --nproc-per-node N -m ec2face_core.train ... --set trainer.num_processes=N
@@ -10,19 +12,15 @@ On N processes, with or without GPUs:
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import distributed
 
 from .checks import number
 from .config import VARIANTS, add_config_options, cli, config_from_args, user_path
-
-END_WITH_PARENT = "EC2FACE_END_WITH_PARENT"  # environment variable of processes that we launch
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from .parent import end_with_parent
 
 
 @cli
@@ -34,9 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = config_from_args(options, **settings)
     from .trainer import Trainer
 
+    trainer = Trainer(config, options.variant, options.run_dir)
+    before = signal.getsignal(signal.SIGTERM)
+    if config.trainer.num_processes == 1:  # ranks would not stop after the same step
+        signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
     try:
-        Trainer(config, options.variant, options.run_dir).fit()
+        trainer.fit()
     finally:
+        signal.signal(signal.SIGTERM, before)
         leave_group()
 
 
@@ -67,27 +70,6 @@ def leave_group() -> None:
     """
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def end_with_parent() -> None:
-    """Make this process end when its parent does, if we launched it (Linux; elsewhere nothing).
-
-    The ranks of a training are children of torchrun, so each of them has to call this.
-    """
-    if sys.platform == "linux" and os.environ.get(END_WITH_PARENT):
-        tie_to(os.getppid())()
-
-
-def tie_to(parent: int) -> Callable[[], None]:
-    """A function that, called in a child, makes it end with the process `parent` (Linux)."""
-    libc = ctypes.CDLL(None)  # loaded before the fork, after which little is safe to do
-
-    def tie() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # the parent ended before the line above took effect
-            os._exit(1)
-
-    return tie
 
 
 if __name__ == "__main__":

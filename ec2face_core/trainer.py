@@ -14,9 +14,9 @@ checkpoints/ and final/ (the LoRA).
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,18 @@ import torch
 from torch import Tensor
 
 from .backbone import load_backbone, load_tiny_decoder
+from .checkpoints import (
+    compare_identities,
+    final_steps,
+    newest_checkpoint,
+    restore_training,
+    save_checkpoint,
+    training_content,
+    training_identity,
+    training_tensors,
+)
 from .checks import NotFiniteError
-from .config import VARIANTS, Config, ConfigError, TrainerConfig, adapter_name, resolve
+from .config import VARIANTS, Config, ConfigError, adapter_name, resolve
 from .consistency import PixelConsistency
 from .data import open_dataset
 from .fast.blocks import attention_kernel, prepare_blocks
@@ -45,17 +55,14 @@ from .mask_branch import (
     save_mask_lora,
 )
 from .perception import ClipScorer, FaceParser
+from .ranks import agree, locked, make_accelerator
 from .runs import (
     add_metrics,
-    compare_identities,
     cut_metrics,
-    newest_checkpoint,
+    progress_line,
     provenance,
     read_metrics,
-    restore_training,
-    save_checkpoint,
-    training_identity,
-    training_tensors,
+    remove_leftovers,
     whole_folder,
     write_json,
 )
@@ -93,6 +100,9 @@ class Trainer:
         self.steps_done = 0
         self.samples_done = 0
         self._unlogged: list[tuple[dict[str, float], Tensor]] = []
+        self.accelerator: Any = None
+        self._training = False
+        self._stopping = False
 
     # ----------------------------------------------------------------------------- the paper's step
 
@@ -208,22 +218,37 @@ class Trainer:
             ConfigError: a setting does not fit the launch, or the checkpoint in `run_dir`.
             NotFiniteError: the loss diverged.
         """
-        from tqdm.auto import tqdm
+        self._start_processes()
+        with locked(self.run_dir) if self.is_main else nullcontext():
+            return self._fit()
 
+    def _fit(self) -> Path:
         c = self.config.trainer
         final = self.run_dir / "final"
         checkpoint = self._newest_checkpoint()
-        if checkpoint and checkpoint[1]["step"] >= c.steps and final.is_dir():
+        if checkpoint and self.steps_done == c.steps == final_steps(final):
             print(f"{self.variant}: {c.steps} steps are done already, see {final}", flush=True)
             return final
         self.setup()
         if checkpoint:
             self._restore(*checkpoint)
         self._begin_files()
+        self._train()
+        if self.is_main:
+            with whole_folder(final) as part:
+                self._write_lora(part)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def _train(self) -> None:
+        from tqdm.auto import tqdm
+
+        c = self.config.trainer
         bar = tqdm(
             desc=self.variant, unit="step", initial=self.steps_done, total=c.steps, mininterval=1,
             disable=None if self.is_main else True,
         )  # fmt: skip
+        self._training = True
         with bar:
             while self.steps_done < c.steps:
                 self.update()
@@ -231,23 +256,32 @@ class Trainer:
                 due = self.steps_done % c.checkpoint_every == 0 or self.steps_done == c.steps
                 if due or self.steps_done % c.log_every == 0:
                     self._log()  # before the checkpoint: weights of a diverged loss are not kept
-                if due:
+                if due or self._stopping:
                     self._save()
-        if self.is_main:
-            with whole_folder(final) as part:
-                self._write_lora(part)
-        self.accelerator.wait_for_everyone()
-        return final
+                if self._stopping and self.steps_done < c.steps:
+                    raise SystemExit(128 + signal.SIGTERM)
+
+    def stop(self) -> None:
+        """End with exit code 143: at once, or in training after the step, with a checkpoint."""
+        if self._training:
+            self._stopping = True
+        else:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _start_processes(self) -> None:
+        if self.accelerator is None:
+            self.accelerator = make_accelerator(self.config.trainer, self.device_name)
+        self.device = self.accelerator.device
 
     def setup(self) -> None:
         """Encode what is not cached; load transformer, LoRA and guides; make the optimiser."""
         config = self.config
         c = config.trainer
-        self.accelerator = make_accelerator(c, self.device_name)
-        self.device = self.accelerator.device
+        self._start_processes()
         with self.accelerator.main_process_first():
             dataset = open_dataset(config, "train")
-        planned = range(c.steps * self.step_samples)
+        last = self.samples_done + (c.steps - self.steps_done) * self.step_samples
+        planned = range(self.samples_done, last)
         self.cache = encode_dataset(
             dataset,
             lambda: load_backbone(config.backbone, ("vae", "text")).to(self.device),
@@ -257,6 +291,7 @@ class Trainer:
             accelerator=self.accelerator,
         )
         self.stream = self._stream(self.cache)
+        self.content = training_content(config)
         self.null_text = self.cache.text([EMPTY])
         self.counts = self.cache.label_counts().to(self.device)
 
@@ -321,20 +356,32 @@ class Trainer:
 
     def _newest_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest valid checkpoint of this run_dir; ConfigError if it is of another training."""
-        found = newest_checkpoint(self.run_dir / "checkpoints")
-        if found is not None:
-            compare_identities(found[1]["identity"], self._identity(), self.run_dir)
+        found = newest_checkpoint(self.run_dir / "checkpoints", ("samples", "identity"))
+        about = found[1] if found else {}
+        view = {name: about.get(name) for name in ("step", "samples", "sha256")}
+        agree(self.accelerator, view, f"checkpoints in {self.run_dir}")
+        if found is None:
+            return None
+        identity = self._identity(training_content(self.config))
+        compare_identities(about["identity"], identity, self.run_dir)
+        if about["step"] > self.config.trainer.steps:
+            raise ConfigError(
+                f"{self.run_dir} holds a training of {about['step']} steps, more than trainer.steps"
+                f" {self.config.trainer.steps}: raise it, name another --run-dir, or delete this"
+            )
+        self.steps_done = about["step"]
+        self.samples_done = about["samples"]
         return found
 
-    def _identity(self) -> dict[str, Any]:
-        return training_identity(self.config) | {"variant": self.variant}
+    def _identity(self, content: dict[str, str]) -> dict[str, Any]:
+        return training_identity(self.config) | {"variant": self.variant, "content": content}
 
     def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
         return {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
 
     def _save(self) -> None:
         if self.is_main:
-            state = {"samples": self.samples_done, "identity": self._identity()}
+            state = {"samples": self.samples_done, "identity": self._identity(self.content)}
             if self.accelerator.scaler is not None:  # fp16
                 state["scaler"] = self.accelerator.scaler.state_dict()
             save_checkpoint(
@@ -350,13 +397,12 @@ class Trainer:
         restore_training(self._named_parameters(), self.optimizer, tensors)
         if "scaler" in state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.steps_done = state["step"]
-        self.samples_done = state["samples"]
 
     def _begin_files(self) -> None:
         """Write config.yaml, cut metrics.jsonl back to the step resumed from, print a line."""
         if not self.is_main:
             return
+        remove_leftovers(self.run_dir)
         self.config.save(self.run_dir / "config.yaml")
         cut_metrics(self.run_dir, self.steps_done)
         trainable = sum(p.numel() for p in self.parameters)
@@ -383,7 +429,9 @@ class Trainer:
         return " or, where a mask is dropped, ".join(dict.fromkeys(kernels))
 
     def _log(self) -> None:
-        """Write the steps since the last call, and print their mean."""
+        """Write the steps since the last call, and print their mean above the progress bar."""
+        from tqdm.auto import tqdm
+
         means = torch.stack([values for _, values in self._unlogged])
         means = self.accelerator.reduce(means, "mean").tolist()
         rows = [
@@ -393,29 +441,14 @@ class Trainer:
         self._unlogged = []
         if self.is_main:
             add_metrics(self.run_dir, rows)
-            self._print_means(rows)
+            tqdm.write(progress_line(rows, self.config.trainer.steps))
+            sys.stdout.flush()
         bad = [r["step"] for r in rows if not math.isfinite(r["total"] + r["grad_norm"])]
         if bad and self.config.trainer.mixed_precision != "fp16":  # whose scaler skips such steps
             raise NotFiniteError(
                 f"the loss or gradient of step {bad[0]} is not finite; the newest checkpoint is "
                 "from before. Lower trainer.learning_rate, or set loss.clip"
             )
-
-    def _print_means(self, rows: Sequence[dict[str, float]]) -> None:
-        """Print one line above the progress bar."""
-        from tqdm.auto import tqdm
-
-        mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[-1]}
-        step = rows[-1]["step"]
-        steps = self.config.trainer.steps
-        tqdm.write(
-            f"step {step}/{steps}  loss {mean['total']:.4f}  flow {mean['flow']:.4f}  "
-            f"text {mean['text']:.4f}  mask {mean['mask']:.4f}  gradient {mean['grad_norm']:.3f}  "
-            f"lr {rows[-1]['lr']:.1e}  {mean['seconds']:.3f} s/step  "
-            f"{mean['samples_per_second']:.1f} samples/s  "
-            f"{(steps - step) * mean['seconds'] / 60:.1f} min left"
-        )
-        sys.stdout.flush()
 
     def _write_lora(self, folder: Path) -> None:
         config = self.config
@@ -450,37 +483,3 @@ def learning_rate(
         progress = (step - warmup) / max(1, steps - warmup)
         rate *= 0.5 * (1 + math.cos(math.pi * max(0.0, progress)))
     return rate
-
-
-def make_accelerator(config: TrainerConfig, device: str | None = None) -> Any:
-    """Accelerate with DDP over the LoRA only, checked against the configuration.
-
-    Every process holds the whole frozen base (or 1/n of it, `trainer.shard`), and DDP averages the
-    LoRA's gradients: 43 MB at paper scale.
-
-    Args:
-        config: mixed_precision and num_processes are used.
-        device: "cpu" keeps it off a GPU; None: accelerate chooses.
-
-    Raises:
-        ConfigError: it was started on another number of processes, or cannot work on this machine.
-    """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    if cpu and config.mixed_precision == "fp16":
-        raise ConfigError("trainer.mixed_precision: fp16 needs a GPU; use bf16 or no")
-    AcceleratorState._reset_state()  # else a notebook's second trainer has the first's precision
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        cpu=cpu,  # without it each rank of a machine without a GPU runs alone
-        mixed_precision=config.mixed_precision,
-        kwargs_handlers=[ddp],
-    )
-    if accelerator.num_processes != config.num_processes:
-        raise ConfigError(
-            f"started on {accelerator.num_processes} processes, but trainer.num_processes is "
-            f"{config.num_processes}: set it to the number that you start"
-        )
-    return accelerator

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ec2face_core.config import Config, ConfigError, resolve
 from ec2face_core.data import FaceDataset
-from ec2face_core.runs import content_key, path_digest, whole_file, write_json
+from ec2face_core.runs import content_key, file_sha256, remove_leftovers, whole_file, write_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -22,14 +22,8 @@ ABOUT = "about.json"
 
 
 def data_digest(dataset: FaceDataset) -> str:
-    """Names a dataset's content: ids, captions, and names and sizes of its pictures and masks."""
-    ids = set(dataset.ids)
-    root = Path(dataset.root)
-    content: list[Any] = [dataset.size, dataset.ids, path_digest(root / "manifest.csv")]
-    for kind in ("image", "mask"):
-        files = (f for f in os.scandir(root / kind) if Path(f.name).stem in ids)
-        content.append(sorted((f.name, f.stat().st_size) for f in files))
-    return content_key(content, digits=16)
+    """Names what pictures and scores depend on: pictures, masks and the manifest's captions."""
+    return dataset.digest("image", "mask", "manifest")
 
 
 def code_digest(modules: Iterable[str]) -> str:
@@ -57,8 +51,9 @@ def claim(folder: Path, about: dict[str, str]) -> None:
         ConfigError: the folder holds other pictures.
     """
     note = folder / ABOUT
+    remove_leftovers(folder)
     if note.is_file():
-        if json.loads(note.read_text())["key"] == about["key"]:
+        if read_note(note).get("key") == about["key"]:
             return
         raise ConfigError(
             f"{folder} holds pictures of other weights or settings: remove it, or name another "
@@ -68,6 +63,21 @@ def claim(folder: Path, about: dict[str, str]) -> None:
     if any(folder.glob("*.png")) and not note.is_file():
         raise ConfigError(f"{folder} holds pictures of unknown origin: name another folder")
     write_json(note, about)
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove it or its folder") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged (no mapping): remove it or its folder")
+    return content
 
 
 def kept_file(config: Config, name: str) -> Path:
@@ -83,3 +93,35 @@ def write_frame(path: Path, table: DataFrame) -> None:
     """Write a table as CSV in one move."""
     with whole_file(path) as part:
         table.to_csv(part, index=False)
+
+
+def keep_frame(path: Path, table: DataFrame) -> None:
+    """Write a table as CSV, and its hash beside it (`sha256sum -c` reads that)."""
+    write_frame(path, table)
+    with whole_file(_hash_file(path)) as part:
+        part.write_text(f"{file_sha256(path)}  {path.name}\n")
+
+
+def kept_frame(path: Path) -> DataFrame | None:
+    """A table that `keep_frame` wrote, with every digit; None, with a warning, if it was changed.
+
+    A table without a hash is taken as it is: it is of a former version.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        remove_leftovers(path.parent)
+        return None
+    recorded = _hash_file(path)
+    if recorded.is_file() and recorded.read_text().split()[:1] != [file_sha256(path)]:
+        warnings.warn(f"{path} was changed or damaged and is made again", stacklevel=2)
+        return None
+    try:
+        return pd.read_csv(path, dtype={"id": str}, float_precision="round_trip")
+    except ValueError as error:
+        warnings.warn(f"{path} is damaged ({error}) and is made again", stacklevel=2)
+        return None
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")

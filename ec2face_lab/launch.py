@@ -17,14 +17,17 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from ec2face_core.config import ROOT
-from ec2face_core.train import END_WITH_PARENT, tie_to
+from ec2face_core.parent import END_WITH_PARENT, tie_to
 
 LAST_LINES = 30
 LOGS = ROOT / "runs" / "logs"
+_running: set[subprocess.Popen] = set()  # children of `run`, in all threads
 ROLE = "rank"  # torchrun begins rank 0's lines with [rank0]:
 
 
@@ -87,8 +90,9 @@ def run(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=tie_to(os.getpid()) if sys.platform == "linux" else None,
+        preexec_fn=tied(),
     )
+    _running.add(process)
     try:
         for line in process.stdout:
             line = line.removeprefix(f"[{ROLE}0]:")
@@ -98,10 +102,35 @@ def run(
     except BaseException:  # also an interrupted notebook cell: the child must end with it
         _stop(process)
         raise
+    finally:
+        _running.discard(process)
     if code:
         raise _failure(code, command, last, folder)
     if folder:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def tied() -> Callable[[], None] | None:
+    """`preexec_fn` of a child that shall end with this process (Linux; elsewhere None)."""
+    return tie_to(os.getpid()) if sys.platform == "linux" else None
+
+
+@contextmanager
+def side_by_side(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads that call `run`; an interrupt or an error ends the children, too.
+
+    workers: threads; None: one for each core.
+    """
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(_running):
+            _stop(process)
+        raise
+    finally:
+        pool.shutdown()
 
 
 def command_line(

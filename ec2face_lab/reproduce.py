@@ -27,10 +27,10 @@ from typing import Any
 import ec2face_core
 import ec2face_lab
 from ec2face_core.config import ROOT, Config, ConfigError, resolve
-from ec2face_core.runs import content_key, path_digest, provenance, write_json
+from ec2face_core.runs import content_key, path_digest, provenance, remove_leftovers, write_json
 
 from .cache import code_digest
-from .launch import child_environment
+from .launch import child_environment, tied
 
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # tags of cells that papermill adds
 
@@ -48,6 +48,7 @@ class Outcome:
     memory: int = 0  # bytes, peak of the whole process tree
     artefacts: tuple[str, ...] = ()
     error: str = ""
+    digests: tuple[str, ...] = ()  # of the executed copy and the artefacts
 
 
 def run_notebooks(
@@ -158,16 +159,20 @@ def run_notebook(
     out = config.run_dir / "notebooks"
     stamp = out / f"{notebook.stem}.json"
     key = identity(notebook, parameters, config)
-    if not force and (kept := _read_stamp(stamp)) and kept["key"] == key:
-        artefacts = tuple(kept["artefacts"])
-        if all((config.figure_dir / name).exists() for name in artefacts):
-            seconds = kept["seconds"]
-            return Outcome("up to date", key, parameters, seconds, kept["memory"], artefacts)
+    copy = out / notebook.name
+    kept = None if force else _read_stamp(stamp)
+    if (
+        kept
+        and kept.key == key
+        and _digests(copy, kept.artefacts, config.figure_dir) == kept.digests
+    ):
+        return dataclasses.replace(kept, status="up to date")
 
     out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
+    remove_leftovers(config.figure_dir)
     stamp.unlink(missing_ok=True)
     before = _modified(config.figure_dir)
-    copy = out / notebook.name
     copy.unlink(missing_ok=True)
     started = time.monotonic()
     code, memory = _papermill(notebook, copy, parameters)
@@ -176,8 +181,10 @@ def run_notebook(
     artefacts = tuple(sorted(name for name in after if after[name] != before.get(name)))
     error = describe_failure(copy, code)
     status = "FAILED" if error else "done"
-    outcome = Outcome(status, key, parameters, seconds, memory, artefacts, error)
-    if not error:
+    digests = _digests(copy, artefacts, config.figure_dir)
+    outcome = Outcome(status, key, parameters, seconds, memory, artefacts, error, digests)
+    if not error:  # what the notebook itself has made, such as procedural faces, counts, too
+        outcome = dataclasses.replace(outcome, key=identity(notebook, parameters, config))
         write_json(stamp, dataclasses.asdict(outcome))
     return outcome
 
@@ -189,9 +196,12 @@ def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
 
     cells = nbformat.read(notebook, as_version=4).cells
     inputs = [ROOT / "data/mini", ROOT / "data/paper"]
-    if not config.data.procedural:
-        roots = (config.data.root, config.data.zero_shot_root)
-        inputs += [resolve(root) / "manifest.csv" for root in roots]
+    roots = [resolve(root) for root in (config.data.root, config.data.zero_shot_root)]
+    inputs += [root / "manifest.csv" for root in roots]
+    if config.data.procedural:  # small, so every picture counts
+        inputs += [root / kind for root in roots for kind in ("image", "mask")]
+    if any("save_report" in cell.source for cell in cells):  # reads what the others wrote
+        inputs += sorted(config.figure_dir.glob("*.csv"))
     if "train" not in papermill.inspect_notebook(str(notebook)):
         # a notebook that trains writes these, so they are no inputs of it
         kept = ("adapters", "sweeps/sweeps.csv", "fairness/fairness.csv", "baselines")
@@ -218,11 +228,12 @@ def describe_failure(copy: Path, code: int) -> str:
 
     if not copy.exists():
         return f"papermill ended with code {code} before the first cell; see the log"
-    cells = [
-        cell
-        for cell in nbformat.read(copy, as_version=4).cells
-        if not ADDED & set(cell.metadata.get("tags", ()))
-    ]
+    try:
+        executed_copy = nbformat.read(copy, as_version=4)
+    except (OSError, ValueError) as error:  # NotJSONError is a ValueError
+        reason = str(error).splitlines()[0][:100]
+        return f"the executed copy cannot be read ({reason}): is the disk full? see the log"
+    cells = [cell for cell in executed_copy.cells if not ADDED & set(cell.metadata.get("tags", ()))]
     executed = [
         i for i, cell in enumerate(cells, start=1)
         if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time")
@@ -251,7 +262,9 @@ def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int,
         command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
     environment = child_environment() | {"EC2FACE_NOTEBOOK": notebook.stem}
     with copy.with_suffix(".log").open("w") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        child = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=tied()
+        )
         memory = 0
         try:
             while child.poll() is None:
@@ -279,11 +292,20 @@ def _tree_memory(pid: int) -> int:
     return total
 
 
-def _read_stamp(path: Path) -> dict[str, Any] | None:
+def _read_stamp(path: Path) -> Outcome | None:
+    """The outcome that a stamp holds; None if there is none, or another version wrote it."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        kept = json.loads(path.read_text())
+        lists = {name: tuple(kept[name]) for name in ("artefacts", "digests")}
+        outcome = Outcome(**(kept | lists))
+        _line(outcome)  # refuses numbers that are none
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return outcome
+
+
+def _digests(copy: Path, artefacts: Sequence[str], folder: Path) -> tuple[str, ...]:
+    return (path_digest(copy), *(path_digest(folder / name) for name in artefacts))
 
 
 def _modified(folder: Path) -> dict[str, int]:

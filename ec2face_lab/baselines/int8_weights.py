@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ec2face_core.runs import whole_file
+from ec2face_core.runs import write_tensors
+from ec2face_core.sums import DamagedError, check_sums, list_sums
 
 SMALLEST = 1024  # elements of a tensor that is kept in 8 bits
 
@@ -47,8 +48,6 @@ def write_weights(path: Path, net: nn.Module) -> None:
 
     The error of a weight is at most half a step, 1/254 of the largest one of its output.
     """
-    from safetensors.torch import save_file
-
     tensors = {}
     for key, value in net.state_dict().items():
         if value.ndim > 1 and value.numel() >= SMALLEST:
@@ -57,15 +56,28 @@ def write_weights(path: Path, net: nn.Module) -> None:
             tensors[f"{key}{SCALE}"] = scale
             value = (flat / scale[:, None]).round().to(torch.int8).view(value.shape)
         tensors[key] = value.half() if value.is_floating_point() else value
-    with whole_file(path) as part:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+    write_tensors(path, tensors)
+    list_sums(path)
 
 
 def read_weights(path: Path, net: nn.Module) -> None:
-    """Fill `net` with what `write_weights` wrote."""
+    """Fill `net` with what `write_weights` wrote.
+
+    Raises:
+        DamagedError: the file is damaged, or does not fit the network.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(path)
+    check_sums(path)
+    try:
+        _fill(net, load_file(path))
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DamagedError(f"{path} cannot be read ({reason}): copy or train it again") from error
+
+
+def _fill(net: nn.Module, tensors: dict[str, Tensor]) -> None:
     for key in [k for k in tensors if k.endswith(SCALE)]:
         scale = tensors.pop(key)
         name = key.removesuffix(SCALE)

@@ -6,7 +6,6 @@ autoencoder or CLIP, another time, or another network that two systems share.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from ec2face_core.data import open_dataset
 from ec2face_core.perception import LOCAL_DIR
 from ec2face_core.runs import path_digest, write_json
 
-from ..cache import ABOUT, data_digest
+from ..cache import ABOUT, data_digest, read_note
 
 if TYPE_CHECKING:
     from .system import System
@@ -49,7 +48,7 @@ def shared_inputs(config: Config) -> dict[str, Any]:
 def recorded_inputs(folder: Path) -> dict[str, Any]:
     """What `record_inputs` wrote in a folder; empty if nothing."""
     path = folder / ABOUT
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_note(path) if path.is_file() else {}
 
 
 def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 05 06")
     add("--force", action="store_true", help="run also what is up to date")
     add("--train", action="store_true", help="retrain every LoRA instead of using the kept ones")
-    add("--seeds", type=number(0), default=0, metavar="N", help="trainings of each method that count")
+    add("--seeds", type=number(0), default=0, metavar="N", help="trainings a method that count")
     add("--sweeps", action="store_true", help="train and score every point of every sweep (hours)")
     add("--keep-going", action="store_true", help="run the other notebooks after a failure")
     add(

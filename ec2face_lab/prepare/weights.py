@@ -2,8 +2,9 @@
 
 Nothing is loaded. A safetensors file states its length in its header. The hub's caches name a file
 by its SHA-256, and some files carry the beginning of their hash in their own name. Pickles run code
-when they are opened, so only TorchScript is accepted, whose code cannot leave torch. Two trained
-networks exist as pickled tensors only: LPIPS's AlexNet, which is known by its hash, and facer's
+when they are opened, so only TorchScript is accepted. That is a program, too: one whose code may
+read or write files is refused (`ec2face_core.perception.check_torchscript`). Two trained networks
+exist as pickled tensors only: LPIPS's AlexNet, which is known by its hash, and facer's
 face detector, which torch's restricted reader opens (`check_tensors`).
 """
 

@@ -6,11 +6,9 @@ They are trained in miniature, as many at a time as there are cores; the same ca
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +16,12 @@ from ec2face_core.config import Config, ConfigError, adapter_dir, resolve
 from ec2face_core.data import open_dataset
 from ec2face_core.mask_branch import LORA_FILE
 from ec2face_core.runs import path_digest
+from ec2face_core.sums import list_sums
 
 from ..baselines import NEWER, PAPER, SYSTEMS, WEIGHTS, systems, trained, weights_dir
 from ..baselines.int8_weights import shared_file
 from ..baselines.training_inputs import recorded_inputs, shared_inputs, training_inputs
-from ..launch import run
+from ..launch import run, side_by_side
 from ..plots.render_tables import METHODS
 from .ablation import parameter_count
 from .painters import painter, weight_files
@@ -69,7 +68,7 @@ def retrain_systems(
     first = {classes[name].shares[0]: name for name in sharing}
     jobs = [(name, True) for name in first.values()]
     jobs += [(name, False) for name in names if name not in sharing]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with side_by_side() as pool:
         list(pool.map(train, jobs))
         list(pool.map(train, [(name, False) for name in sharing]))
     if keep is not None:
@@ -125,6 +124,7 @@ def _copy(config: Config, name: str, target: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         if copy != source:
             shutil.copyfile(source, copy)
+            list_sums(copy)
 
 
 # ---------------------------------------------------------------------------- tables 1 and 2

@@ -20,6 +20,7 @@ from ec2face_core.backbone import load_backbone
 from ec2face_core.config import Config, adapter_dir, resolve
 from ec2face_core.mask_branch import LORA_FILE
 from ec2face_core.runs import path_digest
+from ec2face_core.sums import list_sums
 
 from ..baselines import PAPER, systems, weights_dir
 from ..baselines.int8_weights import shared_file
@@ -140,6 +141,7 @@ def _copy_shared(config: Config, other: Config, names: Sequence[str]) -> None:
             if path_digest(copy) != path_digest(kept):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(kept, copy)
+                list_sums(copy)
 
 
 def _kept(config: Config) -> tuple[DataFrame | None, dict[str, str]]:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ec2face_core.runs import whole_file
+from ec2face_core.runs import write_tensors
+from ec2face_core.sums import check_sums, list_sums
 
 from ..prepare.captions import HAIR_COLOURS, HAIR_LENGTHS, HAIR_STYLES, fact_name
 
@@ -141,12 +142,10 @@ def balanced_accuracy(predicted: Tensor, truth: Tensor) -> Tensor:
 
 def save_facts(net: FactNet, path: Path) -> None:
     """Write a net in half precision; names, widths and size stand in the file's header."""
-    from safetensors.torch import save_file
-
     header = {"names": net.names, "widths": net.widths, "size": net.size}
     state = {key: value.half().contiguous() for key, value in net.state_dict().items()}
-    with whole_file(path) as part:
-        save_file(state, part, {key: json.dumps(value) for key, value in header.items()})
+    write_tensors(path, state, {key: json.dumps(value) for key, value in header.items()})
+    list_sums(path)
 
 
 def load_facts(path: str | Path, device: torch.device | str = "cpu") -> FactNet:
@@ -154,10 +153,12 @@ def load_facts(path: str | Path, device: torch.device | str = "cpu") -> FactNet:
 
     Raises:
         FileNotFoundError: there is no such file.
+        DamagedError: it is not the one that was kept.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
 
+    check_sums(Path(path))
     with safe_open(path, "pt") as file:
         header = {key: json.loads(value) for key, value in file.metadata().items()}
     net = FactNet(**header)

@@ -25,7 +25,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ec2face_core.attributes import NUM_CLASSES
 from ec2face_core.backbone import Backbone
 from ec2face_core.perception import CLIP_MEAN, CLIP_STD
-from ec2face_core.runs import whole_file, write_json
+from ec2face_core.runs import whole_file, write_json, write_tensors
+from ec2face_core.sums import list_sums
 
 # ------------------------------------------------------------------------------------ the FLUX
 
@@ -335,6 +336,7 @@ def save_parser(net: ParserNet, path: Path) -> None:
     with warnings.catch_warnings(), whole_file(path) as file:
         warnings.simplefilter("ignore")  # torch announces the end of TorchScript at every submodule
         torch.jit.script(net.half()).save(str(file))
+    list_sums(path)
 
 
 def _twice(x: Tensor) -> Tensor:
@@ -403,8 +405,6 @@ def save_mini_clip(folder: Path, model: nn.Module, model_config: dict, tokenizer
         model_config: its `model_cfg`.
         tokenizer: what `clip_tokenizer` made.
     """
-    from safetensors.torch import save_file
-
     size = model_config["vision_cfg"]["image_size"]
     preprocess = {
         "size": [size, size], "mode": "RGB", "mean": list(CLIP_MEAN), "std": list(CLIP_STD),
@@ -417,5 +417,5 @@ def save_mini_clip(folder: Path, model: nn.Module, model_config: dict, tokenizer
         key: value.half().contiguous() if value.is_floating_point() else value
         for key, value in model.state_dict().items()
     }
-    with whole_file(folder / "open_clip_model.safetensors") as part:
-        save_file(state, part)
+    write_tensors(folder / "open_clip_model.safetensors", state)
+    list_sums(folder)

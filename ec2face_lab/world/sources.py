@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ec2face_core.attributes import NUM_CLASSES, PALETTE, flip_labels
 from ec2face_core.data import MANIFEST_COLUMNS, FaceDataset
+from ec2face_core.runs import part_name, remove, remove_leftovers
 
 from ..prepare.captions import attributes_from_mask, captions
 from . import rendering, scenes
@@ -372,8 +372,9 @@ def write_dataset(
     manifest = []
     table = []
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as temporary:
-        folder = Path(temporary) / root.name
+    remove_leftovers(root.parent)
+    folder = part_name(root)
+    try:
         for kind in ("image", "mask", "text"):
             (folder / kind).mkdir(parents=True)
         for start in tqdm(starts, f"procedural faces, {look} look", disable=not progress):
@@ -400,6 +401,8 @@ def write_dataset(
         except OSError:
             if not root.exists():
                 raise
+    finally:
+        remove(folder)
 
 
 write_portraits: Callable[..., None] = functools.partial(write_dataset, source=Portraits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 
@@ -9,13 +10,12 @@ import pytest
 import torch
 
 from ec2face_core import runs
+from ec2face_core.checkpoints import newest_checkpoint, save_checkpoint
 from ec2face_core.config import ROOT, load_profile
 from ec2face_core.runs import (
     content_key,
-    newest_checkpoint,
     path_digest,
     provenance,
-    save_checkpoint,
     whole_file,
     whole_folder,
     write_json,
@@ -55,7 +55,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 def test_a_folder_is_whole_and_leftovers_of_killed_processes_go(tmp_path):
     path = tmp_path / "final"
-    left = tmp_path / ".final.999999"
+    left = tmp_path / f".final.{platform.node()}.999999"
     left.mkdir()
     (left / "half").touch()
     for content in ("old", "new"):

@@ -1,0 +1,113 @@
+"""One training per folder; ranks that see different things do not begin; nothing outlives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from ec2face_core.config import ROOT, ConfigError
+from ec2face_core.ranks import agree, locked
+
+
+def test_a_second_training_is_refused_with_the_name_of_the_first(tmp_path):
+    holder = f"process {os.getpid()} on "
+    with locked(tmp_path / "run"):
+        with pytest.raises(ConfigError, match=holder), locked(tmp_path / "run"):
+            pytest.fail("two trainings")
+        with locked(tmp_path / "other"):
+            pass
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_the_lock_of_a_killed_training_is_lifted(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from ec2face_core.ranks import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=f"process {child.pid} on "), locked(tmp_path):
+        pytest.fail("two trainings")
+    child.kill()
+    child.wait()
+    with locked(tmp_path):
+        pass
+
+
+def test_ranks_that_see_different_checkpoints_do_not_begin(monkeypatch):
+    views = [{"step": 4, "sha256": "a"}, {"step": 2, "sha256": "b"}]
+    ranks = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda _: views)
+    with pytest.raises(ConfigError, match=r"rank 0 \{'step': 4.*rank 1 \{'step': 2"):
+        agree(ranks, views[1], "checkpoints")
+    views[1] = dict(views[0])
+    agree(ranks, views[0], "checkpoints")
+    agree(SimpleNamespace(num_processes=1), {}, "nothing to compare")
+
+
+CHILD = "import ec2face_core.parent as p; p.end_with_parent(); print('up', flush=True); import time; time.sleep(60)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "EC2FACE_END_WITH_PARENT"])
+def test_a_child_ends_with_a_killed_parent(tmp_path, variable):
+    """As a rank under torchrun, and as a process that we launched."""
+    parent = (
+        "import os, subprocess, sys, time\n"
+        f"os.environ[{variable!r}] = '1'\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {CHILD!r}], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline(); print(child.pid, flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    pid = int(process.stdout.readline())
+    os.kill(pid, 0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _ends(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    code = (
+        "import os, time\n"
+        "from ec2face_core.runs import parallel\n"
+        "def work(x):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "list(parallel(work, range(32), processes=True))\n"
+    )
+    path = tmp_path / "work.py"
+    path.write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    _ends(pid)
+
+
+def _ends(pid: int) -> None:
+    """Wait until a process is gone (or a zombie that nobody asks for)."""
+    for _ in range(200):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return
+        except FileNotFoundError:
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("it lives on")
