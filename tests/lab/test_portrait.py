@@ -89,7 +89,7 @@ def test_sizes_show_the_same_scene():
 
 def test_windows_do_not_crop(monkeypatch):
     """Painting every part on the whole picture gives the same picture."""
-    scenes = sample_scenes(8, range(256), frequencies="balanced")
+    scenes = sample_scenes(8, range(96), frequencies="balanced")
     windowed = render(scenes, 64)
     whole = [part._replace(box=(0.0, 1.0, 0.0, 1.0)) for part in rendering._PARTS]
     monkeypatch.setattr(rendering, "_PARTS", whole)
@@ -133,10 +133,10 @@ def test_frequencies_follow_the_measured_long_tail(faces):
 
 @pytest.mark.parametrize(("look", "frequencies"), [("first", "balanced"), ("second", "second")])
 def test_facts_are_what_the_labels_show(look, frequencies):
-    scenes = sample_scenes(9, range(400), look, frequencies)
+    scenes = sample_scenes(9, range(240), look, frequencies)
     counts = torch.cat([
-        pixel_counts(render(sample_scenes(9, range(a, a + 100), look, frequencies), 128).label_map)
-        for a in range(0, 400, 100)
+        pixel_counts(render(sample_scenes(9, range(a, a + 120), look, frequencies), 128).label_map)
+        for a in range(0, 240, 120)
     ])  # fmt: skip
     facts = scenes.facts
     for fact, name in WORN:
