@@ -204,9 +204,13 @@ def dice_loss(logits: Tensor, label_map: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------- the CLIPs
 
 
-def area_under_curve(scores: Tensor, holds: Tensor) -> float:
-    """How often a face for which the fact holds scores above one for which it does not."""
-    return (scores[holds][:, None] > scores[~holds][None]).float().mean().item()
+def area_under_curve(scores: Tensor, holds: Tensor) -> float | None:
+    """How often a face for which the fact holds scores above one for which it does not, in percent.
+
+    None if the fact holds for all or for none. scores: `(b,)`. holds: `(b,)` bool.
+    """
+    area = 100 * (scores[holds][:, None] > scores[~holds][None]).float().mean().item()
+    return None if math.isnan(area) else round(area, 1)
 
 
 def train_clip(
@@ -285,7 +289,7 @@ def train_clip(
             fact = text_features(sayings[:, 0])
             truth = fact_targets(faces.attributes, statements).to(device)
             columns = zip(fact_names(statements), (image @ fact.T).T, truth.T, strict=True)
-            areas = {key: round(100 * area_under_curve(s, h), 1) for key, s, h in columns}
+            areas = {key: area_under_curve(scores, holds) for key, scores, holds in columns}
             mentions = mentioned_facts(faces.captions, fact_names(statements)).to(device)
             found = retrieval(image, text, faces.captions, mentions, truth)
             measured[name] = {**found, "facts": areas}
