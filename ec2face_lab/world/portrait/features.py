@@ -9,10 +9,18 @@ from .canvas import Canvas, Geometry, Parameters, ellipse, lambert, soft_max
 
 
 def _rgb(like: Tensor, red: float, green: float, blue: float) -> Tensor:
-    """A colour `1 3 1 1` on the device of another tensor."""
-    return torch.stack([torch.full_like(like[0, 0, 0, 0], x) for x in (red, green, blue)])[
-        None, :, None, None
-    ]
+    """A colour `1 3 1 1` on the device of another tensor, without waiting for it.
+
+    Args:
+        like: a tensor of floats.
+        red: in [0, 1].
+        green: in [0, 1].
+        blue: in [0, 1].
+    """
+    colour = like.new_empty(1, 3, 1, 1)
+    for channel, value in enumerate((red, green, blue)):
+        colour[:, channel] = value
+    return colour
 
 
 def _redder(skin: Tensor, amount: float) -> Tensor:
@@ -48,7 +56,7 @@ def head(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     pink = _redder(skin, 0.16)
     cheek = ellipse(g.u.abs() - 0.140, g.v - 0.612, 0.075, 0.055)
     canvas.paint(torch.maximum(cheek, shape), pink, opacity=0.55, soft=0.10)
-    rosy = torch.lerp(skin, skin.new_tensor([0.86, 0.32, 0.34])[:, None, None], 0.46)
+    rosy = torch.lerp(skin, _rgb(skin, 0.86, 0.32, 0.34), 0.46)
     rouge = ellipse(g.u.abs() - 0.148, g.v - 0.615, 0.066, 0.046)
     canvas.paint(torch.maximum(rouge, shape), rosy, opacity=0.90 * p["rosy_cheeks"], soft=0.085)
     # Hollows and highlights.
@@ -102,9 +110,7 @@ def mustache(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     u = g.u.abs()
     y = g.v - p["nose_y"] - 0.040 - 1.5 * u**2
     shape = ellipse(u - 0.038, y, 0.050, 0.0155)
-    hairs = 1 + 0.10 * torch.sin(190 * g.u)
-    colour = (p["hair_rgb"] * 0.88 * hairs[:, None]).clamp(0, 1)
-    canvas.paint(shape, colour, opacity=0.92, soft=0.012)
+    canvas.paint(shape, p["hair_rgb"] * 0.84, opacity=0.92, soft=0.012)
 
 
 def nose(canvas: Canvas, g: Geometry, p: Parameters) -> None:
@@ -163,11 +169,11 @@ def mouth(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     fold = torch.maximum((g.u.abs() - fold_x).abs() - 0.003, (g.v - 0.70).abs() - 0.042)
     canvas.shade(fold, 1 - 0.17 * p["smiling"] * (1 - p["wrinkles"]), 0.022)
     light = canvas.light
-    canvas.paint(inside, _rgb(inside[None], 0.27, 0.07, 0.08), "mouth", 0.9 * light)
+    canvas.paint(inside, _rgb(inside, 0.27, 0.07, 0.08), "mouth", 0.9 * light)
     row = torch.maximum(inside, g.v - above - 0.52 * p["mouth_gap"] * arch**0.6)
-    canvas.paint(row, _rgb(inside[None], 0.95, 0.93, 0.89), opacity=p["teeth"])
+    canvas.paint(row, _rgb(inside, 0.95, 0.93, 0.89), opacity=p["teeth"])
     tongue = torch.maximum(inside, below - 0.22 * gap - g.v)
-    canvas.paint(tongue, _rgb(inside[None], 0.62, 0.26, 0.26), opacity=0.6, soft=0.008)
+    canvas.paint(tongue, _rgb(inside, 0.62, 0.26, 0.26), opacity=0.6, soft=0.008)
     lip = p["lip_rgb"]
     canvas.paint(upper, lip * 0.90, "u_lip", 0.94 * light, canvas.height + 0.02)
     canvas.paint(lower, lip, "l_lip", light, canvas.height + 0.03)
@@ -213,10 +219,10 @@ def _eye(canvas: Canvas, g: Geometry, p: Parameters, side: int) -> None:
     tired = torch.cat([skin[:, :2] * 0.62, skin[:, 2:] * 0.80], 1)
     canvas.paint(hollow, tired, opacity=0.62 * p["bags_under_eyes"], soft=0.020)
     # The eyeball in the lid's shadow.
-    white = _rgb(almond[None], 0.95, 0.94, 0.92)
+    white = _rgb(almond, 0.95, 0.94, 0.92)
     shadow = 0.80 + 0.24 * ((y + upper) / 0.022).clamp(0, 1)
     canvas.paint(almond, white, label, shadow * (0.35 + 0.65 * canvas.light))
-    canvas.paint(torch.maximum(almond, t + 0.80), _rgb(almond[None], 0.84, 0.60, 0.56),
+    canvas.paint(torch.maximum(almond, t + 0.80), _rgb(almond, 0.84, 0.60, 0.56),
                  opacity=0.7, soft=0.010)  # fmt: skip
     ix = x - side * p["gaze"]
     iy = y + 0.0035
@@ -225,9 +231,9 @@ def _eye(canvas: Canvas, g: Geometry, p: Parameters, side: int) -> None:
     lower_glow = (0.80 + 0.45 * (iy / 0.022)).clamp(0.6, 1.3)
     canvas.paint(torch.maximum(radius - 0.0238, almond), iris * 0.38)
     canvas.paint(torch.maximum(radius - 0.0206, almond), (iris * lower_glow[:, None]).clamp(0, 1))
-    canvas.paint(torch.maximum(radius - 0.0098, almond), _rgb(almond[None], 0.03, 0.03, 0.04))
+    canvas.paint(torch.maximum(radius - 0.0098, almond), _rgb(almond, 0.03, 0.03, 0.04))
     glint = ellipse(g.u - side * p["eye_x"] - p["gaze"] + 0.0075, y + 0.0105, 0.0054, 0.0054)
-    canvas.paint(torch.maximum(glint, almond), _rgb(almond[None], 1.0, 1.0, 1.0), opacity=0.95)
+    canvas.paint(torch.maximum(glint, almond), _rgb(almond, 1.0, 1.0, 1.0), opacity=0.95)
     # Lashes.
     female = 1 - p["male"]
     ink = skin * 0.16

@@ -23,7 +23,7 @@ def _ringlets(along: Tensor, across: Tensor, p: Parameters) -> Tensor:
     number = place.round()
     within = place - number
     winding = torch.sin(turn + 2.4 * number + 3.2 * within + p["wave_phase"])
-    return 0.24 * winding - 1.2 * within * within + 0.06
+    return 0.24 * winding - 0.95 * within * within + 0.04
 
 
 def _honeycomb(g: Geometry, p: Parameters) -> Tensor:
@@ -52,7 +52,7 @@ def _curls(g: Geometry, p: Parameters, along: Tensor, across: Tensor) -> tuple[T
     comb = _honeycomb(g, p)
     a = torch.sin(50 * g.x + 9 * g.y + p["wave_phase"])
     b = torch.sin(46 * g.y - 8 * g.x + 2 * p["wave_phase"])
-    bright = torch.where(short, 0.54 * comb - 0.35, _ringlets(along, across, p))
+    bright = torch.where(short, 0.44 * comb - 0.27, _ringlets(along, across, p))
     bulge = torch.where(short, 0.010 - 0.024 * comb, 0.007 * (a + b))
     return bright, bulge
 
@@ -103,8 +103,9 @@ def comb(g: Geometry, p: Parameters) -> tuple[Tensor, Tensor, Tensor]:
     tone = 1 + 0.15 * fine * (1 - 0.4 * curly) + curly * bright
     tone = tone + 9.0 * p["wave"] * torch.cos(33 * along + p["wave_phase"] + 2.5 * across)
     band = torch.exp(-(((along - 0.165 - 0.04 * fine) / 0.045) ** 2)) * (1 - 0.6 * curly)
-    gloss = band * (0.045 + 0.15 * p["hair_rgb"].mean(1))
-    colour = (p["hair_rgb"] * tone[:, None] + gloss[:, None]).clamp(0, 1)
+    mean = p["hair_rgb"].mean(1, keepdim=True)
+    gloss = (0.018 + 0.06 * mean) + (0.027 / mean + 0.09) * p["hair_rgb"]  # half white
+    colour = (p["hair_rgb"] * tone[:, None] + gloss * band[:, None]).clamp(0, 1)
     nx = (g.x / (p["face_w"] + 0.10)).clamp(-1, 1)
     ny = ((g.y - 0.42) / 0.50).clamp(-1, 0.2)
     light = lambert(p, 0.80 * nx, 0.65 * ny)

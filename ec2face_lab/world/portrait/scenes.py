@@ -274,6 +274,7 @@ def _skin(v: Values, d: Uniforms) -> None:
     skin = np.where(v["pale_skin"][:, None] > 0, pale, along(SKIN, v["tone"]))
     v["skin_rgb"] = np.clip(skin + d.uniform(-0.012, 0.012)[:, None] + d.colour(-0.01, 0.01), 0, 1)
     natural = v["skin_rgb"] * np.where(male[:, None] > 0, [0.86, 0.70, 0.66], [0.90, 0.66, 0.64])
+    natural = natural + v["dark"][:, None] * [0.06, 0.01, 0.025]  # or they are lost on dark skin
     made_up = pick(LIPSTICK, d.choice(0.3, 0.25, 0.25, 0.2))
     v["lip_rgb"] = np.where(v["lipstick"][:, None] > 0, made_up, natural)
     v["shadow_rgb"] = pick(TINTS, d.choice(0.25, 0.25, 0.25, 0.25))

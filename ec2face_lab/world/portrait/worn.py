@@ -56,7 +56,7 @@ def hat(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     line = p["hat_y"]
     x = g.x
     y = g.y
-    rx = p["face_w"] + 0.046 + 0.02 * p["hair_volume"] + 0.02 * (p["hair_length"] > 0)
+    rx = p["face_w"] + 0.038 + 0.02 * p["hair_volume"] + 0.02 * (p["hair_length"] > 0)
     top = torch.where(brimmed, -0.02, torch.where(beanie, 0.0, 0.015))
     half = torch.where(brimmed, rx * 0.86, rx)
     power = torch.where(brimmed, 3.0, 2.4)
@@ -86,7 +86,7 @@ def _band(canvas: Canvas, g: Geometry, p: Parameters, crown: Tensor, light: Tens
     beanie = (kind > 0.5) & (kind < 1.5)
     ribbon = torch.maximum(crown, line - 0.055 - g.y) + (kind < 1.5)
     canvas.paint(ribbon, p["band_rgb"], "hat", light)
-    rx = p["face_w"] + 0.056 + 0.02 * p["hair_volume"] + 0.02 * (p["hair_length"] > 0)
+    rx = p["face_w"] + 0.048 + 0.02 * p["hair_volume"] + 0.02 * (p["hair_length"] > 0)
     y = g.y - line + 0.020
     cuff = torch.maximum(y.abs() - 0.046, g.x.abs() - rx) + (~beanie).float()
     bulge = 1.04 - 0.22 * (y / 0.046) ** 2
