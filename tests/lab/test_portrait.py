@@ -98,6 +98,14 @@ def test_windows_do_not_crop(monkeypatch):
     assert (windowed.image - free.image).abs().max() < 0.02
 
 
+@pytest.mark.slow
+def test_rendering_stays_on_its_device_and_never_waits_for_it():
+    """On `meta`, a tensor of another device and reading a value are both errors."""
+    r = render(sample_scenes(0, range(40), frequencies="balanced"), 32, "meta")
+    assert {x.device.type for x in vars(r).values()} == {"meta"}
+    assert r.image.shape == (40, 3, 32, 32)
+
+
 def test_picture_and_labels_agree_to_the_pixel():
     """Repainting one part changes the flat colours exactly where the label map has the part."""
     scenes = sample_scenes(6, range(64), frequencies="balanced")
