@@ -95,32 +95,27 @@ def write_frame(path: Path, table: DataFrame) -> None:
         table.to_csv(part, index=False)
 
 
-def keep_frame(path: Path, table: DataFrame) -> None:
-    """Write a table as CSV, and its hash beside it (`sha256sum -c` reads that)."""
-    write_frame(path, table)
+def record_hash(path: Path) -> None:
+    """Write the hash of a finished file beside it, as `sha256sum -c` reads it."""
     with whole_file(_hash_file(path)) as part:
         part.write_text(f"{file_sha256(path)}  {path.name}\n")
 
 
-def kept_frame(path: Path) -> DataFrame | None:
-    """A table that `keep_frame` wrote, with every digit; None, with a warning, if it was changed.
+def is_whole(path: Path) -> bool:
+    """Whether a kept file is there with its recorded content; a changed one is told by a warning.
 
-    A table without a hash is taken as it is: it is of a former version.
+    A file without a recorded hash is taken as it is: it is of a former version.
     """
-    import pandas as pd
-
     if not path.is_file():
         remove_leftovers(path.parent)
-        return None
+        return False
     recorded = _hash_file(path)
-    if recorded.is_file() and recorded.read_text().split()[:1] != [file_sha256(path)]:
+    if not recorded.is_file():
+        return True
+    whole = recorded.read_text(errors="replace").split()[:1] == [file_sha256(path)]
+    if not whole:
         warnings.warn(f"{path} was changed or damaged and is made again", stacklevel=2)
-        return None
-    try:
-        return pd.read_csv(path, dtype={"id": str}, float_precision="round_trip")
-    except ValueError as error:
-        warnings.warn(f"{path} is damaged ({error}) and is made again", stacklevel=2)
-        return None
+    return whole
 
 
 def _hash_file(path: Path) -> Path:

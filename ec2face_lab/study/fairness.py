@@ -29,11 +29,11 @@ from ..plots.differences import fairness_figure
 from ..plots.save import read_rows, save_rows
 from ..plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY
 from .comparison import MINUS, OURS, retrain_systems
-from .intervals import summarise, summarise_difference
 from .painters import through_autoencoder, weight_files
 from .pictures import PictureSet, batches
 from .png import load_pictures, save_picture
 from .scores import score_folder
+from .summary import summarise, summarise_difference
 from .tables import MAIN
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def run_fairness(
     labels = (ours.dataset.root.name, config)
     path = config.run_dir / "fairness" / "fairness.csv"
     others, files = _kept(config)
-    parts = [summarise(our_scores, "fairness", "EC2Face", *labels)]
+    parts = [summarise([our_scores], "fairness", "EC2Face", *labels)]
     inputs = [adapter_dir(config, OURS) / LORA_FILE, resolve(config.backbone.path) / "vae"]
     for way in ways:
         members = [name for name in names if way != PUBLISHED or systems()[name].own_masks]
@@ -120,8 +120,9 @@ def run_fairness(
                 scores = pictures.scores()
             inputs += weight_files(other, name)
             lead = f"{MINUS.format(name)}, {way}"
-            parts.append(summarise(scores, "fairness", f"{name}, {way}", *labels))
-            parts.append(summarise_difference(our_scores, scores, "fairness", lead, *labels))
+            parts.append(summarise([scores], "fairness", f"{name}, {way}", *labels))
+            sides = ([our_scores], [scores])
+            parts.append(summarise_difference(*sides, "fairness", lead, *labels))
     rows = pd.concat(parts, ignore_index=True)
     rows = rows[rows["metric"].isin(MAIN)]
     if others is not None:

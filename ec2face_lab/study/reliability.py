@@ -23,7 +23,7 @@ from ec2face_core.mask_branch import load_mask_lora, mask_latents_of, predict_ve
 from ec2face_core.metrics import mask_counts, psnr
 from ec2face_core.runs import content_key
 
-from ..cache import code_digest, data_digest, write_frame
+from ..cache import code_digest, data_digest, is_whole, record_hash, write_frame
 from ..plots.style import CYCLE, new_figure, styled
 from .intervals import bootstrap_accuracy, bootstrap_interval
 from .painters import BASE, painter
@@ -62,7 +62,7 @@ class Estimator:
     """A method's velocity on the faces of a dataset: a variant, or the base on the text alone.
 
     Args:
-        config: backbone, LoRA and guidance embedding.
+        config: backbone, LoRA, and the guidance embedding of training.
         method: one of `VARIANTS`, or `base`.
         dataset: the faces.
     """
@@ -91,8 +91,8 @@ class Estimator:
         }
 
     def velocity(self, z_t: Tensor, t: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Eq. 4 with the conditions of a batch, `b c h w`."""
-        guidance = self.config.sampling.guidance
+        """Eq. 4 with the conditions of a batch, `b c h w`; guided as in training."""
+        guidance = self.config.backbone.guidance
         return predict_velocity(
             self.backbone.transformer, z_t, t, batch["text"], batch["z_mask"], guidance=guidance
         )
@@ -114,7 +114,7 @@ def reliability_file(
         dataset: the faces.
         parts: further JSON-ready values that shape the curves.
     """
-    model = painter(config, method).key()
+    model = [painter(config, method).key(), config.backbone.guidance]
     key = content_key([model, data_digest(dataset), models_digest(config), *parts])
     return config.run_dir / "reliability" / f"{name}-{key}.csv"
 
@@ -138,7 +138,7 @@ def reliability_curves(config: Config, method: str, faces: int = 48) -> DataFram
     dataset = open_dataset(config, "test")
     ids = dataset.ids[:faces]
     cache = reliability_file(config, method, method, dataset, [faces, code_digest(CODE)])
-    if cache.is_file():
+    if is_whole(cache):
         return pd.read_csv(cache)
     model = Estimator(config, method, dataset)
     models = perception_models(config)
@@ -155,6 +155,7 @@ def reliability_curves(config: Config, method: str, faces: int = 48) -> DataFram
     curves = curves.assign(metric=curves["metric"].map(LABELS))
     curves = curves.sort_values(["metric", "t"], ignore_index=True)
     write_frame(cache, curves)
+    record_hash(cache)
     return curves
 
 
@@ -260,7 +261,7 @@ def reliability(
         support = per_image[:, 1]
         share = bootstrap_interval(100 * correct.sum(1) / support.sum(1), resamples, seed)
         rows.append({"t": t, "metric": "pixel_accuracy", **share._asdict()})
-        overall = bootstrap_accuracy(correct, support, resamples, seed).iloc[0]
+        overall = bootstrap_accuracy(correct, support, None, resamples, seed).iloc[0]
         rows.append({"t": t, **overall.drop("pixels")})
     return pd.DataFrame(rows)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ec2face_core.attributes import FLIP_PAIRS, NUM_CLASSES
+from ec2face_core.attributes import flip_labels
 
 
 def soften(images: Tensor, strength: float) -> Tensor:
@@ -49,28 +49,33 @@ def disturb(images: Tensor, strength: float) -> Tensor:
     return (x + 0.1 * strength * _uniform(images) * _sometimes(images) * grain).clamp(-1, 1)
 
 
-def moved(images: Tensor, label_maps: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-    """Mirror half of the faces and shift each by whole pixels; edges are repeated.
+def moved(pictures: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    """Mirror half of the pictures and shift each by whole pixels; edges are repeated.
 
     Args:
-        images: `b 3 h w`.
-        label_maps: `b h w`; the subject's left and right parts change places in a mirror image.
+        pictures: `b c h w`, of any type; a label map can be one of the channels.
         pixels: the longest shift along each axis.
+
+    Returns:
+        The pictures, and which are mirrored, `(b,)` bool: `renamed` corrects their label maps.
     """
-    b, _, h, w = images.shape
-    device = images.device
+    b, _, h, w = pictures.shape
+    device = pictures.device
     face = torch.arange(b, device=device)[:, None, None]
     shifts = torch.randint(-pixels, pixels + 1, (2, b, 1), device=device)
     rows = (torch.arange(h, device=device) + shifts[0]).clamp(0, h - 1)[:, :, None]
     columns = (torch.arange(w, device=device) + shifts[1]).clamp(0, w - 1)
-    mirrored = torch.rand(b, 1, device=device) < 0.5
-    columns = torch.where(mirrored, w - 1 - columns, columns)[:, None]
-    swap = torch.arange(NUM_CLASSES)
-    for left, right in FLIP_PAIRS:
-        swap[left], swap[right] = right, left
-    labels = label_maps[face, rows, columns]
-    labels = torch.where(mirrored[..., None], swap.to(device)[labels], labels)
-    return images.movedim(1, -1)[face, rows, columns].movedim(-1, 1), labels
+    mirrored = torch.rand(b, device=device) < 0.5
+    columns = torch.where(mirrored[:, None], w - 1 - columns, columns)[:, None]
+    return pictures.movedim(1, -1)[face, rows, columns].movedim(-1, 1), mirrored
+
+
+def renamed(label_maps: Tensor, mirrored: Tensor) -> Tensor:
+    """Exchange the subject's left and right parts where the pixels of a face are mirrored.
+
+    label_maps: `b h w` int64. mirrored: `(b,)` bool.
+    """
+    return torch.where(mirrored[:, None, None], flip_labels(label_maps.flip(-1)), label_maps)
 
 
 def _normal(images: Tensor, scale: float, channels: int = 1) -> Tensor:

@@ -234,7 +234,7 @@ class MiniParserNet(ParserNet):
         size: side in pixels, a multiple of 2 ** len(widths).
     """
 
-    def __init__(self, widths: Sequence[int] = (24, 40, 64, 96), size: int = 128) -> None:
+    def __init__(self, widths: Sequence[int] = (24, 40, 64, 96), size: int = 64) -> None:
         super().__init__(size)
         self.down = nn.ModuleList([_group_block(12, widths[0])])
         for inputs, outputs in itertools.pairwise(widths):
@@ -282,7 +282,7 @@ class DilatedParserNet(ParserNet):
     def __init__(
         self,
         widths: Sequence[int] = (12, 24, 64),
-        size: int = 128,
+        size: int = 64,
         dilations: Sequence[int] = (1, 2, 4, 8),
     ) -> None:
         super().__init__(size)

@@ -25,7 +25,7 @@ from ec2face_core.perception import CLIP_MEAN, CLIP_STD, FACER_CHANNEL
 from ec2face_core.runs import write_json
 
 from ..prepare.captions import captions
-from .augmentation import disturb, moved, soften
+from .augmentation import disturb, moved, renamed, soften
 from .facts import (
     FactNet,
     balanced_accuracy,
@@ -48,6 +48,10 @@ from .sources import DataSource, FaceBatch
 
 VOCABULARY = 2**30  # number of the first face whose captions and frequencies are looked at
 
+VOCABULARY_SIZE = 720  # tokens at most: an alphabet of 514 and every word of the captions
+
+TEXT_LENGTH = 64  # tokens
+
 SHIFT = 6  # pixels of 128 by which the evaluators' faces are moved at most
 
 SENTENCES = 24  # ways of saying a fact in each style
@@ -59,18 +63,14 @@ ROLES = {
     ),
     "scoring": Role(
         8_002,
-        (
-            ("first", "balanced", 0.35), ("second", "balanced", 0.25),
-            ("first", "natural", 0.25), ("second", "second", 0.15),
-        ),
+        (("first", "balanced", 0.4), ("first", "natural", 0.6)),
         disturb, 0.8, moves=True, parser=DilatedParserNet, dice=1.0, sigmoid=True,
         clip={"width": 128, "layers": 5, "text_width": 96, "text_layers": 3, "embed_dim": 128},
     ),
 }  # fmt: skip
 
 FACTS = Role(
-    9_003, (("first", "balanced", 0.5), ("second", "balanced", 0.25), ("first", "natural", 0.25)),
-    disturb, 0.6, moves=True,
+    9_003, (("first", "balanced", 0.75), ("first", "natural", 0.25)), disturb, 0.6, moves=True,
 )  # fmt: skip
 
 
@@ -95,8 +95,7 @@ def _floats(pixels: Tensor) -> Tensor:
 def _augmented(role: Role, images: Tensor) -> Tensor:
     """uint8 images, moved and changed as the role wants it, in [-1, 1]."""
     if role.moves:
-        labels = images[:, 0].long().clamp(max=0)
-        images, _ = moved(images, labels, SHIFT * images.shape[-1] // 128)
+        images, _ = moved(images, SHIFT * images.shape[-1] // 128)
     return role.augmentation(_floats(images), role.strength)
 
 
@@ -166,7 +165,10 @@ def train_parser(
     def loss(images: Tensor, label_maps: Tensor) -> Tensor:
         labels = label_maps.long()
         if role.moves:
-            images, labels = moved(images, labels, SHIFT * source.size // 128)
+            both = torch.cat([images, label_maps[:, None]], 1)
+            both, mirrored = moved(both, SHIFT * source.size // 128)
+            images = both[:, :3]
+            labels = renamed(both[:, 3].long(), mirrored)
         logits = predict(role.augmentation(_floats(images), role.strength))
         entropy = F.cross_entropy(logits, labels, weights)
         return entropy + role.dice * dice_loss(logits, labels) if role.dice else entropy
@@ -202,9 +204,13 @@ def dice_loss(logits: Tensor, label_map: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------- the CLIPs
 
 
-def area_under_curve(scores: Tensor, holds: Tensor) -> float:
-    """How often a face for which the fact holds scores above one for which it does not."""
-    return (scores[holds][:, None] > scores[~holds][None]).float().mean().item()
+def area_under_curve(scores: Tensor, holds: Tensor) -> float | None:
+    """How often a face for which the fact holds scores above one for which it does not, in percent.
+
+    None if the fact holds for all or for none. scores: `(b,)`. holds: `(b,)` bool.
+    """
+    area = 100 * (scores[holds][:, None] > scores[~holds][None]).float().mean().item()
+    return None if math.isnan(area) else round(area, 1)
 
 
 def train_clip(
@@ -223,8 +229,8 @@ def train_clip(
         seconds: if above 0, the training's length instead of `samples`.
     """
     device = source.device
-    tokenizer = clip_tokenizer(source.corpus(role.seed, VOCABULARY), vocab_size=720, length=64)
-    config = mini_clip_config(len(tokenizer), length=64, **role.clip)
+    tokenizer = clip_tokenizer(source.corpus(role.seed, VOCABULARY), VOCABULARY_SIZE, TEXT_LENGTH)
+    config = mini_clip_config(len(tokenizer), length=TEXT_LENGTH, **role.clip)
     size = config["vision_cfg"]["image_size"]
     torch.manual_seed(role.seed)
     model = build_mini_clip(config)
@@ -237,9 +243,11 @@ def train_clip(
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
 
     def tokens(texts: Sequence[str]) -> Tensor:
-        return tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=64, return_tensors="pt"
-        ).input_ids.to(device)
+        encoded = tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=TEXT_LENGTH,
+            return_tensors="pt", return_attention_mask=False,
+        )  # fmt: skip
+        return encoded.input_ids.to(device)
 
     sayings = torch.stack([
         tokens([c for style in source.styles for c in captions(fact, SENTENCES, 0, style)])
@@ -281,7 +289,7 @@ def train_clip(
             fact = text_features(sayings[:, 0])
             truth = fact_targets(faces.attributes, statements).to(device)
             columns = zip(fact_names(statements), (image @ fact.T).T, truth.T, strict=True)
-            areas = {key: round(100 * area_under_curve(s, h), 1) for key, s, h in columns}
+            areas = {key: area_under_curve(scores, holds) for key, scores, holds in columns}
             mentions = mentioned_facts(faces.captions, fact_names(statements)).to(device)
             found = retrieval(image, text, faces.captions, mentions, truth)
             measured[name] = {**found, "facts": areas}

@@ -220,7 +220,7 @@ class ProceduralFaces:
 
 
 class Portraits(ProceduralFaces):
-    """The procedural faces of the second miniature; nobody is trained on their second look."""
+    """The procedural faces of the second miniature; only evaluators learn their second look."""
 
     name = "portraits"
     size = 128

@@ -118,6 +118,7 @@ class Geometry:
         self.u = d + 0.55 * p["yaw"] * d * d.abs().clamp(max=0.4) + 0.6 * p["yaw"] * d * d
         self.v = self.y - p["pitch"]
         self.head = head_shape(self.x, self.y, p)
+        self.hair: tuple[Tensor, ...] = ()  # what the back hair leaves to the front hair
 
     def window(self, box: Box) -> Geometry:
         """The coordinates of a window."""
@@ -143,7 +144,7 @@ def head_shape(x: Tensor, y: Tensor, p: Parameters) -> Tensor:
     ax = ((x - 0.012 * p["yaw"] * below.clamp(min=0) / 0.4) / p["face_w"]).abs() + 1e-4
     length = torch.where(lower, p["chin_y"] - middle, middle - p["head_top"])
     ay = (below / length).abs() + 1e-4
-    power_x = torch.where(lower, p["jaw_x"], 2.0)
+    power_x = torch.where(lower, p["jaw_x"], 2.25)
     power_y = torch.where(lower, p["jaw_y"], 2.2)
     fx = ax**power_x
     fy = ay**power_y

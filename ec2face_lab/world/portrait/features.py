@@ -9,10 +9,18 @@ from .canvas import Canvas, Geometry, Parameters, ellipse, lambert, soft_max
 
 
 def _rgb(like: Tensor, red: float, green: float, blue: float) -> Tensor:
-    """A colour `1 3 1 1` on the device of another tensor."""
-    return torch.stack([torch.full_like(like[0, 0, 0, 0], x) for x in (red, green, blue)])[
-        None, :, None, None
-    ]
+    """A colour `1 3 1 1` on the device of another tensor, without waiting for it.
+
+    Args:
+        like: a tensor of floats.
+        red: in [0, 1].
+        green: in [0, 1].
+        blue: in [0, 1].
+    """
+    colour = like.new_empty(1, 3, 1, 1)
+    for channel, value in enumerate((red, green, blue)):
+        colour[:, channel] = value
+    return colour
 
 
 def _redder(skin: Tensor, amount: float) -> Tensor:
@@ -27,7 +35,7 @@ def ears(canvas: Canvas, g: Geometry, p: Parameters) -> None:
         y = g.y - 0.545
         x = x + 0.22 * y
         hidden = p[cover] * 0.3
-        lobe = 0.042 - 0.10 * y.clamp(min=0)
+        lobe = 0.042 - 0.10 * y.clamp(0, 0.1)
         ear = ellipse(x, y, lobe, 0.086) + hidden
         light = lambert(p, side * 0.45 + 0 * x, -0.1 + 0 * x) * 0.96
         canvas.paint(ear, _redder(p["skin_rgb"], 0.05), name, light, 0.14 + 0 * x)
@@ -48,7 +56,7 @@ def head(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     pink = _redder(skin, 0.16)
     cheek = ellipse(g.u.abs() - 0.140, g.v - 0.612, 0.075, 0.055)
     canvas.paint(torch.maximum(cheek, shape), pink, opacity=0.55, soft=0.10)
-    rosy = torch.lerp(skin, skin.new_tensor([0.86, 0.32, 0.34])[:, None, None], 0.46)
+    rosy = torch.lerp(skin, _rgb(skin, 0.86, 0.32, 0.34), 0.46)
     rouge = ellipse(g.u.abs() - 0.148, g.v - 0.615, 0.066, 0.046)
     canvas.paint(torch.maximum(rouge, shape), rosy, opacity=0.90 * p["rosy_cheeks"], soft=0.085)
     # Hollows and highlights.
@@ -79,15 +87,13 @@ def wrinkles(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     reach = 0.125 - 18 * (across - 0.325) ** 2
     brow = soft_max(lines, torch.maximum((across - 0.325).abs() - 0.046, g.u.abs() - reach), 0.01)
     canvas.shade(brow, 1 - 0.26 * amount * torch.exp(-((g.u / 0.11) ** 4)), 0.022)
-    fold_x = 0.064 + 0.36 * (g.v - 0.64) + 0.8 * (g.v - 0.64) ** 2
+    fold_x = 0.064 + 0.36 * (g.v - 0.64) + 0.8 * (g.v - 0.64) ** 2 + 0.014 * p["smiling"]
     fold = torch.maximum((g.u.abs() - fold_x).abs() - 0.004, (g.v - 0.705).abs() - 0.055)
-    canvas.shade(fold, 1 - 0.32 * amount, 0.016)
+    canvas.shade(fold, 1 - 0.40 * amount, 0.020)
     x = g.u.abs() - p["eye_x"] - 0.064
     rays = ((g.v - p["eye_y"] - 0.004).abs() - 0.008 - 0.42 * x.clamp(min=0)).abs() - 0.002
     crow = torch.maximum(rays, (x - 0.018).abs() - 0.014)
     canvas.shade(crow, 1 - 0.30 * amount, 0.014)
-    mouth = torch.maximum((g.u.abs() - 0.102).abs() - 0.003, (g.v - 0.80).abs() - 0.032)
-    canvas.shade(mouth, 1 - 0.20 * amount, 0.014)
 
 
 def beard(canvas: Canvas, g: Geometry, p: Parameters) -> None:
@@ -95,7 +101,7 @@ def beard(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     edge = 0.655 + 0.85 * (0.225 - g.u.abs()).clamp(-0.05, 0.125)
     shape = soft_max(g.head - 0.004, edge - g.v, 0.02)
     grain = torch.sin(130 * g.u + 14 * torch.sin(9 * g.v)) * torch.sin(40 * g.v + 22 * g.u.abs())
-    colour = (p["hair_rgb"] * 0.90 * (1 + 0.06 * grain[:, None])).clamp(0, 1)
+    colour = (p["hair_rgb"] * 0.90 * (1 + 0.04 * grain[:, None])).clamp(0, 1)
     canvas.paint(shape, colour, opacity=p["beard_density"], soft=0.028)
 
 
@@ -104,9 +110,7 @@ def mustache(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     u = g.u.abs()
     y = g.v - p["nose_y"] - 0.040 - 1.5 * u**2
     shape = ellipse(u - 0.038, y, 0.050, 0.0155)
-    hairs = 1 + 0.10 * torch.sin(190 * g.u)
-    colour = (p["hair_rgb"] * 0.88 * hairs[:, None]).clamp(0, 1)
-    canvas.paint(shape, colour, opacity=0.92, soft=0.012)
+    canvas.paint(shape, p["hair_rgb"] * 0.84, opacity=0.92, soft=0.012)
 
 
 def nose(canvas: Canvas, g: Geometry, p: Parameters) -> None:
@@ -130,11 +134,11 @@ def nose(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     canvas.shade(ridge, 1.07, 0.022)
     canvas.shade(ellipse(g.u, g.v - tip + 0.026, width * 0.42, 0.020), 1.08, 0.028)
     wing = ellipse(g.u.abs() - width * 0.78, g.v - tip + 0.016, 0.014 + 0.1 * width, 0.026)
-    canvas.shade((wing - 0.002).abs() - 0.003 + (g.u.abs() < width * 0.80) * 0.1, 0.72, 0.014)
+    canvas.shade((wing - 0.002).abs() - 0.003 + (g.u.abs() < width * 0.80) * 0.1, 0.66, 0.015)
     canvas.shade(ellipse(g.u, g.v - tip - 0.014, width * 1.0, 0.012), 0.84, 0.024)
     nostril = ellipse(g.u.abs() - width * 0.44, g.v - tip - 0.002 + 0.16 * g.u.abs(),
                       0.006 + 0.12 * width, 0.0065)  # fmt: skip
-    canvas.shade(nostril, 0.40, 0.010)
+    canvas.shade(nostril, 0.36, 0.010)
 
 
 def mouth(canvas: Canvas, g: Geometry, p: Parameters) -> None:
@@ -161,15 +165,15 @@ def mouth(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     canvas.shade(ellipse(g.u, g.v - p["nose_y"] - 0.040, 0.008, 0.022), 0.94, 0.016)
     corner = ellipse(g.u.abs() - width - 0.003, g.v - line, 0.010, 0.008)
     canvas.shade(corner, 0.74, 0.018)
-    fold_x = 0.066 + 0.40 * (g.v - 0.64) + 0.8 * (g.v - 0.64) ** 2
+    fold_x = 0.078 + 0.36 * (g.v - 0.64) + 0.8 * (g.v - 0.64) ** 2
     fold = torch.maximum((g.u.abs() - fold_x).abs() - 0.003, (g.v - 0.70).abs() - 0.042)
-    canvas.shade(fold, 1 - 0.15 * p["smiling"], 0.022)
+    canvas.shade(fold, 1 - 0.17 * p["smiling"] * (1 - p["wrinkles"]), 0.022)
     light = canvas.light
-    canvas.paint(inside, _rgb(inside[None], 0.27, 0.07, 0.08), "mouth", 0.9 * light)
+    canvas.paint(inside, _rgb(inside, 0.27, 0.07, 0.08), "mouth", 0.9 * light)
     row = torch.maximum(inside, g.v - above - 0.52 * p["mouth_gap"] * arch**0.6)
-    canvas.paint(row, _rgb(inside[None], 0.95, 0.93, 0.89), opacity=p["teeth"])
+    canvas.paint(row, _rgb(inside, 0.95, 0.93, 0.89), opacity=p["teeth"])
     tongue = torch.maximum(inside, below - 0.22 * gap - g.v)
-    canvas.paint(tongue, _rgb(inside[None], 0.62, 0.26, 0.26), opacity=0.6, soft=0.008)
+    canvas.paint(tongue, _rgb(inside, 0.62, 0.26, 0.26), opacity=0.6, soft=0.008)
     lip = p["lip_rgb"]
     canvas.paint(upper, lip * 0.90, "u_lip", 0.94 * light, canvas.height + 0.02)
     canvas.paint(lower, lip, "l_lip", light, canvas.height + 0.03)
@@ -210,14 +214,15 @@ def _eye(canvas: Canvas, g: Geometry, p: Parameters, side: int) -> None:
     canvas.shade(torch.maximum(crease, x.abs() - width * 0.95), 0.74, 0.010)
     bag_y = y - tall * 0.9 - 0.020 + 5.5 * x**2
     bag = torch.maximum(bag_y.abs() - 0.0035, x.abs() - width * 0.80)
-    canvas.shade(bag, 1 - 0.40 * p["bags_under_eyes"], 0.012)
-    hollow = ellipse(x + 0.006, y - tall * 0.9 - 0.010, width * 0.8, 0.012)
-    canvas.shade(hollow, 1 - 0.22 * p["bags_under_eyes"], 0.020)
+    canvas.shade(bag, 1 - 0.46 * p["bags_under_eyes"], 0.013)
+    hollow = ellipse(x + 0.006, y - tall * 0.9 - 0.011, width * 0.9, 0.014)
+    tired = torch.cat([skin[:, :2] * 0.62, skin[:, 2:] * 0.80], 1)
+    canvas.paint(hollow, tired, opacity=0.62 * p["bags_under_eyes"], soft=0.020)
     # The eyeball in the lid's shadow.
-    white = _rgb(almond[None], 0.95, 0.94, 0.92)
+    white = _rgb(almond, 0.95, 0.94, 0.92)
     shadow = 0.80 + 0.24 * ((y + upper) / 0.022).clamp(0, 1)
     canvas.paint(almond, white, label, shadow * (0.35 + 0.65 * canvas.light))
-    canvas.paint(torch.maximum(almond, t + 0.80), _rgb(almond[None], 0.84, 0.60, 0.56),
+    canvas.paint(torch.maximum(almond, t + 0.80), _rgb(almond, 0.84, 0.60, 0.56),
                  opacity=0.7, soft=0.010)  # fmt: skip
     ix = x - side * p["gaze"]
     iy = y + 0.0035
@@ -226,9 +231,9 @@ def _eye(canvas: Canvas, g: Geometry, p: Parameters, side: int) -> None:
     lower_glow = (0.80 + 0.45 * (iy / 0.022)).clamp(0.6, 1.3)
     canvas.paint(torch.maximum(radius - 0.0238, almond), iris * 0.38)
     canvas.paint(torch.maximum(radius - 0.0206, almond), (iris * lower_glow[:, None]).clamp(0, 1))
-    canvas.paint(torch.maximum(radius - 0.0098, almond), _rgb(almond[None], 0.03, 0.03, 0.04))
+    canvas.paint(torch.maximum(radius - 0.0098, almond), _rgb(almond, 0.03, 0.03, 0.04))
     glint = ellipse(g.u - side * p["eye_x"] - p["gaze"] + 0.0075, y + 0.0105, 0.0054, 0.0054)
-    canvas.paint(torch.maximum(glint, almond), _rgb(almond[None], 1.0, 1.0, 1.0), opacity=0.95)
+    canvas.paint(torch.maximum(glint, almond), _rgb(almond, 1.0, 1.0, 1.0), opacity=0.95)
     # Lashes.
     female = 1 - p["male"]
     ink = skin * 0.16
@@ -259,7 +264,7 @@ def _brow(canvas: Canvas, g: Geometry, p: Parameters, side: int) -> None:
     y = g.v - p["eye_y"] + p["brow_y"]
     t = x / 0.066  # -1 at the nose, 1 at the temple
     past = t - 0.25
-    arched = 0.017 * (past * past + 0.02).sqrt() + 0.020 * past.clamp(min=0) - 0.014
+    arched = 0.020 * (past * past + 0.02).sqrt() + 0.024 * past.clamp(min=0) - 0.018
     flat = 0.010 * (t - 0.1) ** 2 - 0.004 * t
     y = y - torch.lerp(flat, arched, p["brow_arch"])
     taper = (

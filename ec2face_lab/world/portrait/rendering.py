@@ -44,8 +44,8 @@ _ALL: Box = (0.0, 1.0, 0.0, 1.0)
 
 _PARTS = (  # back to front
     _Part(backdrop, _ALL),
-    _Part(hair.back_hair, _ALL, "hair"),
-    _Part(clothes.neck, (0.64, 1.0, 0.0, 1.0)),
+    _Part(hair.back_hair, _ALL),
+    _Part(clothes.neck, (0.55, 1.0, 0.0, 1.0)),
     _Part(clothes.clothes, (0.78, 1.0, 0.0, 1.0)),
     _Part(jewellery.necklace, (0.80, 1.0, 0.25, 0.75), "necklace"),
     _Part(features.ears, (0.36, 0.74, 0.10, 0.90)),
@@ -55,13 +55,13 @@ _PARTS = (  # back to front
     _Part(features.nose, (0.36, 0.74, 0.32, 0.68)),
     _Part(features.mouth, (0.62, 0.88, 0.30, 0.70)),
     _Part(features.mustache, (0.60, 0.80, 0.32, 0.68), "mustache"),
-    _Part(worn.glasses, (0.34, 0.64, 0.14, 0.86), "eyeglasses"),
+    _Part(worn.glasses, (0.28, 0.66, 0.0, 1.0), "eyeglasses"),
     _Part(features.left_eye, (0.32, 0.62, 0.48, 0.82)),
     _Part(features.right_eye, (0.32, 0.62, 0.18, 0.52)),
     _Part(worn.lenses, (0.34, 0.64, 0.18, 0.82), "eyeglasses"),
     _Part(features.left_brow, (0.30, 0.54, 0.48, 0.82)),
     _Part(features.right_brow, (0.30, 0.54, 0.18, 0.52)),
-    _Part(hair.front_hair, _ALL, "hair"),
+    _Part(hair.front_hair, _ALL),
     _Part(jewellery.earrings, (0.54, 0.92, 0.06, 0.94), "earrings"),
     _Part(worn.hat, (0.0, 0.50, 0.0, 1.0), "hat"),
 )
@@ -75,12 +75,11 @@ def render(scenes: Scenes, size: int, device: str | torch.device = "cpu") -> Ren
     g = Geometry(p, size, device)
     for part in _PARTS:
         window = canvas.window(part.box)
-        place = g.window(part.box)
+        place = g if part.box == _ALL else g.window(part.box)
         if not part.flag:
             part.paint(window, place, p)
             continue
-        has = 1 - scenes["bald"] if part.flag == "hair" else scenes[part.flag]
-        rows = torch.from_numpy(np.flatnonzero(has)).to(device)
+        rows = torch.from_numpy(np.flatnonzero(scenes[part.flag])).to(device)
         if len(rows):
             chosen = window.take(rows)
             part.paint(chosen, place.take(rows), {name: x[rows] for name, x in p.items()})
@@ -108,8 +107,9 @@ def _develop(canvas: Canvas, p: Parameters) -> Rendered:
     normals = torch.stack([-dx, -dy, torch.ones_like(dx)], 1)
     normals = normals / normals.norm(dim=1, keepdim=True)
     light = canvas.light.clamp(min=0.02)[:, None]
-    red = light**0.88 * (1 + p["warmth"])[:, None]
-    blue = light**1.06 * (1 - p["warmth"])[:, None]
+    dim = 1 - light
+    red = light * (1 + 0.14 * dim + p["warmth"][:, None])
+    blue = light * (1 - 0.07 * dim - p["warmth"][:, None])
     image = canvas.rgb * torch.cat([red, light, blue], 1)
     near = (depth / 0.55).clamp(0, 1)[:, None]
     return Rendered(

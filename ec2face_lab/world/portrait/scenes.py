@@ -210,7 +210,7 @@ def _hair_shape(v: Values, d: Uniforms) -> None:
     v["strand"] = d.uniform(0.8, 1.2)
     wavy = style == 1
     curly = style == 2
-    v["wave"] = wavy * d.uniform(0.010, 0.014)
+    v["wave"] = wavy * d.uniform(0.011, 0.015)
     v["curl"] = curly * d.uniform(0.9, 1.1)
     cover = np.array([0.08, 0.55, 0.74])[v["hair_length"].astype(int)] * hair
     v["cover_l"] = d.flag(cover)  # hair over the ear
@@ -224,7 +224,7 @@ def _eyes(v: Values, d: Uniforms) -> None:
     v["eye_y"] = d.uniform(0.465, 0.48)
     v["narrow_eyes"] = d.flag(0.12)
     v["eye_w"] = d.uniform(0.050, 0.055)
-    v["eye_h"] = d.uniform(0.0255, 0.029) - 0.013 * v["narrow_eyes"]
+    v["eye_h"] = d.uniform(0.0262, 0.029) - 0.0142 * v["narrow_eyes"]
     v["eye_tilt"] = d.uniform(-0.02, 0.16)
     dark = v["dark"]
     light = 1 - dark
@@ -233,7 +233,7 @@ def _eyes(v: Values, d: Uniforms) -> None:
     v["bushy_eyebrows"] = d.flag(np.where(male > 0, 0.3, 0.06))
     v["arched_eyebrows"] = d.flag(np.where(male > 0, 0.06, 0.4))
     v["brow_y"] = d.uniform(0.064, 0.074) + 0.004 * v["arched_eyebrows"]
-    v["brow_h"] = d.uniform(0.0085, 0.0105) + 0.0095 * v["bushy_eyebrows"] + 0.002 * male
+    v["brow_h"] = d.uniform(0.0080, 0.0098) + 0.0105 * v["bushy_eyebrows"] + 0.002 * male
     v["brow_arch"] = d.uniform(0.0, 0.15) + 0.85 * v["arched_eyebrows"]
 
 
@@ -241,8 +241,8 @@ def _nose_and_mouth(v: Values, d: Uniforms) -> None:
     """Nose, mouth and smile."""
     male = v["male"]
     v["big_nose"] = d.flag(np.where(male > 0, 0.38, 0.1))
-    v["nose_w"] = d.uniform(0.043, 0.049) + 0.021 * v["big_nose"]
-    v["nose_y"] = d.uniform(0.635, 0.648) + 0.014 * v["big_nose"]
+    v["nose_w"] = d.uniform(0.042, 0.047) + 0.026 * v["big_nose"]
+    v["nose_y"] = d.uniform(0.632, 0.645) + 0.018 * v["big_nose"]
     smiling = d.flag(np.where(male > 0, 0.4, 0.53))
     v["smiling"] = smiling
     v["mouth_open"] = d.flag(np.where(smiling > 0, 0.8, 0.31))
@@ -251,8 +251,8 @@ def _nose_and_mouth(v: Values, d: Uniforms) -> None:
     v["mouth_y"] = d.uniform(0.732, 0.744)
     v["smile"] = np.where(smiling > 0, d.uniform(0.026, 0.036), d.uniform(-0.006, 0.002))
     v["big_lips"] = d.flag(np.where(male > 0, 0.12, 0.35))
-    v["lip_u"] = d.uniform(0.0135, 0.016) + 0.0105 * v["big_lips"] - 0.002 * male
-    v["lip_l"] = d.uniform(0.020, 0.023) + 0.0135 * v["big_lips"] - 0.002 * male
+    v["lip_u"] = d.uniform(0.0135, 0.016) + 0.0125 * v["big_lips"] - 0.002 * male
+    v["lip_l"] = d.uniform(0.020, 0.023) + 0.0160 * v["big_lips"] - 0.002 * male
     v["teeth"] = np.maximum(smiling, d.flag(0.5))
 
 
@@ -270,10 +270,11 @@ def _skin(v: Values, d: Uniforms) -> None:
     v["lipstick"] = lipstick * (1 - v["beard"])
     v["beard_density"] = d.uniform(0.7, 0.92)
     v["wrinkles"] = old * d.uniform(0.8, 1.0)
-    pale = np.array([0.950, 0.866, 0.826])
+    pale = np.array([0.948, 0.856, 0.808])
     skin = np.where(v["pale_skin"][:, None] > 0, pale, along(SKIN, v["tone"]))
     v["skin_rgb"] = np.clip(skin + d.uniform(-0.012, 0.012)[:, None] + d.colour(-0.01, 0.01), 0, 1)
     natural = v["skin_rgb"] * np.where(male[:, None] > 0, [0.86, 0.70, 0.66], [0.90, 0.66, 0.64])
+    natural = natural + v["dark"][:, None] * [0.06, 0.01, 0.025]  # or they are lost on dark skin
     made_up = pick(LIPSTICK, d.choice(0.3, 0.25, 0.25, 0.2))
     v["lip_rgb"] = np.where(v["lipstick"][:, None] > 0, made_up, natural)
     v["shadow_rgb"] = pick(TINTS, d.choice(0.25, 0.25, 0.25, 0.25))

@@ -20,7 +20,8 @@ def glasses(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     y = g.v - p["eye_y"]
     width = p["frame_w"]
     bridge = torch.maximum((y + 0.012 - 3 * g.u**2).abs() - width * 0.9, g.u.abs() - 0.04)
-    temple = torch.maximum((y + 0.012).abs() - width * 0.9, (g.u.abs() - 0.215).abs() - 0.040)
+    temple = torch.maximum((y + 0.012).abs() - width * 0.9, 0.175 - g.u.abs())
+    temple = torch.maximum(temple, g.head - 0.012)
     frame = torch.minimum(torch.minimum(bridge, temple), lens.abs() - width)
     canvas.shade(frame + 0.0 - 0.006, 0.86, 0.02)
     clear = torch.maximum(lens, -frame)
@@ -38,7 +39,7 @@ def lenses(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     y = g.v - p["eye_y"]
     streak = (torch.sign(g.u) * x * 0.8 + y * 0.6 + 0.012).abs() - 0.010
     fade = (0.65 - 6 * (y + 0.05)).clamp(0.25, 1.0)[:, None]  # lighter above
-    tint = p["frame_rgb"] * 0.28 + 0.01 + 0.10 * (1 - fade)
+    tint = p["frame_rgb"] * 0.12 + 0.02 + 0.09 * (1 - fade)
     opaque = lens + (~dark).float()
     canvas.paint(opaque, tint, "eye_g", torch.ones_like(lens), opacity=0.97)
     white = torch.ones_like(p["frame_rgb"])
@@ -55,7 +56,7 @@ def hat(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     line = p["hat_y"]
     x = g.x
     y = g.y
-    rx = p["face_w"] + 0.046 + 0.02 * p["hair_volume"] + 0.02 * (p["hair_length"] > 0)
+    rx = p["face_w"] + 0.038 + 0.02 * p["hair_volume"] + 0.02 * (p["hair_length"] > 0)
     top = torch.where(brimmed, -0.02, torch.where(beanie, 0.0, 0.015))
     half = torch.where(brimmed, rx * 0.86, rx)
     power = torch.where(brimmed, 3.0, 2.4)
@@ -85,7 +86,7 @@ def _band(canvas: Canvas, g: Geometry, p: Parameters, crown: Tensor, light: Tens
     beanie = (kind > 0.5) & (kind < 1.5)
     ribbon = torch.maximum(crown, line - 0.055 - g.y) + (kind < 1.5)
     canvas.paint(ribbon, p["band_rgb"], "hat", light)
-    rx = p["face_w"] + 0.056 + 0.02 * p["hair_volume"] + 0.02 * (p["hair_length"] > 0)
+    rx = p["face_w"] + 0.048 + 0.02 * p["hair_volume"] + 0.02 * (p["hair_length"] > 0)
     y = g.y - line + 0.020
     cuff = torch.maximum(y.abs() - 0.046, g.x.abs() - rx) + (~beanie).float()
     bulge = 1.04 - 0.22 * (y / 0.046) ** 2
