@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_labels
+from .checks import check_labels, check_tensor
 
 CLASSES: tuple[str, ...] = (
     "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear",
@@ -92,10 +92,13 @@ def pixel_counts(label_map: Tensor, where: Tensor | None = None) -> Tensor:
     where: bool, of the shape of label_map; only pixels where it is True are counted.
     """
     labels = check_labels(label_map, NUM_CLASSES).flatten(1)
-    if where is not None and where.shape != label_map.shape:
-        raise ValueError(
-            f"where {tuple(where.shape)} and label map {tuple(label_map.shape)} differ"
-        )
+    if where is not None:
+        check_tensor(where, "where")
+        if where.shape != label_map.shape or where.dtype != torch.bool:
+            raise ValueError(
+                f"where is {where.dtype} of shape {tuple(where.shape)}: expected booleans of the "
+                f"label map's shape {tuple(label_map.shape)}"
+            )
     ones = torch.ones_like(labels) if where is None else where.flatten(1).long()
     # a scatter refuses a label above 18, and is 100 times cheaper than one-hot at 512 px
     return labels.new_zeros(len(labels), NUM_CLASSES).scatter_add_(1, labels, ones)

@@ -183,6 +183,17 @@ def save_backbone(
 # --------------------------------------------------------------------------- latents and tokens
 
 
+def check_side(vae: AutoencoderKL, side: int) -> None:
+    """Refuse pictures that the autoencoder and the 2 x 2 tokens cannot divide.
+
+    Raises:
+        ConfigError: the side is no multiple of what they need, which the message names.
+    """
+    multiple = 2 ** len(vae.config.block_out_channels)  # the factor, and twice for tokens
+    if side % multiple:
+        raise ConfigError(f"data.size {side}: must be a multiple of {multiple} for this backbone")
+
+
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Images `b 3 h w` in [-1, 1] -> latents `b c h/f w/f`: `z = (mode - shift) * scale`."""
     mode = vae.encode(images.to(vae.dtype)).latent_dist.mode().float()

@@ -23,19 +23,38 @@ class NotFiniteError(UserError, FloatingPointError):
     """A loss, a gradient or a picture that is not finite; the message names the remedy."""
 
 
-def check_labels(label_map: Tensor, classes: int, name: str = "label map") -> Tensor:
-    """Class ids in [0, classes) of any integer type and shape, as int64.
+def check_tensor(x: Any, name: str) -> None:
+    """Refuse what is not a tensor.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
+def check_labels(
+    label_map: Tensor, classes: int, name: str = "label map", least: int = 2
+) -> Tensor:
+    """Class ids in [0, classes) of any integer type, as int64.
+
+    Args:
+        label_map: the ids.
+        classes: how many there are.
+        name: of the label map, for the message.
+        least: dimensions that it has at least.
 
     Raises:
         TypeError: not integers (booleans and floats are no ids).
-        ValueError: no pixel, or an id out of range.
+        ValueError: no pixel, too few dimensions, or an id out of range.
     """
-    if not isinstance(label_map, Tensor):
-        raise TypeError(f"{name}: expected a tensor of class ids, got {type(label_map).__name__}")
+    check_tensor(label_map, name)
     if label_map.is_floating_point() or label_map.is_complex() or label_map.dtype == torch.bool:
         raise TypeError(f"{name} is {label_map.dtype}; give class ids as integers")
     if label_map.numel() == 0:
         raise ValueError(f"{name} of shape {tuple(label_map.shape)} has no pixel")
+    if label_map.ndim < least:
+        raise ValueError(f"{name} of shape {tuple(label_map.shape)}: expected `h w` or `b h w`")
     ids = label_map.long()
     if ids.device.type == "cpu":
         low, high = (int(x) for x in torch.aminmax(ids))
@@ -53,8 +72,7 @@ def check_floats(x: Tensor, name: str) -> None:
         TypeError: not a tensor, or of integers, booleans or complex numbers.
         ValueError: it is empty.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    check_tensor(x, name)
     if not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}; give real numbers, for example float32")
     if x.numel() == 0:
@@ -65,19 +83,35 @@ def check_same_shape(**tensors: Tensor) -> None:
     """Refuse tensors of different shapes, which would broadcast; keywords name them.
 
     Raises:
+        TypeError: one is no tensor.
         ValueError: the shapes differ.
     """
+    for name, x in tensors.items():
+        check_tensor(x, name)
     if len({tuple(x.shape) for x in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"shapes differ: {shapes}")
+
+
+def check_broadcasts(x: Tensor, like: Tensor, name: str) -> None:
+    """Refuse what does not broadcast to the shape of `like`.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    pairs = zip(reversed(x.shape), reversed(like.shape), strict=False)
+    if x.ndim > like.ndim or any(a not in (1, b) for a, b in pairs):
+        raise ValueError(f"{name} {tuple(x.shape)} does not fit {tuple(like.shape)}")
 
 
 def check_per_sample(x: Tensor, b: int, name: str) -> None:
     """Refuse anything but one value for each of b samples.
 
     Raises:
+        TypeError: not a tensor.
         ValueError: the shape is not `(b,)`.
     """
+    check_tensor(x, name)
     if tuple(x.shape) != (b,):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({b},): one for each sample")
 

@@ -292,9 +292,12 @@ class Config:
         return load_config(dataclasses.asdict(self), **overrides)
 
     def save(self, path: Path) -> None:
-        """Write every resolved value as YAML."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        """Write every resolved value as YAML; OSError names the file."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def digest_values(config: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .attributes import pixel_counts
-from .backbone import Backbone, TextEmbedding, encode_images, encode_text, load_backbone
+from .backbone import Backbone, TextEmbedding, check_side, encode_images, encode_text, load_backbone
 from .config import BackboneConfig, Config, UserError, resolve
 from .mask_branch import mask_latents_of
 from .runs import content_key, parallel, path_digest, remove_leftovers, write_tensors
@@ -178,6 +178,8 @@ def encode_dataset(
     files = range(0, len(dataset.ids), FACES)
     missing = _missing(folder, files)
     wait()
+    if missing:
+        check_side(encoders().vae, config.data.size)
     for first in _bar(missing[rank::ranks], "images and masks", progress and rank == 0):
         rows = range(first, min(first + FACES, len(dataset.ids)))
         _write(folder / _image_file(first), *_encode_faces(dataset, rows, encoders()))

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from .attributes import NUM_CLASSES, one_hot, pixel_counts
 from .checks import (
+    check_broadcasts,
     check_floats,
     check_labels,
     check_number,
     check_per_sample,
     check_range,
     check_same_shape,
+    check_tensor,
     check_times,
 )
 from .config import LossConfig
@@ -61,8 +63,8 @@ def flow_matching_loss(v: Tensor, target: Tensor, weights: Tensor | None = None)
     if weights is not None:
         check_floats(weights, "weights")
         weights = weights[:, None] if weights.ndim == v.ndim - 1 else weights
+        check_broadcasts(weights, v, "weights")
         error = weights * error
-        check_same_shape(velocity=v, weighted=error)
     return error.square().flatten(1).mean(1)
 
 
@@ -78,7 +80,8 @@ def class_weights(counts: Tensor) -> Tensor:
     Raises:
         ValueError: not 19 counts, a negative one, or no pixel at all.
     """
-    if tuple(counts.shape) != (NUM_CLASSES,):
+    check_tensor(counts, "counts")
+    if counts.is_complex() or tuple(counts.shape) != (NUM_CLASSES,):
         raise ValueError(f"counts {tuple(counts.shape)}: expected ({NUM_CLASSES},), one a class")
     if counts.device.type == "cpu" and not (counts.min() >= 0 and 0 < counts.sum() < torch.inf):
         raise ValueError("counts must be pixels of a training set: none negative, some above 0")
@@ -115,7 +118,8 @@ def latent_weights(
         TypeError, ValueError: the label map is no `b h w` of ids 0-18, the counts are not 19, or
             latent_size is not in 1 to h.
     """
-    if label_map.ndim != 3:
+    check_tensor(label_map, "label map")
+    if label_map.ndim != 3 or label_map.numel() == 0:
         raise ValueError(f"label map {tuple(label_map.shape)}: expected `b h w`")
     check_number(latent_size, "latent_size", 1, min(label_map.shape[1:]), whole=True)
     if config.scope == "dataset":
@@ -184,6 +188,7 @@ def mask_consistency_loss(
         shape = tuple(probabilities.shape)
         raise ValueError(f"probabilities {shape}: expected `b {NUM_CLASSES} h w`")
     check_range(probabilities, -ROUNDING, 1 + ROUNDING, "probabilities", allow_nan=True)
+    check_tensor(label_map, "label map")
     if label_map.ndim != 3 or len(label_map) != len(probabilities):
         b = len(probabilities)
         raise ValueError(f"label map {tuple(label_map.shape)}: expected `b h w` with b = {b}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .attributes import CLASSES, GROUPS, NUM_CLASSES, pixel_counts
-from .checks import check_floats, check_labels, check_same_shape
+from .checks import check_floats, check_labels, check_same_shape, check_tensor
 
 RECALL = ("OAA", "HFA", "NFA", "RFA")
 
@@ -100,6 +100,8 @@ def accuracy_from_counts(
             pixels of a class than it has in the masks.
     """
     counts = [correct, support] if predicted is None else [correct, support, predicted]
+    for count in counts:
+        check_tensor(count, "counts")
     shapes = [tuple(count.shape) for count in counts]
     if len(set(shapes)) > 1 or shapes[0][-1:] != (NUM_CLASSES,):
         raise ValueError(f"counts have the shapes {shapes}; give equal ones that end in 19 classes")
@@ -181,7 +183,9 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
     check_same_shape(images=images, references=references)
     if images.ndim != 4:
         raise ValueError(f"images {tuple(images.shape)}: expected `b c h w`")
-    error = (images.clamp(-1, 1) - references.clamp(-1, 1)).square().flatten(1).mean(1)
+    kind = torch.promote_types(images.dtype, torch.float32)
+    error = (images.to(kind).clamp(-1, 1) - references.to(kind).clamp(-1, 1)).square()
+    error = error.flatten(1).mean(1)
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 

@@ -89,7 +89,7 @@ def test_losses_do_not_broadcast(labels, probabilities):
         losses.text_consistency_loss(one_text.expand(3, 8), one_text)
     with pytest.raises(ValueError, match="shapes differ"):
         losses.text_consistency_loss(torch.randn(3, 4), torch.randn(3, 1))
-    with pytest.raises(ValueError, match="shapes differ"):
+    with pytest.raises(ValueError, match=r"weights .* does not fit"):
         losses.flow_matching_loss(x, x, torch.ones(3 * B, SIDE, SIDE)[:, None])
     with pytest.raises(ValueError, match="shapes differ"):
         losses.flow_matching_loss(x, x[:1])
@@ -126,7 +126,7 @@ def test_losses_know_their_ranges(labels, probabilities):
     for side in (0, -1, SIDE + 1):
         with pytest.raises(ValueError, match="latent_size"):
             losses.latent_weights(labels, torch.ones(19), side, LossConfig())
-    with pytest.raises(TypeError, match="timesteps|real numbers"):
+    with pytest.raises(TypeError, match="real numbers"):
         losses.beta(torch.tensor([500, 900]))
     with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
         losses.beta(torch.tensor([500.0]))
@@ -211,7 +211,8 @@ def test_a_setting_that_means_nothing_is_refused_where_it_is_set(key, values):
 @pytest.mark.parametrize(
     "text",
     [
-        b"trainer: [5\nloss: }", b"\x00", b"\xff\xfe\xff", b"a: b: c", b"- 5", b"5", b"!!python/x 1",
+        b"trainer: [5\nloss: }", b"\x00", b"\xff\xfe\xff", b"a: b: c", b"- 5", b"5",
+        b"!!python/x 1",
         b"!!python/object/apply:os.system [ls]", b"a: 2020-99-99", b"? [a]\n: b", b"%", b"&a *a",
         b"[" * 3000, b"trainer: *nobody", b'"', b"\t- a",
     ],

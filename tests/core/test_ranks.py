@@ -54,7 +54,10 @@ def test_ranks_that_see_different_checkpoints_do_not_begin(monkeypatch):
     agree(SimpleNamespace(num_processes=1), {}, "nothing to compare")
 
 
-CHILD = "import ec2face_core.parent as p; p.end_with_parent(); print('up', flush=True); import time; time.sleep(60)"
+CHILD = (
+    "import time; from ec2face_core.parent import end_with_parent\n"
+    "end_with_parent(); print('up', flush=True); time.sleep(60)"
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")

@@ -79,6 +79,7 @@ def test_what_no_notebook_understands_is_refused(folder, requested, message):
         (["--profile", "minni"], "did you mean 'mini'"),
         (["--only", "01", "--seeds", "2"], "no selected notebook has 'seeds'"),
         (["-p", "sed", "7"], "no selected notebook has 'sed', did you mean 'seeds'"),
+        (["--profile", "smoke", "-p", "profile", "mini"], "name the profile by --profile"),
     ],
 )
 def test_a_senseless_command_line_ends_with_2_before_anything_runs(
@@ -217,3 +218,88 @@ pathlib.Path({str(artefact)!r}).write_text(os.environ["EC2FACE_NOTEBOOK"] + os.g
     assert again.status == "up to date" and again.memory == outcome.memory
     artefact.unlink()
     assert reproduce.run_notebook(notebook, parameters, config).status == "done"
+
+
+# ------------------------------------------------------------------- stamps by content
+
+
+def stamped(tmp_path, config, code: str = "x = 1"):
+    """A notebook, and the stamp and artefacts of a run that never happened."""
+    notebook = write_notebook(tmp_path / "nb" / "01_first.ipynb", code)
+    out = config.run_dir / "notebooks"
+    out.mkdir(parents=True)
+    config.figure_dir.mkdir(parents=True)
+    copy = out / notebook.name
+    copy.write_bytes(notebook.read_bytes())
+    (config.figure_dir / "fig.png").write_bytes(b"picture")
+    (config.figure_dir / "table.csv").write_text("a\n1\n")
+    artefacts = ("fig.png", "table.csv")
+    key = reproduce.identity(notebook, {}, config)
+    digests = reproduce._digests(copy, artefacts, config.figure_dir)
+    outcome = reproduce.Outcome("done", key, {}, 1.0, 5, artefacts, "", digests)
+    reproduce.write_json(out / "01_first.json", reproduce.dataclasses.asdict(outcome))
+    return notebook
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Whether papermill was called."""
+    calls = []
+    monkeypatch.setattr(reproduce, "_papermill", lambda *a: (calls.append(a), (1, 0))[1])
+    return calls
+
+
+def test_an_untouched_stamp_is_up_to_date(tmp_path, config, ran):
+    notebook = stamped(tmp_path, config)
+    assert reproduce.run_notebook(notebook, {}, config).status == "up to date" and not ran
+
+
+@pytest.mark.parametrize(
+    "name", ["figures/fig.png", "figures/table.csv", "notebooks/01_first.ipynb"]
+)
+@pytest.mark.parametrize("content", [b"", b"edited!", None])
+def test_an_emptied_edited_or_missing_artefact_or_copy_is_made_again(
+    tmp_path, config, ran, name, content
+):
+    notebook = stamped(tmp_path, config)
+    path = config.run_dir / name
+    path.unlink() if content is None else path.write_bytes(content)
+    reproduce.run_notebook(notebook, {}, config)
+    assert ran
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"a":1}', "[1]", "5", "{", "", "null", '{"key": "KEY"}', '{"key": "KEY", "artefacts": 5}'],
+)
+def test_a_damaged_stamp_is_no_stamp(tmp_path, config, ran, content):
+    notebook = stamped(tmp_path, config)
+    key = reproduce.identity(notebook, {}, config)
+    (config.run_dir / "notebooks" / "01_first.json").write_text(content.replace("KEY", key))
+    reproduce.run_notebook(notebook, {}, config)
+    assert ran
+
+
+def test_the_report_depends_on_the_tables_that_it_reads(tmp_path, config):
+    notebook = stamped(tmp_path, config, "from ec2face_lab.study.report import save_report")
+    before = reproduce.identity(notebook, {}, config)
+    (config.figure_dir / "table.csv").write_text("a\n2\n")
+    assert reproduce.identity(notebook, {}, config) != before
+
+
+def test_procedural_faces_count(tmp_path, config):
+    config = config.replace(data={"root": str(tmp_path / "faces")})
+    notebook = stamped(tmp_path, config)
+    keys = {reproduce.identity(notebook, {}, config)}
+    (tmp_path / "faces" / "mask").mkdir(parents=True)
+    for content in (b"one", b"two"):
+        (tmp_path / "faces" / "mask" / "0.png").write_bytes(content)
+        keys.add(reproduce.identity(notebook, {}, config))
+    assert len(keys) == 3
+
+
+def test_a_copy_that_is_no_notebook_is_told_in_a_sentence(tmp_path):
+    copy = tmp_path / "copy.ipynb"
+    for content in (b"", b"{", b"half of a noteb"):
+        copy.write_bytes(content)
+        assert "is the disk full?" in reproduce.describe_failure(copy, 1)
