@@ -112,7 +112,6 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
         DamagedError: they are not those that were kept (`sums.py`).
     """
     from diffusers import FluxPipeline
-    from safetensors import SafetensorError
 
     wanted = {name for part in parts for name in PARTS[part]}
     everything = {name for names in PARTS.values() for name in names}
@@ -129,8 +128,9 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
                 use_safetensors=True,  # a pickle runs code when it is opened
                 **dict.fromkeys(everything - wanted),
             )
-    except (OSError, SafetensorError) as error:
-        raise FileNotFoundError(_missing_message(config, str(error).split("\n")[0])) from error
+    except Exception as error:  # of a damaged file the libraries raise whatever they meet first
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise FileNotFoundError(_missing_message(config, reason)) from error
     backbone = Backbone(**{name: getattr(pipeline, name) for name in wanted})
     for module in backbone.modules():
         module.requires_grad_(False).eval()

@@ -23,8 +23,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+
+from .bounds import (
+    Count,
+    CountOrZero,
+    Flag,
+    FolderName,
+    Fraction,
+    Name,
+    NotNegative,
+    Positive,
+    Real,
+    Seed,
+    Size,
+    Text,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = Path(__file__).resolve().parent / "profiles"
@@ -40,35 +55,6 @@ class ConfigError(UserError, ValueError):
 
 # ------------------------------------------------------------------------------------- the schema
 
-
-def _number(value: Any) -> Any:
-    """Refuse booleans and 1_000, which pydantic accepts (YAML 1.1 reads 1e-4 as text: accepted)."""
-    if isinstance(value, bool):
-        raise ValueError("a boolean is not a number")
-    if isinstance(value, str) and not (value.isascii() and "_" not in value):
-        raise ValueError("input should be a valid number")
-    return value
-
-
-def _inside(name: str) -> str:
-    """Refuse a profile that would leave `runs/` by `..`; an absolute one is its own folder."""
-    if ".." in Path(name).parts or "\0" in name:
-        raise ValueError("must not lead out of the folder of runs")
-    return name
-
-
-Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
-Size = Annotated[int, Field(strict=True, ge=1, le=65_536)]  # of what is in memory at once
-Seed = Annotated[int, Field(strict=True, ge=0, le=2**40)]
-Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Positive = Annotated[Real, Field(gt=0)]
-NotNegative = Annotated[Real, Field(ge=0)]
-Fraction = Annotated[Real, Field(ge=0, le=1)]
-Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(strict=True)]
-Name = Annotated[str, Field(strict=True, min_length=1)]
-FolderName = Annotated[Name, AfterValidator(_inside)]
 
 # Fields that were added or renamed later keep old digests valid: a field with ADDED does not count
 # while it has its default, and `{"digest": name}` counts under its former name.
@@ -356,6 +342,11 @@ def load_config(values: Path | dict[str, Any], **overrides: Any) -> Config:
         values = read_yaml(path.read_bytes(), str(path)) or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected settings, got {type(values).__name__}")
+        try:
+            return load_config(values, **overrides)
+        except ConfigError as error:  # that of the overrides is not the file's
+            where = "" if overrides and _loads(values) else f"{path}: "
+            raise ConfigError(f"{where}{error}") from error
     merged = dataclasses.asdict(Config())
     _merge(merged, values)
     _merge(merged, overrides)
@@ -363,6 +354,14 @@ def load_config(values: Path | dict[str, Any], **overrides: Any) -> Config:
         return Config(**merged)
     except ValidationError as error:
         raise ConfigError("; ".join(map(_describe, error.errors()))) from error
+
+
+def _loads(values: dict[str, Any]) -> bool:
+    try:
+        load_config(values)
+    except ConfigError:
+        return False
+    return True
 
 
 def read_yaml(text: str | bytes, where: str) -> Any:
@@ -428,7 +427,8 @@ def adapter_dir(config: Config, variant: str) -> Path:
     """Folder of a variant's LoRA: this profile's retrained one, otherwise that of `adapters`."""
     name = adapter_name(config, variant)
     retrained = config.run_dir / "adapters" / name
-    return retrained if retrained.exists() else resolve(config.adapters) / name
+    there = any(retrained.glob("*.safetensors"))
+    return retrained if there else resolve(config.adapters) / name
 
 
 def trained_seeds(config: Config) -> int:

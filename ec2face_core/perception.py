@@ -24,7 +24,7 @@ from torch import Tensor
 from .attributes import FACER_TO_CELEBAMASK
 from .config import PerceptionConfig, UserError, resolve
 from .fast.transfer import send
-from .sums import check_sums
+from .sums import DamagedError, check_sums
 
 # our channel c = facer channel FACER_CHANNEL[c]: the inverse of FACER_TO_CELEBAMASK
 FACER_CHANNEL = torch.tensor(FACER_TO_CELEBAMASK).argsort()
@@ -118,7 +118,6 @@ class ClipScorer:
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         _quiet()
         import open_clip
-        from safetensors import SafetensorError
 
         self.device = torch.device(device)
         self.name, pretrained = _clip_name(name)
@@ -132,7 +131,9 @@ class ClipScorer:
                 self.name, pretrained, device=self.device, require_pretrained=True
             )
             self.tokenizer = open_clip.get_tokenizer(self.name)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except DamagedError:
+            raise
+        except Exception as error:  # open_clip and tokenizers raise whatever they meet first
             raise FileNotFoundError(
                 f"CLIP {name!r} cannot be opened: {error}. It is named by perception.clip and "
                 "perception.scoring_clip. Paper scale: downloaded from the hub at first use; "

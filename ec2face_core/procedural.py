@@ -53,9 +53,9 @@ def make_faces(root: Path, wanted: Mapping[str, Any]) -> None:
         maker(part, wanted["seed"], wanted["splits"], wanted["size"], wanted["look"])
         write_json(part / RECIPE, wanted)
         os.rename(part, root)
-    except OSError:
+    except OSError as error:
         if not root.exists():
-            raise
+            raise OSError(f"cannot make the faces of {root}: {error}") from error
     finally:
         remove(part)
 

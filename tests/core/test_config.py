@@ -180,6 +180,16 @@ def test_a_file_that_is_not_yaml_is_one_line(tmp_path):
         load_config(path)
 
 
+def test_a_setting_in_a_file_is_named_with_the_file_and_an_override_without(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("trainer: {steps: 3p}")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: trainer\.steps"):
+        load_config(path)
+    path.write_text("trainer: {steps: 3}")
+    with pytest.raises(ConfigError, match=r"^trainer\.steps"):
+        load_config(path, **{"trainer.steps": -1})
+
+
 def test_paths_on_a_command_line_are_the_users(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert user_path("runs") == tmp_path / "runs"

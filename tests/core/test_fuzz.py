@@ -1,7 +1,8 @@
 """Random calls of the public functions and random settings: right, or refused with a sentence.
 
 A refusal comes from a line of ours (not from the depths of a library), is a TypeError or
-ValueError, and is one line. An answer has the shape that is promised and is finite where its inputs are.
+ValueError, and is one line. An answer has the shape that is promised and is finite where its inputs
+are.
 """
 
 from __future__ import annotations

@@ -147,6 +147,7 @@ def test_a_damaged_note_is_named(tmp_path, content):
 
 def lora(folder, steps: int | None) -> None:
     folder.mkdir(parents=True)
+    (folder / "pytorch_lora_weights.safetensors").touch()
     if steps:
         parameters = {"steps": steps, "samples": 16 * steps}
         record = {"parameters": parameters, "inputs": {"data/mini/flux": "a"}}
