@@ -102,6 +102,28 @@ def test_a_child_ends_with_its_parent(module, tmp_path, monkeypatch, end):
     wait_for(lambda: not child.exists() or "\nState:\tZ" in (child / "status").read_text())
 
 
+def test_children_side_by_side_end_with_an_error_or_an_interrupt(module, tmp_path):
+    """Two run at a time; the others are never started."""
+    name, env = module(
+        "sleeps",
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+        "time.sleep(120)\n",
+    )
+    files = [tmp_path / str(k) for k in range(4)]
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), launch.side_by_side(2) as pool:
+        futures = [pool.submit(launch.run, name, str(file), env=env) for file in files]
+        wait_for(lambda: all(file.exists() and file.read_text() for file in files[:2]))
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 60
+    for file in files[:2]:
+        child = Path(f"/proc/{file.read_text()}")
+        assert not child.exists() or "\nState:\tZ" in (child / "status").read_text()
+    assert not files[2].exists() and not files[3].exists()
+    assert all(future.done() for future in futures)
+
+
 RANK = """
 import os, sys, time
 print("hello of rank", os.environ["RANK"], flush=True)
