@@ -124,6 +124,8 @@ def run(options: argparse.Namespace) -> None:
     """Train one stage; resumes if it was stopped."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA GPU; leave the option out")
+    # Its backward pass ends with an illegal memory access for heads of 32 channels (torch 2.11).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if options.stage == "gates":
         _gates(options.device)
         return

@@ -161,6 +161,8 @@ def _cell(rows: DataFrame, metric: str, interval: Callable[[float, float, int], 
     row = rows.loc[metric]
     digits = 3 if metric in ("LPIPS", "Diversity") else 2
     value = f"{row['value']:.{digits}f}"
+    if metric.startswith(tuple(PRESENCE)):
+        value += f" of {_count(row['n'])}"
     bounds = row[["joint_low", "joint_high"]] if _is_joint(row) else row[["ci_low", "ci_high"]]
     mark = " †" if row["p_holm"] < SIGNIFICANT else ""
     return value + ("" if bounds.isna().any() else interval(*bounds, digits)) + mark
@@ -200,6 +202,8 @@ def _notes(rows: DataFrame) -> list[str]:
     notes = []
     if len(ours):
         notes.append(f"Brackets: 95 % interval {_covers(ours)}; – : not measured here.")
+    if ours["metric"].str.startswith(tuple(PRESENCE)).any():
+        notes.append("Percent of n pictures, which these intervals take as independent.")
     if ours["p_holm"].notna().any():
         notes.append(
             "†: a claim of this table that holds after Holm's adjustment over all of them, for "

@@ -33,7 +33,7 @@ from .painters import through_autoencoder, weight_files
 from .pictures import PictureSet, batches
 from .png import load_pictures, save_picture
 from .scores import score_folder
-from .summary import summarise, summarise_difference
+from .summary import summarise, summarise_difference, verdict_of
 from .tables import MAIN
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ AUTOENCODED = "autoencoded"
 WAYS = (*FACTORS, PUBLISHED, AUTOENCODED)
 
 SPLIT = "validation"
+
+STANDINGS = {"higher": "leads", "not significant": "level with", "lower": "behind"}
 
 # way -> (label, marker, colour)
 MARKS = {
@@ -190,6 +192,9 @@ def kept_fairness(config: Config) -> tuple[DataFrame, Path] | None:
 def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "Text")) -> str:
     """One line for each metric and way: the systems that EC²Face leads, and the others.
 
+    A lead in attributes is one in recall and in F1, where the rows have it. Each side was trained
+    once, so intervals are over faces.
+
     Args:
         rows: those of `run_fairness`.
         metrics: in this order.
@@ -201,14 +206,14 @@ def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "
         ours, faces = table.loc["EC2Face", ["value", "n"]]
         lines.append(f"{metric}, EC²Face {ours:.1f}, {faces:.0f} faces (EC²Face minus system):")
         for way, (words, *_) in MARKS.items():
-            standing: dict[str, list[str]] = {"leads": [], "level with": [], "behind": []}
+            standing: dict[str, list[str]] = {word: [] for word in STANDINGS.values()}
             for name in PAPER:
                 if f"{name}, {way}" in table.index:
-                    row = table.loc[f"{MINUS.format(name)}, {way}"]
-                    gap, low, high = (row[k] for k in ("value", "ci_low", "ci_high"))
-                    verdict = "leads" if low > 0 else "behind" if high < 0 else "level with"
+                    label = f"{MINUS.format(name)}, {way}"
+                    gap, low, high = (table.loc[label, k] for k in ("value", "ci_low", "ci_high"))
+                    verdict = verdict_of(independent, label, metric)
                     value = table.loc[f"{name}, {way}", "value"]
-                    standing[verdict].append(
+                    standing.setdefault(STANDINGS.get(verdict, verdict), []).append(
                         f"{name} {value:.1f} ({gap:+.1f} [{low:+.1f}, {high:+.1f}])"
                     )
             groups = [

@@ -298,7 +298,7 @@ def describe_ceiling(rows: DataFrame, method: str, role: str = "independent") ->
     """How close a method comes to the real images, from the rows of a table."""
     values = rows[rows["critic"] == role].set_index(["method", "metric"])["value"]
     parts = []
-    for metric in [name for name in ("OAA", *GROUPS) if (method, name) in values]:
+    for metric in [name for name in ("OAA", *GROUPS, "F1", "mIoU") if (method, name) in values]:
         value = values[method, metric]
         top = values[REAL, metric]
         parts.append(f"{metric} {value:.1f} of {top:.1f} ({100 * value / top:.0f} %)")

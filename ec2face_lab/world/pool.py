@@ -24,7 +24,7 @@ from .sources import DataSource, caption_of, dense_condition
 
 POOL = 10**6  # number of the first face of the pool
 
-POOL_BATCH = 256  # faces of the pool that are sampled and encoded together
+POOL_BATCH = 512  # faces of the pool that are sampled and encoded together
 
 CAPTIONS = 4  # of each face of the pool
 
@@ -93,7 +93,7 @@ def encode_pool(source: DataSource, work: Path, faces: int, part: int = 0, parts
     from tqdm.auto import trange
 
     device = source.device
-    vae = with_trained_vae(source, work).vae.to(device, memory_format=torch.channels_last)
+    vae = with_trained_vae(source, work).vae.to(device)
     z_image = []
     z_condition = []
     shares = torch.tensor(list(source.condition_shares.values()), device=device)

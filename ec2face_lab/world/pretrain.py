@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ec2face_core.attributes import pixel_counts
 from ec2face_core.backbone import Backbone
@@ -110,7 +110,7 @@ def train_vae(
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     device = source.device
-    vae = untrained(source).vae.train().to(device, memory_format=torch.channels_last)
+    vae = untrained(source).vae.train().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=1e-4, fused=True)
     held_out = source.held_out_scenes(SEED, 128).image
     # Weights of small parts (eyes, lips, jewellery) replace the perceptual loss of a large model.
@@ -126,15 +126,12 @@ def train_vae(
         set_learning_rates(optimizer, progress, WARMUP)
         kind = kinds[number // blocks.steps % len(kinds)]
         image, condition, label_map = blocks(number, kind, generator)
-        x = torch.cat([image[n:], condition[:n]]).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([image[n:], condition[:n]])
         w = detail[torch.cat([label_map[n:], label_map[:n]])][:, None]
-        with autocast(device):
-            moments = vae.encoder(x)
-        posterior = DiagonalGaussianDistribution(moments.float())
-        with autocast(device):
-            z = posterior.sample(generator)
-            y = vae.decoder(z).float()
-            half = vae.decoder(F.avg_pool2d(z[: batch // 2], 2)).float()
+        posterior = DiagonalGaussianDistribution(_in_bf16(vae.encoder, x))
+        z = posterior.sample(generator)
+        y = _in_bf16(vae.decoder, z)
+        half = _in_bf16(vae.decoder, F.avg_pool2d(z[: batch // 2], 2))
         edges = (w[..., :-1, :-1] * _gradient(y - x)).mean()
         mode = posterior.mean
         spread = (mode.mean((0, 2, 3)) ** 2 + (mode.std((0, 2, 3)) - 1) ** 2).mean()
@@ -166,6 +163,15 @@ def train_vae(
     result = {**evaluate(), "samples": seen, "seconds": round(spent), "device": device_name(device)}
     write_json(work / "vae.json", result)
     print(result, flush=True)
+
+
+def _in_bf16(net: nn.Module, x: Tensor) -> Tensor:
+    """All of a network in bf16, also its normalisations, which autocast would leave in float32.
+
+    Weights stay in float32, as do their gradients. Returns float32.
+    """
+    weights = {name: p.to(torch.bfloat16) for name, p in net.named_parameters()}
+    return torch.func.functional_call(net, weights, (x.to(torch.bfloat16),)).float()
 
 
 def _gradient(x: Tensor) -> Tensor:

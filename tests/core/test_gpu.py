@@ -172,21 +172,6 @@ def test_attention_in_bfloat16_takes_a_fused_kernel(trainer, masked):
     assert kernel in ("flash_attention", "efficient_attention", "cudnn_attention")
 
 
-def test_compiled_blocks_agree_with_eager_ones(trainer, samples, monkeypatch):
-    if DEVICE.type == "cpu":  # inductor takes minutes there
-        eager = functools.partial(torch.compile, backend="aot_eager")
-        monkeypatch.setattr(torch, "compile", eager)
-    torch._dynamo.reset()
-    compiled = copy.deepcopy(trainer.transformer)
-    config = TrainerConfig(compile=True, gradient_checkpointing=True, recompute_every=2)
-    prepare_blocks(compiled, config)
-    v = velocity(trainer, samples)
-    assert relative_error([velocity(trainer, samples, compiled)], [v]) < 1e-4
-    expected = gradients(trainer, samples, trainer.transformer)
-    assert relative_error(gradients(trainer, samples, compiled), expected) < 1e-3
-    torch._dynamo.reset()
-
-
 # --------------------------------------------------------------------------------------- the waits
 
 
@@ -240,3 +225,21 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tiny_config, tmp_path):
     assert any(value.abs().max() > 0 for name, value in loras[1].items() if "lora_B" in name)
     for name, value in loras[1].items():
         torch.testing.assert_close(loras[0][name], value, rtol=1e-4, atol=1e-6)
+
+
+# --------------------------------------------------------------- compilation (the longest, so last)
+
+
+def test_compiled_blocks_agree_with_eager_ones(trainer, samples, monkeypatch):
+    if DEVICE.type == "cpu":  # inductor takes minutes there
+        eager = functools.partial(torch.compile, backend="aot_eager")
+        monkeypatch.setattr(torch, "compile", eager)
+    torch._dynamo.reset()
+    compiled = copy.deepcopy(trainer.transformer)
+    config = TrainerConfig(compile=True, gradient_checkpointing=True, recompute_every=2)
+    prepare_blocks(compiled, config)
+    v = velocity(trainer, samples)
+    assert relative_error([velocity(trainer, samples, compiled)], [v]) < 1e-4
+    expected = gradients(trainer, samples, trainer.transformer)
+    assert relative_error(gradients(trainer, samples, compiled), expected) < 1e-3
+    torch._dynamo.reset()

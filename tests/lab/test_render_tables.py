@@ -85,6 +85,7 @@ def test_f1_stands_beside_recall_and_the_rest_below(config):
         "| hat found where the mask has it (%) | hat found where it has none (%) |"
     )
     assert heads[3].startswith("| Class")
+    assert "| 71.23 of 300 [70.50, 72.00] | 71.23 of 300 [70.50, 72.00] |" in blocks[3]
 
 
 def test_other_tables_have_no_paper_columns(config):
