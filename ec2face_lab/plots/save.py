@@ -58,6 +58,7 @@ def save_figure(fig: Figure, name: str, config: Config, **details: Any) -> Path:
         f"(EC2Face on {config.backbone.path}, sampling seed {config.sampling.seed}).",
     }
     pdf_text = {"Title": name, "Subject": f"{text['Source']}. {text['Disclaimer']}"}
+    _check_name(name)
     target = config.figure_dir / f"{name}.png"
     with matplotlib.rc_context({"pdf.fonttype": 42}):
         for suffix, chunks in ((".png", text), (".pdf", pdf_text | {"CreationDate": None})):
@@ -104,6 +105,7 @@ def save_table(
     """
     import pandas as pd
 
+    _check_name(name)
     rows = rows.assign(table=name)
     if name in {"table1", "table2", "table3", "table4"}:
         rows = pd.concat([rows.assign(source="ours"), paper_table(int(name[-1])).astype(object)])
@@ -156,3 +158,9 @@ def save_rows(rows: DataFrame, path: Path, config: Config, **details: Any) -> Pa
         rows.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
     write_json(path.with_suffix(".json"), provenance(config, **details))
     return path
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name of files that would leave the folder of figures."""
+    if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
+        raise ResultsError(f"{name!r} is no name of a figure or table: leave out folders and dots")

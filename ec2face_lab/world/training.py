@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from ec2face_core.checkpoints import (
     save_checkpoint,
     training_tensors,
 )
+from ec2face_core.ranks import locked
 from ec2face_core.runs import add_metrics, cut_metrics
 from ec2face_core.trainer import learning_rate
 
@@ -67,13 +68,18 @@ def train(
 
     Returns:
         Seconds of optimisation over all runs.
+
+    Raises:
+        ConfigError: another training is at work in the folder.
     """
     from tqdm.auto import tqdm
 
-    folder.mkdir(parents=True, exist_ok=True)
+    alone = ExitStack()
+    if is_main:
+        alone.enter_context(locked(folder))
     number = 0
     spent = 0.0
-    if found := newest_checkpoint(folder / "checkpoints"):
+    if found := newest_checkpoint(folder / "checkpoints", ("seconds",)):
         _restore(state, found[0])
         number = found[1]["step"]
         spent = found[1]["seconds"]
@@ -98,7 +104,8 @@ def train(
 
     total = round(seconds) if seconds else steps
     unit = "s" if seconds else "step"
-    with tqdm(desc=folder.name, total=total, unit=unit, mininterval=1, disable=not is_main) as bar:
+    bar = tqdm(desc=folder.name, total=total, unit=unit, mininterval=1, disable=not is_main)
+    with alone, bar:
         while spent < (seconds or math.inf) and not (steps and number >= steps):
             began = clock()
             progress = min(1.0, spent / seconds) if seconds else number / steps

@@ -94,3 +94,11 @@ def test_rows_that_make_no_table_are_refused(config):
     with pytest.raises(save.ResultsError, match="more than one row for a cell"):
         save.save_table(some_rows(metric="OAA", critic="guiding"), "table1", config)
     assert not config.figure_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "..", "", ".x", "a\0b"])
+def test_names_stay_in_the_folder_of_figures(config, name):
+    with pytest.raises(save.ResultsError, match="no name of a figure or table"):
+        save.save_figure(a_figure(), name, config)
+    with pytest.raises(save.ResultsError, match="no name of a figure or table"):
+        save.save_table(some_rows(), name, config)
