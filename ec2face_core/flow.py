@@ -39,7 +39,13 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def target_velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """Eq. 3's target `mu_t = d x_t / d t`, the same at every time; ValueError if shapes differ."""
+    """Eq. 3's target `mu_t = d x_t / d t`, the same at every time.
+
+    Raises:
+        TypeError, ValueError: as for `interpolate`.
+    """
+    check_floats(x0, "x0")
+    check_floats(noise, "noise")
     check_same_shape(x0=x0, noise=noise)
     return noise - x0
 
