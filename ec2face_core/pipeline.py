@@ -29,7 +29,6 @@ from torch import Tensor
 from .attributes import NUM_CLASSES
 from .backbone import decode_latents, encode_text, load_backbone
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
-from .data import labels_from_palette
 from .mask_branch import (
     ADAPTER,
     MaskKVCache,
@@ -41,6 +40,7 @@ from .mask_branch import (
     read_mask_lora,
     save_mask_lora,
 )
+from .masks import labels_from_palette
 
 MaskLike = Tensor | np.ndarray | Image.Image | str | Path
 

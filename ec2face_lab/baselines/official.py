@@ -26,8 +26,10 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from ec2face_core.data import IMAGE_SUFFIXES, DataError, Report, Row
+from ec2face_core.pictures import IMAGE_SUFFIXES
+from ec2face_core.report import DataError, Report
 from ec2face_core.runs import content_key, parallel, path_digest, whole_file
+from ec2face_core.texts import Row
 
 CAPTIONS = 10  # of a face in MM-CelebA-HQ; the keys of PixelFace+ count them
 

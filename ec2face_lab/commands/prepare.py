@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from ec2face_core.config import Config, add_config_options, config_from_args, resolve, user_path
-from ec2face_core.data import read_manifest
 from ec2face_core.perception import FaceParser
+from ec2face_core.texts import read_manifest
 
 from ..prepare.convert import from_celebamask_hq, from_merged
 from ..prepare.inventory import (

@@ -22,19 +22,12 @@ import torch
 from PIL import Image
 
 from ec2face_core.attributes import CLASS_ID, CLASSES, PALETTE
-from ec2face_core.data import (
-    IMAGE_SUFFIXES,
-    MANIFEST_COLUMNS,
-    DataError,
-    Report,
-    check_ids,
-    files_by_id,
-    labels_from_palette,
-    read_captions,
-    read_image,
-    read_mask,
-)
+from ec2face_core.data import files_by_id
+from ec2face_core.masks import check_ids, labels_from_palette, read_mask
+from ec2face_core.pictures import IMAGE_SUFFIXES, read_image
+from ec2face_core.report import DataError, Report
 from ec2face_core.runs import parallel, whole_file
+from ec2face_core.texts import MANIFEST_COLUMNS, read_captions
 
 from .captions import FaceAttributes, captions_from_mask, celeba_attributes
 from .captions import captions as compose

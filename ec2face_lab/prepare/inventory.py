@@ -20,16 +20,10 @@ from torch import Tensor
 
 from ec2face_core.backbone import is_hub_id
 from ec2face_core.config import Config, resolve
-from ec2face_core.data import (
-    IMAGE_SUFFIXES,
-    DataError,
-    FaceDataset,
-    Report,
-    files_by_id,
-    open_dataset,
-    read_image,
-)
+from ec2face_core.data import FaceDataset, files_by_id, open_dataset
 from ec2face_core.perception import LOCAL_DIR, FaceParser, WeightsError, check_torchscript
+from ec2face_core.pictures import IMAGE_SUFFIXES, read_image
+from ec2face_core.report import DataError, Report
 
 from . import weights
 from .convert import PART_FOLDERS, celebamask_files, paint_parts

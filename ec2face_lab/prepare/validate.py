@@ -14,18 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ec2face_core.attributes import CLASS_ID, FLIP_PAIRS
-from ec2face_core.data import (
-    SUFFIXES,
-    DataError,
-    Report,
-    Row,
-    files_by_id,
-    read_captions,
-    read_image,
-    read_manifest,
-    read_mask,
-)
+from ec2face_core.data import SUFFIXES, files_by_id
+from ec2face_core.masks import read_mask
+from ec2face_core.pictures import read_image
+from ec2face_core.report import DataError, Report
 from ec2face_core.runs import parallel
+from ec2face_core.texts import Row, read_captions, read_manifest
 
 T = TypeVar("T")
 Problems = list[tuple[Path, str]]  # files and what is wrong with each

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ec2face_core.data import read_image
+from ec2face_core.pictures import read_image
 from ec2face_core.runs import parallel, whole_file
 
 

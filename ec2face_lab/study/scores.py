@@ -20,17 +20,11 @@ from torch import Tensor
 
 from ec2face_core.attributes import CLASSES
 from ec2face_core.config import Config, ConfigError, resolve
-from ec2face_core.data import (
-    IMAGE_SUFFIXES,
-    DataError,
-    FaceDataset,
-    Report,
-    files_by_id,
-    open_dataset,
-    read_image,
-)
+from ec2face_core.data import FaceDataset, files_by_id, open_dataset
 from ec2face_core.metrics import mask_counts
 from ec2face_core.perception import LOCAL_DIR, ClipScorer, FaceParser
+from ec2face_core.pictures import IMAGE_SUFFIXES, read_image
+from ec2face_core.report import DataError, Report
 from ec2face_core.runs import content_key, parallel, path_digest
 
 from ..cache import code_digest, data_digest, write_frame

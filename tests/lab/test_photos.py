@@ -10,8 +10,8 @@ import torch
 from face_files import canonical_points, coloured, detect, label_map, save_colour_parser
 from PIL import Image
 
-from ec2face_core.data import DataError
 from ec2face_core.perception import FaceParser, WeightsError
+from ec2face_core.report import DataError
 from ec2face_lab.prepare import photos
 from ec2face_lab.prepare.validate import validate
 
