@@ -120,8 +120,8 @@ def report_missing(
         hint = ""
         if near is not None and near.suffix.lower() not in SUFFIXES[kind]:
             lossy = kind == "mask" and near.suffix.lower() in (".jpg", ".jpeg")
-            read = " and ".join(SUFFIXES[kind])
-            why = "its loss changes ids; export PNG" if lossy else f"{read} are read"
+            names_read = ", ".join(SUFFIXES[kind])
+            why = "its loss changes ids; export PNG" if lossy else f"only {names_read} is read"
             hint = f": {near.name} is there, but {why}"
         elif near is not None:
             hint = f": {near.name} is there, whose id has other zeros (a spreadsheet drops them)"

@@ -26,8 +26,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from .attributes import NUM_CLASSES
-from .backbone import decode_latents, encode_text, load_backbone
+from .backbone import decode_latents, encode_text, load_backbone, warn_of_lost_words
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
 from .mask_branch import (
     ADAPTER,
@@ -40,7 +39,8 @@ from .mask_branch import (
     read_mask_lora,
     save_mask_lora,
 )
-from .masks import labels_from_palette
+from .masks import mask_ids, split_masks
+from .texts import clean
 
 MaskLike = Tensor | np.ndarray | Image.Image | str | Path
 
@@ -179,11 +179,13 @@ class EC2FacePipeline(DiffusionPipeline):
         """Generate faces. Mask only: leave `prompt` empty. Text only: leave `mask` out.
 
         Args:
-            prompt: one text or one per picture; "" is no text.
+            prompt: one text or one per picture; "" is no text. A warning names words that the text
+                encoders do not read.
             mask: one mask or one per picture (None in the list: no mask for that picture). A mask
                 is a label map (int tensor or array `h w`; `b h w` is b masks), a PIL image or a
                 path: a palette or grey image of label ids, or an RGB image in the palette's
-                colours. It is resized to the picture's size by the nearest pixel.
+                colours (`masks.py` has the rules). It has the picture's shape and is resized to its
+                size by the nearest pixel.
             num_inference_steps: Euler steps.
             guidance_scale: value of the guidance embedding; default: the model's own.
             text_guidance: classifier-free guidance scale `s_t` of the text (see
@@ -204,14 +206,14 @@ class EC2FacePipeline(DiffusionPipeline):
             The pictures.
 
         Raises:
-            ValueError: numbers of prompts, masks, generators or latents that do not fit; a label
-                above 18; an unsupported size or output type.
+            ValueError: numbers of prompts, masks, generators or latents that do not fit; a mask
+                that cannot be read; an unsupported size or output type.
         """
         size = (height or self.config.image_size, width or self.config.image_size)
         self._check(size, num_inference_steps, output_type)
         device = self._execution_device
         f = self.vae_scale_factor
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _prompt_list(prompt)
         masks = _mask_list(mask)
         pairs = max(len(prompts), len(masks))
         if len(prompts) not in (1, pairs) or len(masks) not in (1, pairs):
@@ -219,6 +221,7 @@ class EC2FacePipeline(DiffusionPipeline):
         b = pairs * num_images_per_prompt
 
         # text embedded once per prompt, masks encoded once each, then laid out for b pictures
+        warn_of_lost_words(self, prompts, self.config.text_length, stacklevel=4)
         text = encode_text(self, prompts, self.config.text_length)
         text = text[torch.arange(b) // num_images_per_prompt % len(prompts)]
         mask_latents: Tensor | MaskKVCache | None = None
@@ -303,55 +306,38 @@ def flux_timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device
     return timesteps
 
 
-# ----------------------------------------------------------------------------------------- masks
+# ----------------------------------------------------------------------------- prompts and masks
+
+
+def _prompt_list(prompt: Any) -> list[str]:
+    """The user's prompts, cleaned as captions are."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for text in prompts:
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt is a text, got {type(text).__name__} {text!r:.40}")
+    return [clean(text) for text in prompts]
 
 
 def _mask_list(mask: Any) -> list[Tensor | None]:
     """The user's masks -> one label map `h w`, or None, per mask."""
-    if isinstance(mask, (Tensor, np.ndarray)) and mask.ndim == 3:
-        mask = list(mask)
-    if isinstance(mask, Sequence) and not isinstance(mask, str):
-        if not mask:
-            raise ValueError("mask is an empty list: give None for no mask")
-        return [None if m is None else _label_map(m) for m in mask]
-    return [None if mask is None else _label_map(mask)]
-
-
-def _label_map(mask: MaskLike) -> Tensor:
-    """One mask in any form -> label map `h w`, int64, checked."""
-    name = f"mask {mask}" if isinstance(mask, (str, Path)) else "mask"
-    if isinstance(mask, (str, Path)):
-        with Image.open(mask) as image:
-            image.load()
-        mask = image
-    if isinstance(mask, Image.Image):
-        if mask.mode in ("RGB", "RGBA"):
-            return torch.as_tensor(labels_from_palette(np.array(mask.convert("RGB")))).long()
-        mask = np.array(mask)
-    if not isinstance(mask, (Tensor, np.ndarray)):
-        raise ValueError(
-            f"{name}: a {type(mask).__name__} is not a mask; give a tensor, "
-            "an array, a PIL image or a path"
-        )
-    labels = torch.as_tensor(mask).detach().cpu()
-    if labels.ndim != 2 or labels.is_floating_point():
-        raise ValueError(
-            f"{name}: expected integer label ids of shape h w, got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}; give pictures as PIL images"
-        )
-    labels = labels.long()
-    if labels.min() < 0 or labels.max() >= NUM_CLASSES:
-        raise ValueError(
-            f"{name}: label ids must be 0-{NUM_CLASSES - 1}, "
-            f"found {int(labels.min())}-{int(labels.max())}"
-        )
-    return labels
+    if isinstance(mask, (Tensor, np.ndarray)):
+        mask = split_masks(mask)
+    masks = mask if isinstance(mask, Sequence) and not isinstance(mask, str) else [mask]
+    if not masks:
+        raise ValueError("mask is an empty list: give None for no mask")
+    return [None if m is None else torch.from_numpy(mask_ids(m)) for m in masks]
 
 
 def _resize(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize by nearest neighbour, aligned at pixel centres."""
+    """Resize by nearest neighbour, aligned at pixel centres; another shape is refused."""
     if labels.shape == size:
         return labels
+    h, w = labels.shape
+    if abs(h * size[1] - w * size[0]) > max(size):  # a pixel of rounding is none
+        raise ValueError(
+            f"a mask of {w}x{h} would be stretched to a picture of {size[1]}x{size[0]}: crop or "
+            "pad it to the same shape"
+        )
     resized = torch.nn.functional.interpolate(
         labels[None, None].double(), size, mode="nearest-exact"
     )

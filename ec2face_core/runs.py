@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .config import ROOT, Config, ConfigError, digest_values, resolve
+from .config import ROOT, Config, ConfigError, digest_values, resolve, user_path
+from .paths import CODE
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -286,7 +287,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
     samples_per_second, grad_norm (before clipping) and batch means: t, total, flow, text, mask,
     beta (the parts of Eq. 12) and unweighted_flow (Eq. 3 whatever the weights are).
     """
-    path = resolve(run_dir) / "metrics.jsonl"
+    path = user_path(run_dir) / "metrics.jsonl"
     rows: list[dict[str, float]] = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -359,7 +360,7 @@ def _git_state() -> tuple[str | None, bool | None]:
     def git(*command: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
+                ["git", *command], cwd=CODE, capture_output=True, text=True, check=True
             )
         except (OSError, subprocess.CalledProcessError):
             return None

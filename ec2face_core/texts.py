@@ -31,6 +31,10 @@ LINE_END = re.compile(r"\r\n|\r|\n")
 COUNT = re.compile(r"[0-9]{1,6}")
 
 
+class LostWordsWarning(UserWarning):
+    """A text is longer than its encoder reads."""
+
+
 class Row(NamedTuple):
     """One line of the manifest: the split of a face and the caption that evaluation uses."""
 
@@ -179,7 +183,7 @@ def lost_texts(tokenizer: Any, texts: Sequence[str], length: int) -> dict[str, s
         texts: what it is given.
         length: tokens that the encoder reads, special ones included.
     """
-    if not texts:
+    if not texts or not tokenizer.is_fast:
         return {}
     encoded = tokenizer(
         list(texts),

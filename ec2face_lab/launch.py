@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ec2face_core.config import ROOT
+from ec2face_core.paths import CODE
 from ec2face_core.train import END_WITH_PARENT, tie_to
 
 LAST_LINES = 30
@@ -81,7 +82,7 @@ def run(
     last: deque[str] = deque(maxlen=LAST_LINES)
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=CODE,  # the packages are imported from there
         env=child_environment(num_processes) | dict(env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -20,7 +20,14 @@ from pathlib import Path
 
 import torch
 
-from ec2face_core.config import Config, add_config_options, config_from_args, resolve, user_path
+from ec2face_core.config import (
+    ROOT,
+    Config,
+    add_config_options,
+    config_from_args,
+    resolve,
+    user_path,
+)
 from ec2face_core.perception import FaceParser
 from ec2face_core.texts import read_manifest
 
@@ -49,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The inventory's options, and sub-commands for single folders."""
     add_config_options(parser, "paper")
     parser.add_argument(
-        "--downloads", type=user_path, metavar="DIR", default=resolve("data/raw"),
+        "--downloads", type=user_path, metavar="DIR", default=ROOT / "data" / "raw",
         help=f"folder that holds {CELEBAMASK}/, multi-modal-celeba/, {FFHQ_TEXT}/ and weights/",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only report; write nothing")
@@ -80,6 +87,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         convert.add_argument("--size", type=int, default=512, help="pixels")
         convert.add_argument("--train", type=int, default=default, help=train)
+        convert.add_argument(
+            "--skip-bad", action="store_true",
+            help="leave out faces that cannot be used; OUT/left_out.csv lists them",
+        )  # fmt: skip
+        if name == "convert-merged":
+            convert.add_argument(
+                "--snap-edges", action="store_true",
+                help="give smooth edges of colour masks to the neighbour with the nearest colour",
+            )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -92,7 +108,14 @@ def run(options: argparse.Namespace) -> int:
     if options.action is not None:
         raw = options.action == "convert-celebamask"
         convert = from_celebamask_hq if raw else from_merged
-        convert(options.source, options.out, options.captions, options.size, options.train)
+        asked = {"skip_bad": options.skip_bad}
+        if not raw:
+            asked["snap_edges"] = options.snap_edges
+        report = convert(
+            options.source, options.out, options.captions, options.size, options.train, **asked
+        )
+        if report.problems or report.notes:
+            print(report)
         rows = read_manifest(options.out)
         print(f"{options.out}: {dict(Counter(row.split for row in rows.values()))}")
         return 0

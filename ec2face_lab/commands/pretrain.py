@@ -16,7 +16,7 @@ import argparse
 
 import torch
 
-from ec2face_core.config import UserError, resolve, user_path
+from ec2face_core.config import ROOT, UserError, user_path
 
 from ..world import pretrain, pretrain_perception
 from ..world.sources import FolderFaces, ProceduralFaces
@@ -29,7 +29,7 @@ STAGES = {
     "clip": "a CLIP",
 }
 SAMPLES = {"vae": 60_000, "latents": 24_576, "flux": 200_000, **pretrain_perception.SAMPLES}
-BUNDLE = resolve("data/mini")
+BUNDLE = ROOT / "data" / "mini"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

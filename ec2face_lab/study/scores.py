@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ec2face_core.attributes import CLASSES
 from ec2face_core.config import Config, ConfigError, resolve
-from ec2face_core.data import FaceDataset, files_by_id, open_dataset
+from ec2face_core.data import FaceDataset, files_by_id, open_dataset, paired, report_missing
 from ec2face_core.metrics import mask_counts
 from ec2face_core.perception import LOCAL_DIR, ClipScorer, FaceParser
 from ec2face_core.pictures import IMAGE_SUFFIXES, read_image
 from ec2face_core.report import DataError, Report
 from ec2face_core.runs import content_key, parallel, path_digest
+from ec2face_core.texts import LostWordsWarning, describe_loss
 
 from ..cache import code_digest, data_digest, write_frame
 from .png import read_picture
@@ -282,12 +283,17 @@ def score_folder(
         _check_pictures(report, files, config.data.size)
     cache = config.run_dir / "scores" / f"{folder.name}-{_score_key(files, dataset, config)}.csv"
     if cache.is_file():
-        return pd.read_csv(cache, dtype={"id": str}, float_precision="round_trip")
+        return pd.read_csv(cache, converters={"id": str}, float_precision="round_trip")
     _check_pictures(report, files, config.data.size)
 
     from tqdm.auto import tqdm
 
     models = perception_models(config)
+    captions = [dataset.manifest_caption(name) for name in ids]
+    for role, clip in models.clips.items():
+        if lost := clip.lost_texts(captions):
+            message = describe_loss(lost, len(captions), f"the {role} CLIP")
+            warnings.warn(message, LostWordsWarning, stacklevel=2)
     starts = range(0, len(ids), BATCH)
     bar = tqdm(starts, f"scoring {folder.name}", mininterval=1, disable=not progress)
     parts = [_score(models, files, ids[start : start + BATCH], dataset) for start in bar]
@@ -339,9 +345,9 @@ def _named_files(
     report = Report(folder, len(ids))
     known = set(dataset.ids)
     files = files_by_id(folder, IMAGE_SUFFIXES, report)
-    for name in ids:
-        if name not in files:
-            report.add(folder / f"{name}.png", "missing")
+    files = paired(known, files)
+    missing = [name for name in ids if name not in files]
+    report_missing(folder, "image", missing, report)
     for name, path in files.items():
         if name not in known:
             report.add(path, f"no face {name} in {dataset.root.name}, split {dataset.split}")
