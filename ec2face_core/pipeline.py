@@ -40,6 +40,7 @@ from .mask_branch import (
     save_mask_lora,
 )
 from .masks import mask_ids, split_masks
+from .paths import user_path
 from .texts import clean
 
 MaskLike = Tensor | np.ndarray | Image.Image | str | Path
@@ -152,7 +153,9 @@ class EC2FacePipeline(DiffusionPipeline):
                 self.load_mask_lora(folder)
 
     def load_mask_lora(self, folder: str | Path) -> None:
-        """Load a mask LoRA, replacing the one that is there."""
+        """Load a mask LoRA from its folder or file, replacing the one that is there."""
+        folder = user_path(folder)
+        folder = folder.parent if folder.is_file() else folder
         _, text_length = read_mask_lora(folder)
         load_mask_lora(self.transformer, folder)
         self.register_to_config(text_length=text_length)

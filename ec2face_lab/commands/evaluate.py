@@ -20,7 +20,7 @@ from ec2face_core.texts import read_manifest
 
 from ..baselines.official import LAYOUTS, SYSTEM_OF, adopt
 from ..cache import write_frame
-from ..plots.render_tables import METHODS, render_markdown
+from ..plots.render_tables import markdown_name, render_markdown
 from ..study.intervals import summarise
 from ..study.pictures import official_pictures
 from ..study.scores import evaluated_ids, score_folder
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         rows = summarise(per_image, "evaluation", method, dataset.root.name, config, seeds)
         target = config.run_dir / "evaluation" / f"{options.split}-{method}.csv"
         write_frame(target, rows)
-        print(render_markdown(rows, f"{METHODS.get(method, method)}, {len(per_image)} faces."))
+        print(render_markdown(rows, f"{markdown_name(method)}, {len(per_image)} faces."))
         print(f"rows: {target}")
 
 
