@@ -24,7 +24,8 @@ LOSSY = ("JPEG", "MPO")
 TOLERANCE = 32.0  # Euclidean distance of a colour to its palette colour, 0-255
 PALETTE_TOLERANCE = 8.0  # the same for the few colours of a palette image
 EDGE_TOLERANCE = 8.0  # within it, a pixel of a mask with smooth edges is no edge
-SMOOTH = 0.25  # largest share of edge pixels in such a mask
+SMOOTH = 0.4  # largest share of edge pixels in such a mask
+NEIGHBOURS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 ROUNDS = 16  # pixels that its edges may be wide
 LEVELS = {"L;2": 85, "L;4": 17}  # Pillow scales grey images of few bits by these factors
 
@@ -52,7 +53,9 @@ def read_part(path: Path) -> np.ndarray:
     """Where a part mask of CelebAMask-HQ is not zero, `(h, w)` bool."""
     image = decoded(open_header(path, "part"), "part")
     _refuse_loss(image)
-    if image.mode in ("RGB", "L", "1") or image.mode.startswith("I"):
+    if image.mode in ("L", "1") or image.mode.startswith("I"):
+        return np.asarray(image) != 0
+    if image.mode == "RGB":
         return np.asarray(image.getchannel(0)) != 0  # one channel, as g_mask.py reads it
     _refuse_transparency(image)
     return np.asarray(image.convert("L")) != 0
@@ -160,7 +163,7 @@ def labels_from_palette(
         palette: colours of the classes, 0-255.
         tolerance: largest Euclidean distance of a pixel to its colour, in units of 0-255.
         snap_edges: give the pixels of smooth (anti-aliased) edges the class of the neighbour whose
-            colour is nearest, instead of refusing them.
+            colour is nearest, instead of refusing them; lines of one pixel may be lost.
 
     Returns:
         Class ids `(h, w)` uint8.
@@ -184,12 +187,30 @@ def labels_from_palette(
         distance = np.linalg.norm(values[:, None].astype(float) - known[None], axis=-1)
         nearest[colours[part]] = distance.argmin(1)
         gap[part] = distance.min(1)
-    if snap_edges and (gap > EDGE_TOLERANCE).any():
-        seen[colours] = gap > EDGE_TOLERANCE
-        return _snapped(rgb, _looked_up(nearest, rgb), _looked_up(seen, rgb), known)
-    if (gap > tolerance).any():
-        raise DataError(_far_colours(rgb, colours[gap > tolerance], gap[gap > tolerance]))
-    return _looked_up(nearest, rgb)
+    ids = _looked_up(nearest, rgb)
+    far = gap > (EDGE_TOLERANCE if snap_edges else tolerance)
+    if not far.any():
+        return ids
+    seen[colours] = far
+    edge = _looked_up(seen, rgb)
+    numbers, counts = np.unique(_packed(rgb[edge]), return_counts=True)
+    most = int(counts.argmax())
+    smooth = edge.mean() < SMOOTH and counts[most] < 0.5 * edge.sum()
+    smooth = smooth and _areas(rgb, edge).sum() < 0.1 * edge.sum()
+    if snap_edges and smooth:
+        return _snapped(rgb, ids, edge | ~_solid(rgb), known)
+    if smooth:
+        raise DataError(
+            f"{edge.mean():.2%} of the pixels are {len(numbers)} colours between the palette's, as "
+            "smooth (anti-aliased) edges have them: export without smoothing, or snap them to "
+            "their neighbours (`convert-merged --snap-edges`, labels_from_palette(snap_edges=True))"
+        )
+    worst = int(numbers[most])
+    raise DataError(
+        f"colour {(worst >> 16, worst >> 8 & 255, worst & 255)} on {counts[most] / edge.size:.2%} "
+        f"of the pixels is {gap[colours == worst][0]:.0f} away from every palette colour (limit "
+        f"{tolerance:g}): another palette, or a mask saved as JPEG"
+    )
 
 
 def _strips(rgb: np.ndarray) -> list[np.ndarray]:
@@ -208,38 +229,38 @@ def _looked_up(table: np.ndarray, rgb: np.ndarray) -> np.ndarray:
     return np.concatenate([table[_packed(part)] for part in _strips(rgb)])
 
 
-def _far_colours(rgb: np.ndarray, colours: np.ndarray, gap: np.ndarray) -> str:
-    """Why colours that are far from the palette's may be there."""
-    far = np.zeros(2**24, bool)
-    far[colours] = True
-    pixels = _packed(rgb[_looked_up(far, rgb)])
-    counts = np.bincount(np.searchsorted(colours, pixels), minlength=len(colours))
-    worst = int(counts.argmax())
-    colour = (int(colours[worst]) >> 16, int(colours[worst]) >> 8 & 255, int(colours[worst]) & 255)
-    size = rgb.shape[0] * rgb.shape[1]
-    share = len(pixels) / size
-    if share < SMOOTH and counts[worst] < 0.5 * len(pixels):
-        return (
-            f"{share:.2%} of the pixels are {len(colours)} colours between the palette's, as "
-            "smooth (anti-aliased) edges have them: export without smoothing, or snap them to "
-            "their neighbours (`convert-merged --snap-edges`, labels_from_palette(snap_edges=True))"
-        )
-    return (
-        f"colour {colour} on {counts[worst] / size:.2%} of the pixels is {gap[worst]:.0f} "
-        f"away from every palette colour (limit {TOLERANCE:g}): another palette, or a mask saved "
-        "as JPEG"
-    )
+def _areas(rgb: np.ndarray, edge: np.ndarray) -> np.ndarray:
+    """Which of these pixels have the colour of all their eight neighbours: no edges are so."""
+    inside = edge[1:-1, 1:-1].copy()
+    centre = rgb[1:-1, 1:-1]
+    for dy, dx in NEIGHBOURS:
+        moved = rgb[1 + dy : len(rgb) - 1 + dy, 1 + dx : rgb.shape[1] - 1 + dx]
+        inside &= (moved == centre).all(-1)
+    return inside
+
+
+def _solid(rgb: np.ndarray) -> np.ndarray:
+    """Which pixels lie in a square of 2 x 2 of one colour.
+
+    Others may be part of an edge even in a palette colour: black to hair passes l_lip.
+    """
+    same = (rgb[:-1] == rgb[1:]).all(-1)
+    across = (rgb[:, :-1] == rgb[:, 1:]).all(-1)
+    square = same[:, :-1] & same[:, 1:] & across[:-1] & across[1:]
+    solid = np.zeros(rgb.shape[:2], bool)
+    for y in (slice(None, -1), slice(1, None)):
+        for x in (slice(None, -1), slice(1, None)):
+            solid[y, x] |= square
+    return solid
 
 
 def _snapped(rgb: np.ndarray, ids: np.ndarray, edge: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Ids in which each edge pixel has the class of the neighbour with the nearest colour."""
-    share = edge.mean()
-    rounds = 0
-    while edge.any():
+    for _ in range(ROUNDS):
         rows, columns = np.nonzero(edge)
         best = np.full(len(rows), np.inf)
         label = ids[rows, columns]
-        for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
+        for dy, dx in NEIGHBOURS:
             y = np.clip(rows + dy, 0, ids.shape[0] - 1)
             x = np.clip(columns + dx, 0, ids.shape[1] - 1)
             gap = np.linalg.norm(rgb[rows, columns].astype(float) - palette[ids[y, x]], axis=-1)
@@ -247,15 +268,14 @@ def _snapped(rgb: np.ndarray, ids: np.ndarray, edge: np.ndarray, palette: np.nda
             best[closer] = gap[closer]
             label[closer] = ids[y, x][closer]
         reached = np.isfinite(best)
-        rounds += 1
-        if share > SMOOTH or rounds > ROUNDS or not reached.any():
-            raise DataError(
-                f"{share:.2%} of the pixels have no palette colour, more than smooth edges have: "
-                "another palette"
-            )
         ids[rows[reached], columns[reached]] = label[reached]
         edge[rows[reached], columns[reached]] = False
-    return ids
+        if not edge.any():
+            return ids
+    raise DataError(
+        f"{edge.mean():.2%} of the pixels have no palette colour and no neighbour within {ROUNDS} "
+        "pixels that has one: another palette"
+    )
 
 
 def _palette_ids(image: Image.Image, snap_edges: bool) -> np.ndarray:
@@ -275,7 +295,8 @@ def _palette_ids(image: Image.Image, snap_edges: bool) -> np.ndarray:
     distance = np.linalg.norm(shown[:, None].astype(float) - np.array(PALETTE)[None], axis=-1)
     # two colours for one class would be two classes of another palette
     classes = {tuple(c): int(d.argmin()) for c, d in zip(shown.tolist(), distance, strict=True)}
-    if distance.min(1).max() <= PALETTE_TOLERANCE and len(set(classes.values())) == len(classes):
+    unique = len(set(classes.values())) == len(classes) and (len(classes) > 1 or len(used) == 1)
+    if unique and distance.min(1).max() <= PALETTE_TOLERANCE:
         return labels_from_palette(rgb)
     raise DataError(
         "another palette: the file's colours are neither ours in any order nor grey, so nobody "

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from .report import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 MAX_BYTES = 2**30  # of a file that can be a picture of a face
 
 
