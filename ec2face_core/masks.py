@@ -198,7 +198,7 @@ def labels_from_palette(
     smooth = edge.mean() < SMOOTH and counts[most] < 0.5 * edge.sum()
     smooth = smooth and _areas(rgb, edge).sum() < 0.1 * edge.sum()
     if snap_edges and smooth:
-        return _snapped(rgb, ids, edge | ~_solid(rgb), known)
+        return _snapped(rgb, ids, edge | ~_solid(ids, edge), known)
     if smooth:
         raise DataError(
             f"{edge.mean():.2%} of the pixels are {len(numbers)} colours between the palette's, as "
@@ -239,19 +239,30 @@ def _areas(rgb: np.ndarray, edge: np.ndarray) -> np.ndarray:
     return inside
 
 
-def _solid(rgb: np.ndarray) -> np.ndarray:
-    """Which pixels lie in a square of 2 x 2 of one colour.
+def _solid(ids: np.ndarray, edge: np.ndarray) -> np.ndarray:
+    """Which pixels lie in a square of one class without edge pixels.
 
-    Others may be part of an edge even in a palette colour: black to hair passes l_lip.
+    Others may be part of an edge even in a palette colour: from black to hair it passes l_lip. The
+    square has a side of 2 pixels, or of 3 where edges are wider than two.
     """
-    same = (rgb[:-1] == rgb[1:]).all(-1)
-    across = (rgb[:, :-1] == rgb[:, 1:]).all(-1)
-    square = same[:, :-1] & same[:, 1:] & across[:-1] & across[1:]
-    solid = np.zeros(rgb.shape[:2], bool)
-    for y in (slice(None, -1), slice(1, None)):
-        for x in (slice(None, -1), slice(1, None)):
-            solid[y, x] |= square
+    side = 2 if not _eroded(edge).any() else 3
+    labels = np.where(edge, NUM_CLASSES, ids)
+    windows = np.lib.stride_tricks.sliding_window_view(labels, (side, side))
+    square = (windows == windows[..., :1, :1]).all((-2, -1)) & (windows[..., 0, 0] != NUM_CLASSES)
+    solid = np.zeros(ids.shape, bool)
+    for dy in range(side):
+        for dx in range(side):
+            solid[dy : dy + square.shape[0], dx : dx + square.shape[1]] |= square
     return solid
+
+
+def _eroded(edge: np.ndarray) -> np.ndarray:
+    """Without the pixels at its rim; a line of two pixels or fewer is gone."""
+    inner = edge.copy()
+    for axis in (0, 1):
+        for step in (-1, 1):
+            inner &= np.roll(edge, step, axis)
+    return inner
 
 
 def _snapped(rgb: np.ndarray, ids: np.ndarray, edge: np.ndarray, palette: np.ndarray) -> np.ndarray:
