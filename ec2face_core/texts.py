@@ -145,7 +145,7 @@ def _table(path: Path) -> list[dict[Any, Any]]:
             f"{path}: {error}; the converters write it, see `python -m ec2face_lab prepare --help`"
         ) from error
     except csv.Error as error:
-        raise DataError(f"{path}: unreadable (line {reader.line_num}: {error})") from error
+        raise DataError(f"{path}: unreadable (line {reader.reader.line_num}: {error})") from error
     if names != MANIFEST_COLUMNS:
         other = next((s for s in ";\t" if len(names) == 1 and s in names[0]), "")
         hint = f"; its cells are separated by {other!r}, export it with commas" if other else ""
@@ -205,7 +205,7 @@ def lost_texts(tokenizer: Any, texts: Sequence[str], length: int) -> dict[str, s
 def describe_loss(lost: dict[str, str], count: int, reader: str) -> str:
     """One sentence on texts that are cut: how many of `count`, and the words of the first."""
     text = next(iter(lost.values()))
-    words = text if len(text) <= 120 else f"{text[:120]} ..."
+    words = text if len(text) <= 120 else f"{text[:60]} ... {text[-60:]}"
     return (
         f"{len(lost)} of {count} texts are longer than {reader} reads; lost of the first: {words!r}"
     )
