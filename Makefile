@@ -8,7 +8,8 @@ SEEDS ?=
 SWEEPS ?=
 DATA ?=
 OUT ?=
-BUNDLE = $(if $(DATA),--data $(DATA) --out $(OUT))
+DEVICE ?= cpu
+BUNDLE = --device $(DEVICE) $(if $(DATA),--data $(DATA) --out $(OUT))
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.up-to-date
@@ -28,7 +29,8 @@ help:
 	@echo "make test        every test: first the fast ones (minutes), then those that train, launch"
 	@echo "                 processes or run all notebooks in PROFILE=smoke"
 	@echo "make lab         JupyterLab on the notebooks"
-	@echo "make foundation  retrain the bundle data/mini from nothing (hours on two cores);"
+	@echo "make foundation  retrain the bundle data/mini128 from nothing (a day on two cores,"
+	@echo "                 ten minutes of a GPU with DEVICE=cuda);"
 	@echo "                 DATA=ROOT OUT=DIR trains one on the faces of a folder instead"
 	@echo "make lint        ruff check and format; mypy on ec2face_core"
 	@echo "make clean       remove .venv, runs/, data/cache and caches (never data/raw)"
@@ -68,12 +70,15 @@ lab: $(STAMP)
 	$(PYTHON) -m jupyterlab notebooks
 
 foundation: $(STAMP)
-	$(PYTHON) -m ec2face_lab pretrain vae --samples 57600 $(BUNDLE)
-	$(PYTHON) -m ec2face_lab pretrain latents --samples 16384 $(BUNDLE)
-	$(PYTHON) -m ec2face_lab pretrain flux --samples 400000 --batch 32 --lr 1.2e-3 $(BUNDLE)
+	$(PYTHON) -m ec2face_lab pretrain vae $(BUNDLE)
+	$(PYTHON) -m ec2face_lab pretrain captions --processes 2 $(BUNDLE)
+	$(PYTHON) -m ec2face_lab pretrain latents $(BUNDLE)
+	$(PYTHON) -m ec2face_lab pretrain flux $(BUNDLE)
+	$(PYTHON) -m ec2face_lab pretrain distill $(BUNDLE)
 	for kind in parser clip; do for role in guiding scoring; do \
 	  $(PYTHON) -m ec2face_lab pretrain $$kind --role $$role $(BUNDLE) || exit; done; done
-	$(if $(DATA),,$(PYTHON) -m ec2face_lab baselines --keep data/mini/baselines)
+	$(PYTHON) -m ec2face_lab pretrain facts $(BUNDLE)
+	$(if $(DATA),,$(PYTHON) -m ec2face_lab pretrain gates --device $(DEVICE))
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check

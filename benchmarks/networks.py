@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ec2face_core.backbone import TextEmbedding
 from ec2face_core.config import LoraConfig
-from ec2face_core.mask_branch import add_mask_lora
+from ec2face_core.mask_branch import ADAPTER, add_mask_lora
 from ec2face_core.perception import CLIP_MEAN, CLIP_STD, ClipScorer, FaceParser
 from ec2face_lab.world.networks import MiniParserNet, build_mini_clip, mini_clip_config
 
@@ -166,7 +166,7 @@ class RandomClip(ClipScorer):
         self.model = model
         self.size = side
         self.mode = "bicubic"
-        self.device = device
+        self.device = torch.device(device)
         self.tokenizer = lambda texts: torch.zeros(len(texts), length, dtype=torch.long)
         self.mean = torch.tensor(CLIP_MEAN, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(CLIP_STD, device=device).view(1, 3, 1, 1)
@@ -190,6 +190,26 @@ def build_transformer(size: Size, device: str) -> tuple[nn.Module, list[nn.Param
     with torch.device(device), _default_dtype(size.dtype):
         transformer = FluxTransformer2DModel(**size.transformer)
     return transformer, add_mask_lora(transformer, LoraConfig(rank=size.rank, alpha=size.rank))
+
+
+def place_lora(transformer: nn.Module, size: Size, everywhere: bool) -> None:
+    """Where the LoRA of an installed mask branch is computed: on mask tokens, or on all.
+
+    everywhere: peft's own forward on all tokens, times 0 or 1 by token; the result is the same.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    mask = (size.latent_side // 2) ** 2  # tokens, of mask and noise each
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling[ADAPTER] = 1.0
+            if everywhere:
+                others = mask + (size.text if name.startswith("single") else 0)
+                device = layer.lora_A[ADAPTER].weight.device
+                gate = torch.arange(others + mask, device=device) >= others
+                layer.scaling[ADAPTER] = gate.to(size.dtype)[:, None]
+                layer.cast_input_dtype_enabled = True
+                layer.lora_variant.pop(ADAPTER)
 
 
 def build_pixel_path(size: Size, device: str) -> tuple[nn.Module, RandomParser, RandomClip]:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import SIZES, Inputs, Networks, Size, build, flash_on_meta, inputs
+from networks import SIZES, Inputs, Networks, Size, build, flash_on_meta, inputs, place_lora
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,12 +45,7 @@ from ec2face_core.config import LoraConfig, LossConfig, load_profile
 from ec2face_core.consistency import PixelConsistency
 from ec2face_core.flow import reverse_estimate
 from ec2face_core.losses import flow_matching_loss
-from ec2face_core.mask_branch import (
-    ADAPTER,
-    install_mask_branch,
-    precompute_mask_kv,
-    predict_velocity,
-)
+from ec2face_core.mask_branch import install_mask_branch, precompute_mask_kv, predict_velocity
 from ec2face_core.runs import provenance
 
 STEPS = 28
@@ -139,23 +134,11 @@ def cases(n: Networks, x: Inputs, size: Size) -> Iterator[Case]:
 
 def prepare(case: Case, n: Networks, size: Size) -> None:
     """Bring the transformer into the state of a row."""
-    from peft.tuners.lora import LoraLayer
-
     config = LoraConfig(rank=size.rank, alpha=size.rank, attention=case.attention or "joint")
     install_mask_branch(n.transformer, config)
     change = "enable" if case.checkpointing == "full" else "disable"
     getattr(n.transformer, f"{change}_gradient_checkpointing")()
-    mask = (size.latent_side // 2) ** 2  # tokens, of mask and noise each
-    for name, layer in n.transformer.named_modules():
-        if isinstance(layer, LoraLayer):
-            layer.scaling[ADAPTER] = 1.0
-            if case.component == EVERYWHERE:  # peft's own forward, with a factor 0 or 1 by token
-                others = mask + (size.text if name.startswith("single") else 0)
-                device = layer.lora_A[ADAPTER].weight.device
-                gate = torch.arange(others + mask, device=device) >= others
-                layer.scaling[ADAPTER] = gate.to(size.dtype)[:, None]
-                layer.cast_input_dtype_enabled = True
-                layer.lora_variant.pop(ADAPTER)
+    place_lora(n.transformer, size, everywhere=case.component == EVERYWHERE)
 
 
 class Saved(saved_tensors_hooks):

@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import BackboneConfig, ConfigError, resolve
+from .fast.transfer import send
 from .texts import LostWordsWarning, describe_loss, lost_texts
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ class TextEmbedding:
     def to(self, *args: Any, **kwargs: Any) -> TextEmbedding:
         """As `Tensor.to`, for both."""
         return TextEmbedding(self.tokens.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+
+    def send(self, device: torch.device) -> TextEmbedding:
+        """On the device, without a wait (`fast.transfer.send`)."""
+        return TextEmbedding(send(self.tokens, device), send(self.pooled, device))
 
     def where(self, keep: Tensor, other: TextEmbedding) -> TextEmbedding:
         """Eq. 13: this embedding where `keep` `(b,)` is true, else `other` (b or 1 samples)."""

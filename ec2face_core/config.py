@@ -112,6 +112,9 @@ class PerceptionConfig:
     scoring_parser: Name = "data/raw/weights/scoring_parser_jit.pt"
     scoring_clip: Name = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
     parser_size: Annotated[int, Field(strict=True, ge=16)] = 448  # pixels the parser reads
+    scoring_facts: Text = field(  # tells the facts that captions mention; empty: not measured
+        default="", metadata=ADDED
+    )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .backbone import decode_latents
 from .config import LossConfig
+from .fast.transfer import send
 from .losses import mask_consistency_loss, text_consistency_loss, total_loss
 from .perception import ClipScorer, FaceParser
 
@@ -110,8 +111,8 @@ class PixelConsistency:
         for chunk in weight.nonzero()[:, 0].split(at_once):
             if len(chunk) == 0:
                 continue
-            rows = chunk.to(z_hat.device)
-            w = weight[chunk].to(z_hat)
+            rows = send(chunk, z_hat.device)
+            w = send(weight[chunk], z_hat.device).to(z_hat.dtype)
             z = z_hat[rows].detach().requires_grad_()
             text, mask = self.losses(z, [captions[i] for i in chunk.tolist()], label_map[rows])
             keep = [None if k is None else k[rows] for k in (keep_text, keep_mask)]

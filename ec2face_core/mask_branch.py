@@ -18,9 +18,8 @@ The LoRA's file records everything it was trained with, and loading restores it:
 
 The LoRA is on the visual embedder, all attention projections and the feed-forward output of the
 image stream, and all projections of the single blocks, without AdaLN: 0.091 % of FLUX.1-dev at
-rank 4.
-The last single block's `to_q`, `proj_mlp` and `proj_out` are left out, because the mask tokens'
-output ends there and no gradient would reach them. A dropped mask (Eq. 13) means that no token
+rank 4. The last single block's `to_q`, `proj_mlp` and `proj_out` are left out: the mask tokens'
+output ends there, and no gradient would reach them. A dropped mask (Eq. 13) means that no token
 attends to the mask tokens; it is not a black image.
 """
 
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 from .attributes import palette_image
 from .backbone import TextEmbedding, encode_images, pack, position_ids, unpack
 from .config import LoraConfig
+from .fast.transfer import send
 from .runs import whole_file
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class MaskKVCache:
         keys = self.pairs[0][0]
         if self.rows is None and torch.equal(rows, torch.arange(len(keys), device=rows.device)):
             return self
-        rows = rows.to(keys.device)
+        rows = send(rows, keys.device)
         return MaskKVCache(self.pairs, rows if self.rows is None else self.rows[rows])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,7 +88,7 @@ def predict_velocity(
     text: TextEmbedding,
     mask_latents: Tensor | MaskKVCache | None = None,
     keep_mask: Tensor | None = None,
-    guidance: float = 1.0,
+    guidance: float | Tensor = 1.0,
     lora: LoraConfig | None = None,
     mask_strength: float = 1.0,
 ) -> Tensor:
@@ -103,7 +103,7 @@ def predict_velocity(
             attention only; same result); None: no mask tokens.
         keep_mask: `(b,)` bool; False: null mask, no token attends to that sample's mask tokens.
             All True costs nothing; a CPU tensor avoids a wait for the GPU.
-        guidance: value of the guidance embedding, if the transformer has one.
+        guidance: value of the guidance embedding, if the transformer has one; or one a sample.
         lora: its mask_position is used; default: the installed mask branch's.
         mask_strength: factor on each mask token in the softmax of text and noise tokens (its
             logarithm is added to the logit), >= 0. LoRAs are trained with 1, which costs nothing; 0
@@ -144,7 +144,8 @@ def predict_velocity(
     if branch:
         options["mask_tokens"] = len(ids) - noise_tokens
     if module.config.guidance_embeds:
-        options["guidance"] = torch.full((b,), guidance, device=device)
+        one = isinstance(guidance, Tensor)
+        options["guidance"] = guidance if one else torch.full((b,), guidance, device=device)
     attention = _attention_mask(
         keep_mask, mask_strength, text_tokens + noise_tokens, mask_tokens, decoupled, like=tokens
     )
@@ -275,7 +276,7 @@ def _attention_mask(
         mask[:, :, :others, others:] = math.log(strength)
         if dropped is not None:
             mask[dropped, :, :, others:] = -math.inf
-    return mask.to(like.device)
+    return send(mask, like.device)
 
 
 # ------------------------------------------------------------------- Sec. 3.5: LoRA on mask tokens

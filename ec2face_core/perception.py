@@ -8,6 +8,7 @@ Faces here are aligned already, so that this reduces to a resize, and `.net` is 
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 import zipfile
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .attributes import FACER_TO_CELEBAMASK
 from .config import PerceptionConfig, resolve
+from .fast.transfer import send
 from .texts import lost_texts
 
 # our channel c = facer channel FACER_CHANNEL[c]: the inverse of FACER_TO_CELEBAMASK
@@ -79,7 +81,7 @@ class FaceParser:
         # TorchScript would optimise the graph after its first calls and round differently from
         # then on, so that a resumed training would differ from an uninterrupted one.
         with torch.jit.optimized_execution(False):
-            logits = self.net(x)[0].float()[:, FACER_CHANNEL.to(x.device)]
+            logits = self.net(x)[0].float()[:, _facer_channel(x.device)]
         return _resize(logits, images.shape[-2:], "bilinear")
 
     def probabilities(self, images: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ class ClipScorer:
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Sentences -> unit features `(b, d)`; no gradient, the texts are given."""
-        tokens = self.tokenizer(list(texts)).to(self.device)
+        tokens = send(self.tokenizer(list(texts)), self.device)
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
     def lost_texts(self, texts: Sequence[str]) -> dict[str, str]:
@@ -174,6 +176,13 @@ class ClipScorer:
     def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Cosine of each image and its text in percent, `(b,)` in [-100, 100]."""
         return 100 * (self.image_features(images) * self.text_features(texts)).sum(-1)
+
+
+@functools.cache
+def _facer_channel(device: torch.device) -> Tensor:
+    """`FACER_CHANNEL` on the device, copied once."""
+    with torch.inference_mode(False):  # an inference tensor in the cache would break training
+        return FACER_CHANNEL.to(device)
 
 
 def _unit(images: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ STATE = "state.json"
 # Settings that may change when a training is resumed.
 MAY_CHANGE = {
     "profile", "adapters", "data.validation", "sampling", "evaluation", "baselines",
-    "perception.scoring_parser", "perception.scoring_clip",
+    "perception.scoring_parser", "perception.scoring_clip", "perception.scoring_facts",
     "trainer.steps", "trainer.batch_size", "trainer.accumulation", "trainer.num_processes",
     "trainer.gradient_checkpointing", "trainer.recompute_every", "trainer.compile",
     "trainer.shard", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.log_every",
@@ -355,7 +355,10 @@ def provenance(
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """The commit, and whether anything but `figures` differs from it; None outside a repository."""
+    """The commit, and whether anything but `figures` differs from it.
+
+    Outside a repository: the commit that the environment's EC2FACE_COMMIT names, or None; and None.
+    """
 
     def git(*command: str) -> str | None:
         try:
@@ -368,7 +371,8 @@ def _git_state() -> tuple[str | None, bool | None]:
 
     # A figure that was just saved must not make the next one look dirty.
     changed = git("status", "--porcelain", "--", ".", ":!figures")
-    return git("rev-parse", "--verify", "HEAD"), None if changed is None else bool(changed)
+    commit = git("rev-parse", "--verify", "HEAD") or os.environ.get("EC2FACE_COMMIT")
+    return commit, None if changed is None else bool(changed)
 
 
 def _relative(path: Path) -> str:

@@ -32,6 +32,7 @@ from .data import open_dataset
 from .fast.blocks import attention_kernel, prepare_blocks
 from .fast.importance import pixel_loss_probability
 from .fast.sharding import average_gradients, shard_base
+from .fast.transfer import send
 from .flow import interpolate, reverse_estimate, target_velocity
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
 from .losses import flow_matching_loss, latent_weights, total_loss
@@ -108,12 +109,12 @@ class Trainer:
             Batch means for the log, detached: t, the parts of Eq. 12, and unweighted_flow (Eq. 3).
         """
         z, z_m, m, c, text = self._read(samples)
-        t = samples.t.to(self.device)
-        noise = samples.noise.to(self.device)
+        t = send(samples.t, self.device)
+        noise = send(samples.noise, self.device)
 
-        text = text.where(samples.keep_text, self.null_text).to(self.device)  # Eq. 13
-        keep_text = samples.keep_text.to(self.device)
-        keep_mask = samples.keep_mask.to(self.device)
+        text = text.where(samples.keep_text, self.null_text).send(self.device)  # Eq. 13
+        keep_text = send(samples.keep_text, self.device)
+        keep_mask = send(samples.keep_mask, self.device)
 
         z_t = interpolate(z, noise, t)  # the path of Eqs. 2 and 3
         mu = target_velocity(z, noise)
@@ -177,14 +178,14 @@ class Trainer:
         """Eq. 10 for all samples of a step, of all ranks, so that normalisation covers them all."""
         if not self.config.loss.long_tail:
             return None
-        label_maps = self.cache.label_maps(self.stream.ids(indices)).to(self.device)
+        label_maps = send(self.cache.label_maps(self.stream.ids(indices)), self.device)
         side = self.cache.latent_shape[-1]
         return latent_weights(label_maps, self.counts, side, self.config.loss)
 
     def _read(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor, list[str], Any]:
         """Cached inputs: z, z_m and m on the device, captions c and their embeddings."""
         batch = self.cache.batch(samples.ids, samples.caption_indices)
-        tensors = (batch[name].to(self.device) for name in ("z", "z_mask", "label_map"))
+        tensors = (send(batch[name], self.device) for name in ("z", "z_mask", "label_map"))
         return *tensors, batch["captions"], batch["text"]
 
     def _mask_condition(self, z_m: Tensor) -> Tensor | MaskKVCache:
@@ -256,7 +257,7 @@ class Trainer:
         )
         self.stream = self._stream(self.cache)
         self.null_text = self.cache.text([EMPTY])
-        self.counts = self.cache.label_counts()
+        self.counts = self.cache.label_counts().to(self.device)
 
         needs_text = config.loss.alpha_text > 0
         needs_mask = config.loss.alpha_mask > 0

@@ -7,7 +7,9 @@
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/gpu}
 site=${TMPDIR:-/tmp}/ec2face-site
-if compgen -G ".whl/*.whl" > /dev/null; then
+missing='import sys; from importlib.util import find_spec as f
+sys.exit(all(map(f, ["diffusers", "facer", "lpips", "open_clip", "pydantic"])))'
+if compgen -G ".whl/*.whl" > /dev/null && "$PYTHON" -c "$missing"; then
   if [ ! -e "$site/complete" ]; then
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
       --target "$site" .whl/*.whl || exit

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from ec2face_core.config import Config, ConfigError, resolve
 
 if TYPE_CHECKING:
+    import torch
+
     from .system import System
 
 
@@ -42,22 +44,22 @@ def systems() -> dict[str, type[System]]:
     return {name: _class(name) for name in SYSTEMS}
 
 
-def build(name: str, config: Config) -> System:
-    """The untrained system of a row.
+def build(name: str, config: Config, device: torch.device | str | None = None) -> System:
+    """The untrained system of a row, on the device; None: a GPU if there is one, else the CPU.
 
     Raises:
         ConfigError: there is no such row; the message lists them.
     """
-    return _class(name)(config)
+    return _class(name)(config, device=device)
 
 
-def load(config: Config, name: str) -> System:
-    """The trained system of a row.
+def load(config: Config, name: str, device: torch.device | str | None = None) -> System:
+    """The trained system of a row, on the device; None: a GPU if there is one, else the CPU.
 
     Raises:
         FileNotFoundError: there are no weights; the message names the remedy.
     """
-    system = build(name, config)
+    system = build(name, config, device)
     system.load(weights_dir(config, name))
     return system
 

@@ -55,6 +55,7 @@ class CoDiffusion(TextUnetSystem):
             self.networks["mask"] = text_unet(self.shape, MASK_WIDTH)
             for kind, width in (("text", self.words), ("mask", MASK_WIDTH)):
                 self.networks[f"{kind}_influence"] = text_unet(self.shape, width, DYNAMIC, 1)
+        self.networks.to(self.device)
 
     def train(self, faces: Faces, run: Run) -> None:
         """Stage 1: the mask diffuser (the text diffuser is shared); stage 2: influence alone."""

@@ -69,6 +69,7 @@ class ControlNeXt(TextUnetSystem):
         self.networks["unet"] = unet
         self.networks["encoder"] = encoder
         self.networks["increments"] = nn.ParameterList(increments)
+        self.networks.to(self.device)
 
     def train(self, faces: Faces, run: Run) -> None:
         """Encoder and increments together."""

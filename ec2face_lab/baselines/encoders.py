@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def word_features(clip: ClipScorer, texts: Sequence[str]) -> Tensor:
     """Word features of captions, `b n d`: the last layer of CLIP's text transformer, unpooled."""
     model = clip.model
-    x = model.token_embedding(clip.tokenizer(list(texts))) + model.positional_embedding
+    tokens = clip.tokenizer(list(texts)).to(clip.device)
+    x = model.token_embedding(tokens) + model.positional_embedding
     return model.ln_final(model.transformer(x, attn_mask=model.attn_mask)).float()
 
 

@@ -53,9 +53,9 @@ class FluxSystem(System):
     attention: str = "joint"
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.base = load_backbone(config.backbone)
+    def __init__(self, config: Config, device: torch.device | str | None = None) -> None:
+        super().__init__(config, device)
+        self.base = load_backbone(config.backbone).to(self.device)
         self.vae = self.base.vae
         self.transformer = self.base.transformer
         side = config.data.size >> (len(self.vae.config.block_out_channels) - 1)
@@ -64,6 +64,7 @@ class FluxSystem(System):
         with seeded(config.seed):
             self.networks["lora"] = nn.ParameterList(add_mask_lora(self.transformer, lora))
             self.add_networks()
+        self.networks.to(self.device)
 
     def build(self, seed: int) -> None:
         """Nothing: a transformer takes its LoRA once, under the profile's seed."""
@@ -109,7 +110,7 @@ class FluxSystem(System):
             rows, texts = faces.sample(BATCH, generator)
             t = sample_timesteps(BATCH, generator)
             z = z_all[rows]
-            noise = torch.randn(z.shape, generator=generator)
+            noise = torch.randn(z.shape, generator=generator, device=z.device)
             text = self.encode_texts(drop_texts(texts, TEXT_DROP, generator))
             z_t = interpolate(z, noise, t)
             mask = self.condition(self.drop(encoded[rows].float(), generator), z_t, t)
@@ -125,13 +126,15 @@ class FluxSystem(System):
         null = self.encode_texts([""] * b)
         text = null if prompts is None else self.encode_texts(prompts)
         z = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
+        z = z.to(self.device)
         scheduler = self.base.scheduler
         tokens = self.shape[1] * self.shape[2] // 4
-        with torch.autocast("cpu", torch.bfloat16, enabled=s.mixed_precision == "bf16"):
+        half = s.mixed_precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             encoded = None if masks is None else self.encode_masks(masks)
             if masks is not None and is_decoupled(self.transformer):  # once for all steps
                 encoded = precompute_mask_kv(self.transformer, encoded)
-            for time in flux_timesteps(scheduler, s.steps, tokens, "cpu"):
+            for time in flux_timesteps(scheduler, s.steps, tokens, self.device):
                 t = (time / 1000).expand(b)
                 mask = None if encoded is None else self.condition(encoded, z, t)
                 scales = (s.guidance, s.text_guidance, s.mask_guidance)

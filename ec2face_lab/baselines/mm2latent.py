@@ -92,9 +92,9 @@ class MM2Latent(StyleSystem):
 
     name = "MM2Latent"
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.parser = FaceParser.from_config(config.perception)
+    def __init__(self, config: Config, device: torch.device | str | None = None) -> None:
+        super().__init__(config, device)
+        self.parser = FaceParser.from_config(config.perception, device=self.device)
         self.build(config.seed)
 
     def build(self, seed: int) -> None:
@@ -105,6 +105,7 @@ class MM2Latent(StyleSystem):
             width = self.clip.text_features([""]).shape[1]
             self.networks["mapping"] = ToLatent(width)
         self.networks["centre"] = Centre(width)
+        self.networks.to(self.device)
 
     def train(self, faces: Faces, run: Run) -> None:
         """Code masks, then map codes to w."""
@@ -125,13 +126,13 @@ class MM2Latent(StyleSystem):
     def _train_masks(self, faces: Faces, run: Run) -> None:
         encoder = self.networks["mask"]
         with seeded(run.seed):
-            decoder = MaskDecoder()
+            decoder = MaskDecoder().to(self.device)
         optimizer = adam(nn.ModuleList([encoder, decoder]), LR)
 
         def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
             set_learning_rates(optimizer, progress)
             _, label_maps, _ = faces.batch(BATCH, generator)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 loss = F.cross_entropy(decoder(self.mask_codes(label_maps)), label_maps)
                 descend(optimizer, loss)
             return {"cross_entropy": loss}
@@ -147,12 +148,14 @@ class MM2Latent(StyleSystem):
 
         def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
             set_learning_rates(optimizer, progress)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 with torch.no_grad():
-                    w = style.map(torch.randn(BATCH, WIDTH, generator=generator))
+                    z = torch.randn(BATCH, WIDTH, generator=generator, device=self.device)
+                    w = style.map(z)
                     picture = self._picture(w[:, None].expand(-1, LAYERS, -1))
                     mask = self.mask_codes(self.parser.parse(picture))
-                    mask = mask * (torch.rand(BATCH, 1, generator=generator) >= NO_MASK)
+                    u = torch.rand(BATCH, 1, generator=generator, device=self.device)
+                    mask = mask * (u >= NO_MASK)
                     text = self.pseudo_text(picture, generator)
                 predicted = style.average + net(mask, text)
                 mapped = style(predicted[:, None].expand(-1, LAYERS, -1))
@@ -169,7 +172,8 @@ class MM2Latent(StyleSystem):
     def pseudo_text(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Unit embeddings of images [-1, 1], centred, with noise: replaces a sentence."""
         text = self.networks["centre"](self.clip.image_features(images), "picture")
-        noise = torch.randn(text.shape, generator=generator) / text.shape[1] ** 0.5
+        noise = torch.randn(text.shape, generator=generator, device=generator.device)
+        noise = noise.to(text.device) / text.shape[1] ** 0.5
         return F.normalize(text + NOISE * noise, dim=1)
 
     def _picture(self, codes: Tensor) -> Tensor:
@@ -186,7 +190,8 @@ class MM2Latent(StyleSystem):
             )
         else:
             text = self.networks["centre"](self.clip.text_features(prompts), "sentence")
-        mask = torch.zeros(len(text), CODE) if masks is None else self.mask_codes(masks)
+        no_mask = torch.zeros(len(text), CODE, device=self.device)
+        mask = no_mask if masks is None else self.mask_codes(masks)
         w = style.average + net(mask, text)
         return self._picture(w[:, None].expand(-1, LAYERS, -1)) / 2 + 0.5
 

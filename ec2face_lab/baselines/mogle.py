@@ -37,7 +37,7 @@ class FaceMoGLE(FluxSystem):
         """The mixture, and the latent of an empty map."""
         self.networks["mixture"] = Mixture(4 * self.shape[0])
         with torch.no_grad():
-            self.blank = encode_images(self.vae, -torch.ones(1, 3, SIDE, SIDE))
+            self.blank = encode_images(self.vae, -torch.ones(1, 3, SIDE, SIDE, device=self.device))
 
     def encode_masks(self, maps: Tensor) -> Tensor:
         """Latents of the palette image and of each class's map, white on black: `b 20 c h w`."""
@@ -50,7 +50,7 @@ class FaceMoGLE(FluxSystem):
 
     def drop(self, encoded: Tensor, generator: torch.Generator) -> Tensor:
         """Empty some of the local maps."""
-        dropped = torch.rand(encoded.shape[:2], generator=generator) < DROP
+        dropped = torch.rand(encoded.shape[:2], generator=generator, device=encoded.device) < DROP
         dropped[:, 0] = False
         return torch.where(dropped[..., None, None, None], self.blank, encoded)
 

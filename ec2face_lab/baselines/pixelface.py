@@ -114,7 +114,7 @@ class PixelGenerator(nn.Module):
         image = None
         for side in CHANNELS:
             layers = self.convs[str(side)]
-            coordinates = fourier(side).to(x.dtype).expand(len(z), -1, -1, -1)
+            coordinates = fourier(side).to(x).expand(len(z), -1, -1, -1)
             if image is not None:
                 x = upsample(layers[2](x, w))
             answer = self.words[str(side)](maps, words, real).to(x.dtype)
@@ -131,8 +131,8 @@ class PixelFace(System):
     takes = frozenset()  # neither alone
     own_masks = True
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, device: torch.device | str | None = None) -> None:
+        super().__init__(config, device)
         self.maps = 3 if config.baselines.published_masks else 19
         self.build(config.seed)
 
@@ -141,6 +141,7 @@ class PixelFace(System):
         width = self.clip.model.token_embedding.weight.shape[1]
         with seeded(seed):
             self.networks["generator"] = PixelGenerator(width, self.maps)
+        self.networks.to(self.device)
 
     def train(self, faces: Faces, run: Run) -> None:
         """One adversarial stage; the generator becomes the moving average of the weights."""
@@ -148,7 +149,7 @@ class PixelFace(System):
         with seeded(run.seed + 1):
             discriminator = Discriminator(3 + self.maps)
             head = Linear(self.clip.text_features([""]).shape[1], WIDTH)
-        judges = nn.ModuleDict({"discriminator": discriminator, "head": head})
+        judges = nn.ModuleDict({"discriminator": discriminator, "head": head}).to(self.device)
         average = moving_average(net, partial(average_decay, batch=BATCH))
         adam_g = adam(net, LR, momentum=0.0)
         adam_d = adam(judges, LR, momentum=0.0)
@@ -164,9 +165,9 @@ class PixelFace(System):
             maps = self.see(label_maps)
             sentence = self.clip.text_features(captions)
             penalties = {}
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 judges.requires_grad_(True)
-                z = torch.randn(BATCH, WIDTH, generator=generator)
+                z = torch.randn(BATCH, WIDTH, generator=generator, device=self.device)
                 fake = net(z, maps, word_features(self.clip, captions), self.real(captions))
                 real_logit, real = judge(x, maps)
                 fake_logit, features = judge(fake.detach(), maps)
@@ -179,7 +180,7 @@ class PixelFace(System):
                 fake_logit, features = judge(fake, maps)
                 loss_g = F.softplus(-fake_logit) + F.softplus(-match(features, head(sentence)))
                 logits = scale * self.clip.image_features(fake) @ sentence.T
-                loss_clip = F.cross_entropy(logits, torch.arange(BATCH))
+                loss_clip = F.cross_entropy(logits, torch.arange(BATCH, device=self.device))
                 descend(adam_g, loss_g.mean() + loss_clip)
             average.update_parameters(net)
             losses = {"generator": loss_g.mean(), "discriminator": loss_d, "clip": loss_clip}
@@ -192,11 +193,12 @@ class PixelFace(System):
     def real(self, texts: Sequence[str]) -> Tensor:
         """Which tokens of a caption belong to it, `b n`: CLIP pools at the last of them."""
         tokens = self.clip.tokenizer(list(texts))
-        return torch.arange(tokens.shape[1]) <= tokens.argmax(1, keepdim=True)
+        real = torch.arange(tokens.shape[1]) <= tokens.argmax(1, keepdim=True)
+        return real.to(self.device)
 
     def sample(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
         """Images `b 3 64 64` in [0, 1]."""
-        z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators])
+        z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators]).to(self.device)
         words = word_features(self.clip, prompts)
         real = self.real(prompts)
         return (self.networks["generator"](z, self.see(masks), words, real) / 2 + 0.5).clamp(0, 1)

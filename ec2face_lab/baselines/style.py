@@ -141,6 +141,7 @@ class StyleGenerator(nn.Module):
     ) -> Tensor:
         """One w per generator in every layer, `(b, LAYERS, WIDTH)`, drawn towards the mean w."""
         z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators])
+        z = z.to(self.average.device)
         w = torch.lerp(self.average, self.map(z), truncation)
         return w[:, None].expand(-1, LAYERS, -1)
 
@@ -249,7 +250,7 @@ def adversarial_loss(real: Tensor, fake: Tensor) -> Tensor:
 def r1_penalty(discriminator: nn.Module, x: Tensor) -> Tensor:
     """Mean squared gradient norm of the logits at real data (Mescheder et al., 2018), float32."""
     x = x.detach().requires_grad_()
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(discriminator(x)[0].sum(), x, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()
 
@@ -281,19 +282,19 @@ class StyleSystem(System):
     def pretrain(self, run: Run) -> None:
         """Adversarial training; the generator becomes the moving average of the weights."""
         with seeded(run.seed):
-            net = StyleGenerator()
-            discriminator = Discriminator()
+            net = StyleGenerator().to(self.device)
+            discriminator = Discriminator().to(self.device)
         average = moving_average(net, partial(average_decay, batch=BATCH))
         adam_g = adam(net, LR, momentum=0.0)
         adam_d = adam(discriminator, LR, momentum=0.0)
-        faces = Faces.of_foundation(self.config)
+        faces = Faces.of_foundation(self.config).to(self.device)
 
         def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
             for optimizer in (adam_g, adam_d):
                 set_learning_rates(optimizer, progress, hold=0.6)
             real, _, _ = faces.batch(BATCH, generator)
             penalties = {}
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 discriminator.requires_grad_(True)
                 codes = _mixed_codes(net, generator)
                 fake = net(codes)
@@ -320,9 +321,10 @@ def adam(net: nn.Module, lr: float, momentum: float = 0.9) -> torch.optim.Adam:
 
 def _mixed_codes(net: StyleGenerator, generator: torch.Generator) -> Tensor:
     """Codes of random z; in half of the pictures the layers from a random one on take another z."""
-    z = torch.randn(2, BATCH, WIDTH, generator=generator)
+    device = generator.device
+    z = torch.randn(2, BATCH, WIDTH, generator=generator, device=device)
     first, second = net.map(z.flatten(0, 1)).unflatten(0, (2, BATCH))
-    border = torch.randint(1, LAYERS, (BATCH, 1, 1), generator=generator)
-    mixed = torch.rand(BATCH, 1, 1, generator=generator) < 0.5
-    use_second = mixed & (torch.arange(LAYERS)[None, :, None] >= border)
+    border = torch.randint(1, LAYERS, (BATCH, 1, 1), generator=generator, device=device)
+    mixed = torch.rand(BATCH, 1, 1, generator=generator, device=device) < 0.5
+    use_second = mixed & (torch.arange(LAYERS, device=device)[None, :, None] >= border)
     return torch.where(use_second, second[:, None], first[:, None])

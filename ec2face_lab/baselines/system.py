@@ -13,7 +13,9 @@ Chosen here:
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -30,7 +32,8 @@ from ec2face_core.data import FaceDataset
 from ec2face_core.perception import ClipScorer
 from ec2face_core.runs import path_digest
 
-from ..world.pretrain import POOL, SEED
+from ..world.pool import POOL
+from ..world.pretrain import SEED
 from ..world.sources import FolderFaces, ProceduralFaces, caption_of
 from ..world.training import Step, train
 from . import WEIGHTS
@@ -55,12 +58,14 @@ class Run:
         seconds: of optimisation, over all stages.
         seed: of weights and noise.
         max_steps: of each stage; 0: no limit.
+        device: of the training; on a GPU seconds are those of the clock.
     """
 
     folder: Path
     seconds: float
     seed: int = 42
     max_steps: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
     def stage(self, name: str, step: Step, state: Mapping[str, Any], share: float = 1.0) -> None:
         """Train one stage.
@@ -72,8 +77,10 @@ class Run:
             share: of the run's seconds.
         """
         seconds = share * self.seconds
-        folder = self.folder / name
-        train(folder, step, state, self.seed, steps=self.max_steps, seconds=seconds)
+        train(
+            self.folder / name, step, state, self.seed,
+            steps=self.max_steps, seconds=seconds, device=self.device,
+        )  # fmt: skip
 
 
 class System(ABC):
@@ -81,6 +88,8 @@ class System(ABC):
 
     Args:
         config: the profile: where faces, autoencoder and perception models are; sampling steps.
+        device: where it is trained and samples; None: this process's GPU if there is one, else the
+            CPU.
 
     Attributes:
         name: row of Tables 1 and 2.
@@ -100,19 +109,20 @@ class System(ABC):
     maps: int = 19
     parts: tuple[str, ...] = ()
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, device: torch.device | str | None = None) -> None:
         if config.data.size != SIDE:
             raise ConfigError(
                 f"{self.name} in miniature makes pictures of {SIDE} px, not {config.data.size}: "
                 "run the official repository and score its pictures with evaluate --images"
             )
         self.config = config
-        self.clip = ClipScorer.from_config(config.perception)
+        self.device = this_device() if device is None else torch.device(device)
+        self.clip = ClipScorer.from_config(config.perception, device=self.device)
         self.networks = nn.ModuleDict()
 
     @abstractmethod
     def build(self, seed: int) -> None:
-        """Fill `networks` with random weights, a function of the seed."""
+        """Fill `networks` with random weights on the device, a function of the seed."""
 
     # ------------------------------------------------------------------------------- training
 
@@ -125,7 +135,8 @@ class System(ABC):
         if self.shares:
             stage, key = self.shares
             own = self.config.baselines
-            run = Run(shared_dir, own.foundation_seconds, self.config.seed, max_steps)
+            seconds = own.foundation_seconds
+            run = Run(shared_dir, seconds, self.config.seed, max_steps, self.device)
             path = shared_dir / f"{stage}.safetensors"
             shared_weights(path, self.networks[key], lambda: self.pretrain(run))
 
@@ -137,7 +148,8 @@ class System(ABC):
         """Train from random weights, then freeze; the same call again resumes."""
         self.build(run.seed)
         self.prepare(run.folder.parent / "shared", run.max_steps)
-        self.train(Faces.read(dataset), run)
+        run = dataclasses.replace(run, device=self.device)
+        self.train(Faces.read(dataset).to(self.device), run)
         self.networks.requires_grad_(False).eval()
 
     @abstractmethod
@@ -163,14 +175,14 @@ class System(ABC):
 
     @torch.no_grad()
     def generate(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
-        """Generate images `b 3 h w` in [0, 1].
+        """Generate images `b 3 h w` in [0, 1] on the device.
 
         Warns about words that the vocabulary lacks, by name.
 
         Args:
             prompts: b captions, or None: mask alone.
             masks: label maps `b h w` int64, or None: text alone.
-            generators: one for each image, so that neither batch nor order counts.
+            generators: one for each image, of the CPU, so that neither batch nor order counts.
 
         Raises:
             ValueError: a condition that the system cannot do without is missing, or the conditions
@@ -189,6 +201,7 @@ class System(ABC):
                 "such words are read letter by letter",
                 stacklevel=3,  # `no_grad` lies between
             )
+        masks = None if masks is None else masks.to(self.device)
         return self.sample(prompts, masks, generators)
 
     def see(self, masks: Tensor) -> Tensor:
@@ -277,10 +290,16 @@ class Faces:
             captions += [tuple(caption_of(d, seed) for seed in range(4)) for d in descriptions]
         return cls(torch.cat(images)[:pool], torch.cat(maps)[:pool], captions[:pool])
 
+    def to(self, device: torch.device) -> Faces:
+        """The same faces on a device, that of the generators of `sample` and `batch`."""
+        return Faces(self.images.to(device), self.label_maps.to(device), self.captions)
+
     def sample(self, size: int, generator: torch.Generator) -> tuple[list[int], list[str]]:
         """Rows of random faces, and a caption of each."""
-        rows = torch.randint(len(self.images), (size,), generator=generator).tolist()
-        shares = torch.rand(size, generator=generator).tolist()
+        device = generator.device
+        count = len(self.images)
+        rows = torch.randint(count, (size,), generator=generator, device=device).tolist()
+        shares = torch.rand(size, generator=generator, device=device).tolist()
         captions = [self.captions[i] for i in rows]
         return rows, [some[int(u * len(some))] for some, u in zip(captions, shares, strict=True)]
 
@@ -288,6 +307,13 @@ class Faces:
         """Random faces: images `b 3 h w` in [-1, 1], label maps `b h w` int64, a caption each."""
         rows, texts = self.sample(size, generator)
         return self.images[rows].float() / 127.5 - 1, self.label_maps[rows].long(), texts
+
+
+def this_device() -> torch.device:
+    """The GPU of this process if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def _bytes(images: Tensor) -> Tensor:

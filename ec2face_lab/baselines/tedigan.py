@@ -76,8 +76,10 @@ class TediGAN(StyleSystem):
 
     name = "TediGAN"
 
-    def __init__(self, config: Config, clip_steps: int = 20) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: Config, clip_steps: int = 20, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(config, device)
         self.clip_steps = clip_steps
         self.build(config.seed)
 
@@ -88,11 +90,12 @@ class TediGAN(StyleSystem):
             self.networks["mask"] = Encoder(19, LAYERS * WIDTH)
             width = self.clip.text_features([""]).shape[1]
             self.networks["text"] = SentenceEncoder(width)
+        self.networks.to(self.device)
 
     def train(self, faces: Faces, run: Run) -> None:
         """Invert faces, then masks, then sentences."""
         with seeded(run.seed):
-            visual = Encoder(3, LAYERS * WIDTH)
+            visual = Encoder(3, LAYERS * WIDTH).to(self.device)
         self._train_encoder("visual", visual, faces, run)
         self._train_encoder("mask", self.networks["mask"], faces, run)
         self._train_text(visual, faces, run)
@@ -103,7 +106,7 @@ class TediGAN(StyleSystem):
         def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
             set_learning_rates(optimizer, progress)
             x, label_maps, _ = faces.batch(BATCH, generator)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 offsets = encoder(x if name == "visual" else one_hot(label_maps))
                 picture = self.networks["generator"](self._codes(offsets))
                 pixels = F.mse_loss(picture, x)
@@ -121,7 +124,7 @@ class TediGAN(StyleSystem):
         def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
             set_learning_rates(optimizer, progress)
             x, _, captions = faces.batch(4 * BATCH, generator)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
                 face_codes = visual(x)
             text_codes = encoder(self.clip.text_features(captions))
             similarity = F.mse_loss(text_codes, face_codes)
@@ -176,5 +179,5 @@ def ranking_loss(sentences: Tensor, faces: Tensor, margin: float) -> Tensor:
     """
     cosine = F.normalize(sentences, dim=1) @ F.normalize(faces, dim=1).T
     hinge = (margin - cosine.diagonal()[:, None] + cosine).clamp(min=0)
-    others = 1 - torch.eye(len(cosine))
+    others = 1 - torch.eye(len(cosine), device=cosine.device)
     return (hinge * others).sum() / others.sum()

@@ -33,6 +33,7 @@ def train_system(
     seconds: float = 0.0,
     seed: int = 42,
     shared_only: bool = False,
+    device: str | None = None,
 ) -> None:
     """Train one comparison system for a given time, or resume it; writes weights and provenance.
 
@@ -43,14 +44,15 @@ def train_system(
         config: names the training faces and what the systems are built on.
         name: row of Table 1.
         out: folder of weights and state.
-        seconds: training time on one core; 0: what the profile gives every system.
+        seconds: training time, on one core or on a GPU; 0: what the profile gives every system.
         seed: of weights and noise.
         shared_only: train only what the system shares.
+        device: where it is trained; None: a GPU if there is one, else the CPU.
 
     Raises:
         ConfigError: the system shares nothing, or `out` holds a training with other settings.
     """
-    system = build(name, config)
+    system = build(name, config, device)
     shared = out.parent / "shared"
     if system.shares:
         if not shared_file(out, system.shares[0]).is_file():
@@ -71,6 +73,7 @@ def train_system(
         config, system=system.name, seed=seed, budget=seconds, stands_on=inputs,
         stages=spent(out), shared=before,
         parameters=system.parameters(), threads=torch.get_num_threads(),
+        trained_on=system.device.type,
     )  # fmt: skip
     write_json(out / "provenance.json", record)
     print(f"{system.name}: {system.parameters():,} parameters, {out}")

@@ -64,8 +64,8 @@ class UaC(System):
     name = "UaC"
     own_masks = True
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, device: torch.device | str | None = None) -> None:
+        super().__init__(config, device)
         self.maps = 2 if config.baselines.published_masks else 19
         self.shape = (3 * FOLD**2, config.data.size // FOLD, config.data.size // FOLD)
         self.scheduler = pixel_scheduler()
@@ -78,6 +78,7 @@ class UaC(System):
             self.networks["mask"] = PixelDiffuser(self.shape, maps=self.maps)
             self.networks["text"] = PixelDiffuser(self.shape, features=width)
         self.networks["centre"] = Centre(width)
+        self.networks.to(self.device)
 
     def train(self, faces: Faces, run: Run) -> None:
         """The two diffusers one after the other, each in half of the time."""
@@ -94,7 +95,7 @@ class UaC(System):
                 x0 = F.pixel_unshuffle(faces.images[rows].float() / 127.5 - 1, FOLD)
                 label_maps = faces.label_maps[rows].long()
                 condition = features[rows] if kind == "text" else self.see(label_maps)
-                keep = torch.rand(BATCH, generator=generator) >= NONE
+                keep = torch.rand(BATCH, generator=generator, device=self.device) >= NONE
                 condition = condition * keep.view(-1, *[1] * (condition.ndim - 1))
                 return denoising_loss(self.networks[kind], self.scheduler, x0, generator, condition)
 
@@ -125,7 +126,7 @@ class UaC(System):
             return compose(scores, WEIGHTS, RELIABILITY)
 
         steps = self.config.sampling.steps
-        x = ddim_sample(predict, self.scheduler, self.shape, generators, steps)
+        x = ddim_sample(predict, self.scheduler, self.shape, generators, steps, device=self.device)
         return (F.pixel_shuffle(x, FOLD) / 2 + 0.5).clamp(0, 1)
 
 

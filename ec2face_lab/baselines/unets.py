@@ -18,6 +18,7 @@ Chosen here:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,9 +58,10 @@ class LatentSystem(System):
 
     parts = ("vae",)
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, device: torch.device | str | None = None) -> None:
+        super().__init__(config, device)
         self.vae = load_backbone(config.backbone, ("vae",)).vae.requires_grad_(False).eval()
+        self.vae.to(self.device)
         side = config.data.size >> (len(self.vae.config.block_out_channels) - 1)
         self.shape = (self.vae.config.latent_channels, side, side)
         self.words = self.clip.model.ln_final.normalized_shape[0]
@@ -70,7 +72,7 @@ class LatentSystem(System):
     def decode_samples(self, predict: Callable, generators: Generators, eta: float = 0.0) -> Tensor:
         """Sample latents with `predict(z_t, t) -> v` and decode: images [0, 1] `b 3 h w`."""
         steps = self.config.sampling.steps
-        z = ddim_sample(predict, self.scheduler, self.shape, generators, steps, eta)
+        z = ddim_sample(predict, self.scheduler, self.shape, generators, steps, eta, self.device)
         return (decode_latents(self.vae, z) / 2 + 0.5).clamp(0, 1)
 
 
@@ -155,12 +157,14 @@ def optimise(
         {"params": list(module.parameters()), "lr": lrs.get(key, LR)}
         for key, module in trained.items()
     ]
+    device = run.device.type
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         set_learning_rates(optimizer, progress)
         # the backward pass of the CPU's flash kernel is slower than plain matrix products
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        kernel = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+        with torch.autocast(device, torch.bfloat16), kernel:
             value = loss(generator)
         descend(optimizer, value, clip=1.0)
         return {"loss": value}
@@ -189,13 +193,15 @@ def denoising_loss(
         predict: the network.
         scheduler: of the noise.
         x0: clean samples `b c h w`.
-        generator: of times and noise.
+        generator: of times and noise, of the device of `x0`.
         conditions: further arguments of `predict`.
     """
     b = len(x0)
     total = scheduler.config.num_train_timesteps
-    t = ((torch.arange(b) + torch.rand(b, generator=generator)) / b * total).long()
-    noise = torch.randn(x0.shape, generator=generator)
+    device = generator.device
+    within = torch.rand(b, generator=generator, device=device)
+    t = ((torch.arange(b, device=device) + within) / b * total).long()
+    noise = torch.randn(x0.shape, generator=generator, device=device)
     predicted = predict(scheduler.add_noise(x0, noise, t), t, *conditions).float()
     if scheduler.config.prediction_type == "sample":
         weight = (1 / (1 - scheduler.alphas_cumprod[t])).clamp(max=HEAVIEST)
@@ -210,7 +216,7 @@ def prediction_of(unet: UNet2DConditionModel) -> Callable[[Tensor, Tensor, Tenso
 
 def drop_texts(texts: Sequence[str], share: float, generator: torch.Generator) -> list[str]:
     """Each caption replaced by "" with this probability."""
-    gone = torch.rand(len(texts), generator=generator) < share
+    gone = torch.rand(len(texts), generator=generator, device=generator.device) < share
     return ["" if g else text for g, text in zip(gone.tolist(), texts, strict=True)]
 
 
@@ -220,7 +226,7 @@ class TextUnetSystem(LatentSystem):
     def pretrain(self, run: Run) -> None:
         """Train the U-Net on faces with captions."""
         unet = self.networks[self.shares[1]]
-        faces = LatentFaces(Faces.of_foundation(self.config), self.vae)
+        faces = LatentFaces(Faces.of_foundation(self.config).to(self.device), self.vae)
 
         def loss(generator: torch.Generator) -> Tensor:
             z, _, texts = faces.batch(BATCH, generator)
@@ -241,6 +247,7 @@ def ddim_sample(
     generators: Generators,
     steps: int,
     eta: float = 0.0,
+    device: torch.device | None = None,
 ) -> Tensor:
     """DDIM (Song et al. 2021, Eq. 12) from pure noise; eta 0: deterministic, 1: as DDPM.
 
@@ -248,16 +255,17 @@ def ddim_sample(
         predict: (x_t `b c h w`, t `b`) -> v, or what the scheduler takes, `b c h w`.
         scheduler: of the noise.
         shape: of one sample.
-        generators: one for each sample, so that neither batch nor order counts.
+        generators: one for each sample, of the CPU, so that neither batch nor order counts.
         steps: of sampling.
         eta: share of fresh noise.
+        device: of the network; None: the CPU.
     """
     scheduler.set_timesteps(steps)
     # Steps of equal length, of which the last ends at x_0; few steps must begin at pure noise.
     length = scheduler.config.num_train_timesteps // steps
-    x = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+    x = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device)
     for t in torch.arange(steps, 0, -1) * length - 1:
-        prediction = predict(x, t.expand(len(x)))
+        prediction = predict(x, t.to(x.device).expand(len(x)))
         x = scheduler.step(
             prediction,
             t,

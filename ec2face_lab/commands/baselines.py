@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     one.add_argument("--seed", type=int, default=42, help="of weights and noise")
     one.add_argument("--threads", type=int, default=1, help="of torch")
+    one.add_argument("--device", help="cpu or cuda; default: a GPU if there is one, else the CPU")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -54,8 +55,9 @@ def run(options: argparse.Namespace) -> None:
             raise ConfigError("--system needs --out DIR, the folder of its weights and state")
         torch.set_num_threads(options.threads)
         train_system(
-            config, options.system, options.out, options.seconds, options.seed, options.shared
-        )
+            config, options.system, options.out, options.seconds, options.seed, options.shared,
+            options.device,
+        )  # fmt: skip
     elif options.fairness:
         from ..study.fairness import WAYS, run_fairness
 

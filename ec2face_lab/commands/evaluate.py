@@ -21,9 +21,12 @@ from ec2face_core.texts import read_manifest
 from ..baselines.official import LAYOUTS, SYSTEM_OF, adopt
 from ..cache import write_frame
 from ..plots.render_tables import markdown_name, render_markdown
-from ..study.intervals import summarise
-from ..study.pictures import official_pictures
-from ..study.scores import evaluated_ids, score_folder
+from ..plots.save import headline
+from ..study.distribution import FEWEST
+from ..study.painters import REAL
+from ..study.pictures import PictureSet, official_pictures
+from ..study.scores import evaluated_ids, folder_features, score_folder
+from ..study.summary import distance_rows, summarise
 from . import generate
 
 
@@ -45,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Score, write `runs/<profile>/evaluation/<split>-<method>.csv` and print its table."""
+    import pandas as pd
+
     config = config_from_args(options)
     if options.images is None and (options.layout or options.manifest):
         raise ConfigError("--layout and --manifest describe pictures: name them by --images DIR")
@@ -59,11 +64,18 @@ def run(options: argparse.Namespace) -> None:
         folders = {method: _adopt(config, dataset, options)}
     for method, folder in folders.items():
         per_image = score_folder(folder, dataset, config, options.limit)
-        seeds = str(config.sampling.seed) if method in VARIANTS else ""
-        rows = summarise(per_image, "evaluation", method, dataset.root.name, config, seeds)
+        labels = {"table": "evaluation", "method": method, "dataset": dataset.root.name}
+        labels["seeds"] = str(config.sampling.seed) if method in VARIANTS else ""
+        rows = summarise([per_image], config=config, **labels)
+        features = folder_features(folder, dataset, config, options.limit)
+        if method != REAL and options.manifest is None and len(per_image) >= FEWEST:
+            real = PictureSet(config, REAL, options.split, options.limit).features()
+            distances = distance_rows([[features]], real, config, **labels)
+            rows = pd.concat([rows, distances], ignore_index=True)
         target = config.run_dir / "evaluation" / f"{options.split}-{method}.csv"
         write_frame(target, rows)
-        print(render_markdown(rows, f"{markdown_name(method)}, {len(per_image)} faces."))
+        shown = headline(rows, config)
+        print(render_markdown(shown, f"{markdown_name(method)}, {len(per_image)} faces."))
         print(f"rows: {target}")
 
 

@@ -1,10 +1,14 @@
 """Train the miniature's foundation model and perception models from nothing.
 
     python -m ec2face_lab pretrain vae                        # autoencoder
-    python -m ec2face_lab pretrain latents                    # a pool of encoded faces
+    python -m ec2face_lab pretrain captions                   # token ids of a pool's captions
+    python -m ec2face_lab pretrain latents                    # the pool: encoded faces
     python -m ec2face_lab pretrain flux                       # transformer and text encoders
+    python -m ec2face_lab pretrain distill                    # guidance into its embedding
     python -m ec2face_lab pretrain parser --role guiding      # face parser
     python -m ec2face_lab pretrain clip --role scoring        # CLIP
+    python -m ec2face_lab pretrain facts                      # attribute evaluator
+    python -m ec2face_lab pretrain gates                      # are they good enough?
 
 With `--data ROOT --out DIR` the same on photographs of faces. Every stage can be stopped and run
 again. `make foundation` runs all of them.
@@ -16,20 +20,37 @@ import argparse
 
 import torch
 
-from ec2face_core.config import ROOT, UserError, user_path
+from ec2face_core.config import ROOT, UserError, load_profile, user_path
+from ec2face_core.runs import whole_file
 
-from ..world import pretrain, pretrain_perception
-from ..world.sources import FolderFaces, ProceduralFaces
+from ..world import pool, pretrain, pretrain_flux, pretrain_perception
+from ..world.sources import DataSource, FolderFaces, Portraits
 
 STAGES = {
     "vae": "the autoencoder",
+    "captions": "token ids of the captions of a pool of faces",
     "latents": "a pool of encoded faces and dense conditions",
     "flux": "the transformer and its text encoders",
+    "distill": "classifier-free guidance, into the guidance embedding",
     "parser": "a face parser",
     "clip": "a CLIP",
+    "facts": "the attribute evaluator",
+    "gates": "measure all of them on faces that none has seen: gates.csv in the bundle",
 }
-SAMPLES = {"vae": 60_000, "latents": 24_576, "flux": 200_000, **pretrain_perception.SAMPLES}
-BUNDLE = ROOT / "data" / "mini"
+SAMPLES = {
+    "vae": 100_000,
+    "captions": 49_152,
+    "latents": 49_152,
+    "flux": 1_000_000,
+    "distill": 60_000,
+    **pretrain_perception.SAMPLES,
+}
+BATCH = {
+    "cpu": {"vae": 16, "flux": 32, "distill": 32},
+    "cuda": {"vae": 64, "flux": 512, "distill": 512},
+}
+RATE = {"flux": 1.2e-3, "distill": 3e-4}
+BUNDLE = ROOT / "data" / "mini128"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, summary in STAGES.items():
         stage = stages.add_parser(name, help=summary, formatter_class=parser.formatter_class)
         stage.add_argument(
+            "--device", default="cpu", choices=("cpu", "cuda"),
+            help="where faces are rendered and networks run",
+        )  # fmt: skip
+        if name == "gates":
+            continue
+        stage.add_argument(
             "--data", type=user_path, metavar="ROOT",
-            help="train on the training split of this folder, at 64 px, not on procedural faces",
+            help="train on the training split of this folder, not on procedural faces",
+        )  # fmt: skip
+        stage.add_argument(
+            "--size", type=int, choices=tuple(pretrain.PLANS), default=128,
+            help="side in pixels of the faces of --data",
         )  # fmt: skip
         stage.add_argument(
             "--out", type=user_path, metavar="DIR", default=BUNDLE, help="folder of the bundle"
@@ -47,14 +78,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         stage.add_argument(
             "--samples", type=int, default=SAMPLES[name], help="faces to train on or to encode"
         )
-        if name in ("vae", "flux"):
-            stage.add_argument("--batch", type=int, default=16, help="samples a process and step")
-        if name == "flux":
-            stage.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+        if name not in {"captions", "latents"}:
+            stage.add_argument(
+                "--seconds", type=float, default=0.0,
+                help="train for so long instead of on --samples faces; 0: no limit",
+            )  # fmt: skip
+        if name in {"vae", *RATE}:
+            stage.add_argument(
+                "--batch", type=int, default=0, help="samples of a step; 0: what suits the device"
+            )
+        if name in RATE:
+            stage.add_argument("--lr", type=float, default=RATE[name], help="peak learning rate")
+            stage.add_argument(
+                "--compile", action="store_true", help="compile the transformer's blocks"
+            )
+        if name == "captions":
+            stage.add_argument("--processes", type=int, default=1, help="that tokenise captions")
         if name == "latents":
             stage.add_argument("--part", type=int, default=0, help="number of this part")
             stage.add_argument("--parts", type=int, default=1, help="parts of the pool in all")
-        if name in ("parser", "clip"):
+        if name in {"parser", "clip"}:
             stage.add_argument(
                 "--role", choices=tuple(pretrain_perception.ROLES), required=True,
                 help="guiding: serves as a loss; scoring: serves as a metric",
@@ -63,27 +106,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train one stage; resumes if it was stopped."""
-    out = options.out
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA GPU; leave the option out")
+    # Its backward pass ends with an illegal memory access for heads of 32 channels (torch 2.11).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if options.stage == "gates":
+        _gates(options.device)
+        return
+    source: DataSource
     if options.data is None:
-        source = ProceduralFaces()
-    elif out == BUNDLE:
-        raise UserError("--data needs --out DIR: data/mini is trained on procedural faces alone")
+        source = Portraits(options.device)
+    elif options.out == BUNDLE:
+        raise UserError("--data needs --out DIR: the bundle is trained on procedural faces alone")
     else:
-        source = FolderFaces(options.data)
-    work = pretrain.work_folder(out)
+        source = FolderFaces(options.data, options.size, options.device)
+    work = pretrain.work_folder(options.out)
     work.mkdir(parents=True, exist_ok=True)
-    if options.stage == "vae":
-        pretrain.train_vae(source, work, options.samples, options.batch)
-    elif options.stage == "latents":
-        pretrain.encode_pool(source, work, options.samples, options.part, options.parts)
-    elif options.stage == "flux":
-        pretrain.train_flux(source, out, options.samples, options.batch, options.lr)
+    if options.stage in {"parser", "clip", "facts"}:
+        _perception(options, source)
     else:
+        _foundation(options, source)
+
+
+def _foundation(options: argparse.Namespace, source: DataSource) -> None:
+    work = pretrain.work_folder(options.out)
+    samples = options.samples
+    if options.stage == "captions":
+        pool.encode_captions(source, work, samples, options.processes)
+        return
+    if options.stage == "latents":
+        pool.encode_pool(source, work, samples, options.part, options.parts)
+        return
+    batch = options.batch or {**BATCH["cpu"], **BATCH[options.device]}[options.stage]
+    if options.stage == "vae":
+        pretrain.train_vae(source, work, samples, batch, options.seconds)
+        return
+    plan = (samples, batch, options.lr, options.seconds, options.compile)
+    if options.stage == "flux":
+        pretrain_flux.train_flux(source, work, *plan)
+    else:
+        pretrain_flux.distill_guidance(source, options.out, work, *plan)
+
+
+def _perception(options: argparse.Namespace, source: DataSource) -> None:
+    if options.device == "cpu":
         torch.set_num_threads(1)
-        role = pretrain_perception.ROLES[options.role]
-        if options.stage == "parser":
-            target = out / f"parser_{options.role}.pt"
-            pretrain_perception.train_parser(role, target, options.samples, source)
-        else:
-            target = out / f"clip_{options.role}"
-            pretrain_perception.train_clip(role, target, options.samples, source)
+    out = options.out
+    plan = (options.samples, source, options.seconds)
+    if options.stage == "facts":
+        pretrain_perception.train_facts(out / "facts.safetensors", *plan)
+        return
+    role = pretrain_perception.ROLES[options.role]
+    if options.stage == "parser":
+        pretrain_perception.train_parser(role, out / f"parser_{options.role}.pt", *plan)
+    else:
+        pretrain_perception.train_clip(role, out / f"clip_{options.role}", *plan)
+
+
+def _gates(device: str) -> None:
+    from ..study.gates import measure_gates
+
+    table = measure_gates(load_profile("mini128"), device=device)
+    with whole_file(BUNDLE / "gates.csv") as part:
+        table.to_csv(part, index=False)
+    print(table.to_string(index=False))

@@ -216,7 +216,8 @@ def class_accuracy(
     if ceiling is not None:
         dash = so.Dash({"label": "ceiling: real images"}, color="black", width=0.9, linewidth=1.4)
         plot = plot.add(dash, data=rows[rows["method"] == ceiling])
-    plot = plot.scale(x=order, color=palette).label(x="", y="accuracy (%)").limit(y=(0, 104))
+    plot = plot.scale(x=order, color=palette).label(x="", y="accuracy (recall, %)")
+    plot = plot.limit(y=(0, 104))
     fig = new_figure(9, 3.3)
     plot.on(fig).plot()
     (ax,) = fig.axes

@@ -1,7 +1,7 @@
 """Figures of differences: the effect of a loss, a setting, a guide or an altered mask.
 
-Points are means with 95 % intervals over faces. A grey band is the range of other training seeds;
-a setting counts only if its difference lies outside.
+Points are means with 95 % intervals, over faces where a method has one training; the legend says
+so. A grey band is the range of other training seeds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def difference_figure(
     seeds: DataFrame,
     paper: DataFrame,
     metrics: Sequence[str] = ("RFA", "OAA", "Text"),
+    over: str = "faces",
 ) -> Figure:
     """Differences of methods: the mean over seeds with its 95 % interval, each seed, the paper.
 
@@ -37,8 +38,9 @@ def difference_figure(
         seeds: the same for each seed alone, methods `mask - none, seed 43`.
         paper: columns method, metric, value.
         metrics: one panel each; values are in points.
+        over: what the interval is over, for the legend.
     """
-    marks = {"each training seed": ("|", SKY), "ours, 95 % interval over faces": ("o", BLUE),
+    marks = {"each training seed": ("|", SKY), f"ours, 95 % interval over {over}": ("o", BLUE),
              "paper": ("D", ORANGE)}  # fmt: skip
     alone = seeds.assign(method=seeds["method"].str.rpartition(", seed ")[0])
     means = ["method", "metric", "value"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import isnan
 from typing import TYPE_CHECKING
 
 from ec2face_core.attributes import CLASSES, GROUPS, display_name
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 
 Interval = Callable[[float, float, int], str]  # low, high, digits -> text
@@ -22,16 +22,28 @@ LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "²": r"$^2$",
     "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--", "α": r"$\alpha$", "β": r"$\beta$",
-    "<": r"\textless{}", ">": r"\textgreater{}", SMALL: r"{\tiny", END: "}",
+    "†": r"$\dagger$", "<": r"\textless{}", ">": r"\textgreater{}", SMALL: r"{\tiny", END: "}",
 })  # fmt: skip
 
 CRITICS = ("independent", "guiding")  # values of the column critic: evaluators, guides
 
-# metric -> heading; percent unless it is LPIPS or NIQE
+# metric -> heading. OAA ... RFA are recall, the paper's accuracy; KID and CMMD are in thousandths.
 METRICS = {
     "Text": "Text (%) ↑", "OAA": "OAA (%) ↑", "HFA": "HFA (%) ↑", "NFA": "NFA (%) ↑",
-    "RFA": "RFA (%) ↑", "LPIPS": "LPIPS ↓", "NIQE": "NIQE ↓",
+    "RFA": "RFA (%) ↑", "F1": "F1 (%) ↑", "mIoU": "mIoU (%) ↑", "LPIPS": "LPIPS ↓",
+    "NIQE": "NIQE ↓",
 }  # fmt: skip
+
+# The second block of a table.
+MORE = {
+    "F1_HFA": "F1 of HFA (%) ↑", "F1_NFA": "F1 of NFA (%) ↑", "F1_RFA": "F1 of RFA (%) ↑",
+    "Facts": "Facts (%) ↑", "KID": "KID ↓", "CMMD": "CMMD ↓", "Diversity": "Diversity",
+}  # fmt: skip
+
+PRESENCE = {"presence_": "found where the mask has it (%)",
+            "false_presence_": "found where it has none (%)"}  # fmt: skip
+
+SIGNIFICANT = 0.05
 
 # Every method in the order in which the tables print it.
 METHODS = {
@@ -93,9 +105,12 @@ def _layouts(
     rows: DataFrame, interval: Interval, name: Callable[[str], str]
 ) -> list[tuple[list[str], list[list[str]]]]:
     """(header, lines) of the main table and, where classes were scored, of the class table."""
-    main = rows[rows["metric"].isin(METRICS)]
     classes = rows[rows["metric"].isin(CLASSES) & (rows["source"] == "ours")]
-    layouts = [_main_layout(main, interval, name)] if len(main) else []
+    layouts = []
+    for headings in (METRICS, MORE, _presence_headings(rows)):
+        shown = rows[rows["metric"].isin(headings)]
+        if len(shown):
+            layouts.append(_main_layout(shown, headings, interval, name))
     for critic in CRITICS:
         scores = classes[classes["critic"] == critic]
         if len(scores):
@@ -103,16 +118,30 @@ def _layouts(
     return layouts
 
 
+def _presence_headings(rows: DataFrame) -> dict[str, str]:
+    """Metric -> heading of the shares of pictures in which a class is found, class by class."""
+    present = set(rows["metric"])
+    return {
+        f"{start}{name}": f"{display_name(i)} {words}"
+        for i, name in enumerate(CLASSES)
+        for start, words in PRESENCE.items()
+        if f"{start}{name}" in present
+    }
+
+
 def _main_layout(
-    rows: DataFrame, interval: Interval, name: Callable[[str], str]
+    rows: DataFrame,
+    headings: Mapping[str, str],
+    interval: Interval,
+    name: Callable[[str], str],
 ) -> tuple[list[str], list[list[str]]]:
     """Rows: methods and their perception models; columns: n, our metrics, the paper's metrics."""
-    metrics = [metric for metric in METRICS if (rows["metric"] == metric).any()]
-    paper = rows[rows["source"] == "paper"].set_index(["method", "metric"])["value"]
     ours = rows[rows["source"] == "ours"]
-    header = ["Method", "Critic", "n", *[METRICS[m] for m in metrics]]
-    if len(paper):
-        header += [f"paper: {m}" for m in metrics]
+    metrics = [metric for metric in headings if (ours["metric"] == metric).any()]
+    paper = rows[rows["source"] == "paper"].set_index(["method", "metric"])["value"]
+    printed = [m for m in headings if m in paper.index.get_level_values("metric")]
+    header = ["Method", "Critic", "n", *[headings[m] for m in metrics]]
+    header += [f"paper: {m}" for m in printed]
     lines = []
     for method in _in_order(rows["method"].unique()):
         scores = ours[ours["method"] == method]
@@ -126,7 +155,7 @@ def _main_layout(
             line = [name(method) if first else "", critic or "–"]
             line.append(_count(cells["n"].max()) if len(cells) else "–")
             line += [_cell(cells, m, interval) for m in metrics]
-            for m in metrics if len(paper) else ():
+            for m in printed:
                 line.append(f"{paper[method, m]:.2f}" if first and (method, m) in paper else "")
             lines.append(line)
     return header, lines
@@ -151,14 +180,22 @@ def _class_layout(
 
 
 def _cell(rows: DataFrame, metric: str, interval: Interval) -> str:
-    """`85.13 [84.20, 86.01]`, or – where nothing was measured."""
+    """`85.13 [84.20, 86.01]`, or – where nothing was measured; † as the notes say."""
     if metric not in rows.index or isnan(rows.loc[metric, "value"]):
         return "–"
     row = rows.loc[metric]
-    digits = 3 if metric == "LPIPS" else 2
+    digits = 3 if metric in ("LPIPS", "Diversity") else 2
     value = f"{row['value']:.{digits}f}"
-    unknown = isnan(row["ci_low"]) or isnan(row["ci_high"])
-    return value if unknown else value + interval(row["ci_low"], row["ci_high"], digits)
+    if metric.startswith(tuple(PRESENCE)):
+        value += f" of {_count(row['n'])}"
+    bounds = row[["joint_low", "joint_high"]] if _is_joint(row) else row[["ci_low", "ci_high"]]
+    mark = " †" if row["p_holm"] < SIGNIFICANT else ""
+    return value + ("" if bounds.isna().any() else interval(*bounds, digits)) + mark
+
+
+def _is_joint(row: Series) -> bool:
+    """Whether an interval over faces and trainings is known."""
+    return not (isnan(row["joint_low"]) or isnan(row["joint_high"]))
 
 
 def _interval(low: float, high: float, digits: int) -> str:
@@ -187,10 +224,29 @@ def _notes(rows: DataFrame) -> list[str]:
     """Footnotes: intervals, seeds, misprints."""
     ours = rows[rows["source"] == "ours"]
     seeds = sorted({str(s) for s in ours["seeds"] if s})
-    notes = ["Brackets: 95 % interval; – : not measured here."] if len(ours) else []
+    notes = []
+    if len(ours):
+        notes.append(f"Brackets: 95 % interval {_covers(ours)}; – : not measured here.")
+    if ours["metric"].str.startswith(tuple(PRESENCE)).any():
+        notes.append("Percent of n pictures, which these intervals take as independent.")
+    if ours["p_holm"].notna().any():
+        notes.append(
+            "†: a claim of this table that holds after Holm's adjustment over all of them, for "
+            "attributes one in recall and F1 together."
+        )
     notes += [f"Seeds: {', '.join(seeds)}."] if seeds else []
     notes += ["Paper: the numbers it reports, at its own scale."] if len(ours) < len(rows) else []
     return notes + [FOOTNOTES[t] for t in rows["table"].unique()[:1] if t in FOOTNOTES]
+
+
+def _covers(rows: DataFrame) -> str:
+    """What the intervals of the rows are over."""
+    joint = rows["joint_low"].notna()
+    alone = rows["ci_low"].notna() & ~joint
+    if not joint.any():
+        return "over faces (trainings held fixed)"
+    rest = ", or over faces alone where there is one training" if alone.any() else ""
+    return f"over faces and trainings{rest}"
 
 
 def _latex(text: str) -> str:

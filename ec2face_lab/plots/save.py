@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-COLUMNS = (
-    "table", "method", "dataset", "metric", "source", "critic",
-    "value", "ci_low", "ci_high", "n", "seeds",
+# ci: 95 % interval over faces; joint: over faces and trainings; t: over trainings alone; p_holm: of
+# the claim that a difference belongs to, adjusted over the claims of its table.
+NUMBERS = (
+    "value", "ci_low", "ci_high", "joint_low", "joint_high", "t_low", "t_high", "p_holm",
 )  # fmt: skip
+
+COLUMNS = ("table", "method", "dataset", "metric", "source", "critic", *NUMBERS, "n", "seeds")
 
 
 class ResultsError(ValueError):
@@ -69,11 +72,14 @@ def save_figure(fig: Figure, name: str, config: Config, **details: Any) -> Path:
 
 
 def read_rows(path: Path) -> DataFrame:
-    """A long table from CSV, with the columns `COLUMNS`; a missing critic reads as ''."""
+    """A long table from CSV, with the columns `COLUMNS`; a missing critic reads as ''.
+
+    Columns that an older file lacks are NaN.
+    """
     import pandas as pd
 
     rows = pd.read_csv(path, dtype={"critic": str, "seeds": str})
-    return rows.fillna({"critic": "", "seeds": ""})[list(COLUMNS)]
+    return rows.fillna({"critic": "", "seeds": ""}).reindex(columns=list(COLUMNS))
 
 
 def paper_table(number: int) -> DataFrame:
@@ -103,11 +109,20 @@ def save_table(
         rows = pd.concat([rows.assign(source="ours"), paper_table(int(name[-1])).astype(object)])
     target = save_rows(rows, config.figure_dir / f"{name}.csv", config, **details)
 
-    rows = read_rows(target)
+    rows = headline(read_rows(target), config)
     for suffix, render in ((".md", render_markdown), (".tex", render_latex)):
         with whole_file(target.with_suffix(suffix)) as part:
             part.write_text(render(rows, caption))
     return target.with_suffix(".md")
+
+
+def headline(rows: DataFrame, config: Config) -> DataFrame:
+    """The rows that a printed table shows: without our LPIPS where its trunk is random.
+
+    Such a trunk tells a distorted picture from its original, but ranks no methods.
+    """
+    ours = (rows["metric"] == "LPIPS") & (rows["source"] == "ours")
+    return rows[~ours] if config.evaluation.lpips == "alex-random" else rows
 
 
 def save_rows(rows: DataFrame, path: Path, config: Config, **details: Any) -> Path:
@@ -131,7 +146,7 @@ def save_rows(rows: DataFrame, path: Path, config: Config, **details: Any) -> Pa
         )
     rows = rows.reindex(columns=COLUMNS).astype(object)
     rows = rows.fillna({"source": "ours", "critic": "", "seeds": ""})
-    rows = rows.astype({"value": float, "ci_low": float, "ci_high": float, "n": "Int64"})
+    rows = rows.astype({**dict.fromkeys(NUMBERS, float), "n": "Int64"})
     cell = ["table", "method", "metric", "source", "critic"]
     repeated = rows[rows.duplicated(cell, keep=False)]
     if len(repeated):

@@ -4,12 +4,15 @@ A face is described by a mapping (`FaceAttributes`). An absent or false key is n
 caption states only what holds. A small probabilistic grammar samples which facts to mention and in
 which order. Accessories are mentioned with probability 1/2 when present, hair colour with 0.6,
 other facts with 0.4-0.6; a caption has at most six facts and 28 words, 12-14 on average (the real
-captions: 13.5). `captions_from_mask` describes faces that come with a label map only.
+captions: 13.5). `captions_from_mask` describes faces that come with a label map only;
+`caption_facts` reads a caption's facts back.
 """
 
 from __future__ import annotations
 
+import functools
 import random
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,6 +75,7 @@ _HAIR = {  # in the order of the adjectives: words, probability of being mention
     "hair_style": (HAIR_STYLES, 0.5),
     "hair_colour": (HAIR_COLOURS, 0.6),
 }
+_OPPOSITE = {"male": "female", "young": "older"}  # what a caption says where they are false
 _AGE_PROBABILITY = 0.4
 _NEEDS_HAIR = {*_HAIR, "bangs", "receding_hairline"}  # invisible on a bald head
 
@@ -148,6 +152,40 @@ def attributes_from_mask(label_map: Tensor, image: Tensor | None = None) -> dict
         colour = _hair_colour(image[:, label_map == CLASS_ID["hair"]])
         attributes |= {"hair_colour": colour} if colour else {}
     return attributes
+
+
+def fact_name(key: str, value: bool | str) -> str:
+    """The name of a fact: `eyeglasses`, `female`, `older`, `hair_colour=black`."""
+    return _OPPOSITE[key] if value is False else key if value is True else f"{key}={value}"
+
+
+def caption_facts(caption: str) -> list[str]:
+    """Names of the facts that a caption in either style mentions, in the order of the tables."""
+    text = caption.lower()
+    found = [name for name, pattern in _patterns().items() if pattern.search(text)]
+    hair = " ".join(_hair_pattern().findall(text))
+    return found + [
+        fact_name(key, word)
+        for key, (words, _) in _HAIR.items()
+        for word in words
+        if word in hair and word != "medium"
+    ]
+
+
+@functools.cache
+def _hair_pattern() -> re.Pattern[str]:
+    """The adjectives directly before "hair"."""
+    words = "|".join(word for words, _ in _HAIR.values() for word in words)
+    return re.compile(rf"\b((?:(?:{words}),? )+)hair\b")
+
+
+@functools.cache
+def _patterns() -> dict[str, re.Pattern[str]]:
+    """What mentions each fact but those of the hair."""
+    phrases = {key: (fact.phrase, fact.detailed) for key, fact in _FACTS.items()}
+    phrases |= {"male": ("he", "man"), "female": ("she", "woman")}
+    phrases |= {age: (age,) for age in ("young", "older")}
+    return {name: re.compile(rf"\b(?:{'|'.join(words)})\b") for name, words in phrases.items()}
 
 
 def celeba_attributes(path: Path) -> dict[str, FaceAttributes]:

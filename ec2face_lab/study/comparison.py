@@ -27,7 +27,8 @@ from ..plots.render_tables import METHODS
 from .ablation import parameter_count
 from .painters import painter, weight_files
 from .pictures import available, official_pictures
-from .tables import difference_rows
+from .summary import F1_OF, cell_of, verdict_of, with_holm
+from .tables import describe_intervals, difference_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -146,17 +147,24 @@ def compared_files(config: Config, split: str) -> list[Path]:
 
 
 def lead_rows(config: Config, table: str, split: str, seeds: int = 1) -> DataFrame:
-    """EC²Face minus each system on the same faces, with intervals; empty without systems."""
+    """EC²Face minus each system on the same faces, with intervals; empty without systems.
+
+    The p-values of `summary.with_holm` are those of this table's claims.
+    """
     import pandas as pd
 
     pairs = {MINUS.format(name): (OURS, name) for name in available(config, split)}
-    return difference_rows(config, table, pairs, split, seeds) if pairs else pd.DataFrame()
+    if not pairs:
+        return pd.DataFrame()
+    return with_holm(difference_rows(config, table, pairs, split, seeds))
 
 
 def describe_lead(
     rows: DataFrame, lead: DataFrame, metrics: Sequence[str] = ("Text", "OAA", "RFA")
 ) -> str:
     """A line for each metric: EC²Face, the best of the paper's systems, and the newer ones.
+
+    A system counts as lower if it is so in recall and in F1, after Holm's adjustment.
 
     Args:
         rows: those of a table.
@@ -169,26 +177,30 @@ def describe_lead(
     for metric in metrics:
         values = rows[(rows["metric"] == metric) & (rows["critic"] == "independent")]
         values = values[values["source"] == "ours"].set_index("method")["value"]
-        gap = lead[(lead["metric"] == metric) & (lead["critic"] == "independent")]
-        gap = gap.set_index("method")
 
-        def compare(name: str, gap: DataFrame = gap, values: Series = values) -> str:
-            row = gap.loc[MINUS.format(name)]
-            interval = f"[{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]"
-            return f"{name} {values[name]:.1f}: {row['value']:+.1f} {interval}"
+        def compare(name: str, metric: str = metric, values: Series = values) -> str:
+            gaps = []
+            for one in (metric, F1_OF.get(metric)):
+                row = cell_of(lead, MINUS.format(name), one, "independent") if one else None
+                if row is not None:
+                    interval = f"[{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]"
+                    label = "" if one == metric else f"{one} "
+                    gaps.append(f"{label}{row['value']:+.1f} {interval}")
+            return f"{name} {values[name]:.1f}: {', '.join(gaps)}"
 
         line = f"{metric}: {METHODS['EC2Face']} {values['EC2Face']:.1f}"
         if present := [name for name in PAPER if name in values]:
             best = values[present].idxmax()
             factor = values["EC2Face"] / values[best]
-            lower = sum(gap["ci_low"][MINUS.format(name)] > 0 for name in present)
+            verdicts = [verdict_of(lead, MINUS.format(name), metric) for name in present]
+            lower = verdicts.count("higher")
             line += (
                 f", best of the paper's systems {compare(best)}, a factor of {factor:.2f}; "
                 f"{lower} of {len(present)} are significantly lower"
             )
         newer = [compare(name) for name in NEWER if name in values]
         lines.append("; ".join([line, *newer]) + ".")
-    return "\n".join(lines)
+    return "\n".join([*lines, describe_intervals(lead)])
 
 
 def system_facts(config: Config, split: str = "test") -> DataFrame:

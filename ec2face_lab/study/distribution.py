@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 
 SIGMA = 10.0  # bandwidth of CMMD's kernel
 
-SCALE = 1000.0  # CMMD is printed in thousandths
+FEWEST = 4  # pictures of a set: halves of two are the fewest with an unbiased estimate
+
+SCALE = 1000.0  # CMMD, and KID in tables, are printed in thousandths
 
 
-def kid(first: Any, second: Any, subsets: int = 1000, seed: int = 0) -> Interval:
+def kid(
+    first: Any, second: Any, subsets: int = 1000, seed: int = 0, paired: bool = False
+) -> Interval:
     """Kernel inception distance: unbiased squared MMD with the kernel (x.y / d + 1)^3.
 
     Bińkowski et al. (2018). Lower is nearer; 0 is expected for two sets of one distribution, and
@@ -40,6 +44,9 @@ def kid(first: Any, second: Any, subsets: int = 1000, seed: int = 0) -> Interval
         subsets: random halves of both sets for the interval. An estimate from half of the pictures
             scatters about that from all of them as the latter does about the truth, in first order.
         seed: of the halves.
+        paired: row i of both sets belongs to one condition, say a picture and the real image of the
+            same face. Such pairs are more alike than chance has it and are left out of the mean, as
+            a picture is not compared with itself; both sets are then halved alike.
 
     Returns:
         The estimate from all pictures with a 95 % interval; n is the smaller number of pictures.
@@ -47,21 +54,52 @@ def kid(first: Any, second: Any, subsets: int = 1000, seed: int = 0) -> Interval
     Raises:
         ValueError: the features do not match or are fewer than four.
     """
-    return _mmd(*_features(first, second), _polynomial, subsets, seed)
+    a, b = _features(first, second)
+    return _interval(_mmd(a, b, _polynomial, subsets, seed, paired), a, b)
 
 
-def cmmd(first: Any, second: Any, subsets: int = 1000, seed: int = 0) -> Interval:
+def cmmd(
+    first: Any, second: Any, subsets: int = 1000, seed: int = 0, paired: bool = False
+) -> Interval:
     """CLIP maximum mean discrepancy: 1000 times the unbiased squared MMD with a Gaussian kernel.
 
     Jayasumana et al. (2024): exp(-|x - y|^2 / 200) on CLIP image embeddings of unit length, to
     which features are scaled here. Their code takes the biased estimate, which is larger by about
     1000 (1 - mean kernel) (1 / m + 1 / n). Arguments and result as for `kid`.
     """
-    a, b = _features(first, second)
-    a = a / np.linalg.norm(a, axis=1, keepdims=True)
-    b = b / np.linalg.norm(b, axis=1, keepdims=True)
-    interval = _mmd(a, b, _gaussian, subsets, seed)
-    return Interval(*(SCALE * bound for bound in interval[:3]), interval.n)
+    a, b = (_unit(x) for x in _features(first, second))
+    return _interval(SCALE * _mmd(a, b, _gaussian, subsets, seed, paired), a, b)
+
+
+def paired_draws(
+    metric: str, pictures: Any, references: Any, subsets: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """KID or CMMD of pictures to the real images of the same faces, in thousandths.
+
+    Features are brought to equal length first: KID's kernel is then (cosine + 1)^3. Draws of
+    several methods with one seed come from the same halves of the faces, so their difference is
+    paired.
+
+    Args:
+        metric: KID or CMMD.
+        pictures: features `(n, d)`.
+        references: features of the real images, row by row, `(n, d)`.
+        subsets: random halves of the faces.
+        seed: of the halves.
+
+    Returns:
+        The estimate from all faces, then those from the halves, `(1 + subsets,)`.
+
+    Raises:
+        ValueError: the features do not match or are fewer than four.
+    """
+    a, b = (_unit(x) for x in _features(pictures, references))
+    kernel = _gaussian
+    if metric == "KID":
+        kernel = _polynomial
+        a = a * np.sqrt(a.shape[1])
+        b = b * np.sqrt(b.shape[1])
+    return SCALE * _mmd(a, b, kernel, subsets, seed, paired=True)
 
 
 def diversity(samples: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -126,9 +164,18 @@ def _features(first: Any, second: Any) -> tuple[np.ndarray, np.ndarray]:
     b = np.asarray(second, dtype=np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features are {a.shape} and {b.shape}; give (m, d) and (n, d)")
-    if min(len(a), len(b)) < 4:
+    if min(len(a), len(b)) < FEWEST:
         raise ValueError("an unbiased estimate from halves needs four pictures or more in each set")
     return a, b
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def _interval(draws: np.ndarray, a: np.ndarray, b: np.ndarray) -> Interval:
+    low, high = np.percentile(draws[1:], [2.5, 97.5])
+    return Interval(float(draws[0]), float(low), float(high), min(len(a), len(b)))
 
 
 def _polynomial(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -147,21 +194,26 @@ def _mmd(
     kernel: Callable[[np.ndarray, np.ndarray], np.ndarray],
     subsets: int,
     seed: int,
-) -> Interval:
-    """Unbiased squared MMD of features `(m, d)` and `(n, d)`, with an interval from halves."""
+    paired: bool,
+) -> np.ndarray:
+    """Unbiased squared MMD of `(m, d)` and `(n, d)`: of all pictures, then of random halves."""
+    if paired and len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} pictures are no pairs")
     rng = np.random.default_rng(seed)
     chosen = [_halves(len(x), subsets, rng) for x in (a, b)]  # row 0: all pictures
-    within = []
-    for x, rows in zip((a, b), chosen, strict=True):
+    if paired:
+        chosen[1] = chosen[0]
+    sizes = [rows.sum(1) for rows in chosen]
+    values = np.zeros(1 + subsets)
+    for x, rows, size in zip((a, b), chosen, sizes, strict=True):
         matrix = kernel(x, x)
         np.fill_diagonal(matrix, 0)
-        size = rows.sum(1)
-        within.append(((rows @ matrix) * rows).sum(1) / (size * (size - 1)))
-    across = ((chosen[0] @ kernel(a, b)) * chosen[1]).sum(1)
-    across = across / (chosen[0].sum(1) * chosen[1].sum(1))
-    values = within[0] + within[1] - 2 * across
-    low, high = np.percentile(values[1:], [2.5, 97.5])
-    return Interval(float(values[0]), float(low), float(high), min(len(a), len(b)))
+        values += ((rows @ matrix) * rows).sum(1) / (size * (size - 1))
+    matrix = kernel(a, b)
+    if paired:
+        np.fill_diagonal(matrix, 0)
+    across = ((chosen[0] @ matrix) * chosen[1]).sum(1)
+    return values - 2 * across / (sizes[0] * (sizes[1] - paired))
 
 
 def _halves(n: int, subsets: int, rng: np.random.Generator) -> np.ndarray:

@@ -28,11 +28,11 @@ from ..plots.differences import fairness_figure
 from ..plots.save import read_rows, save_rows
 from ..plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY
 from .comparison import MINUS, OURS, retrain_systems
-from .intervals import summarise, summarise_difference
 from .painters import through_autoencoder, weight_files
 from .pictures import PictureSet, batches
 from .png import load_pictures, save_picture
 from .scores import score_folder
+from .summary import summarise, summarise_difference, verdict_of
 from .tables import MAIN
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ AUTOENCODED = "autoencoded"
 WAYS = (*FACTORS, PUBLISHED, AUTOENCODED)
 
 SPLIT = "validation"
+
+STANDINGS = {"higher": "leads", "not significant": "level with", "lower": "behind"}
 
 # way -> (label, marker, colour)
 MARKS = {
@@ -103,7 +105,7 @@ def run_fairness(
     labels = (ours.dataset.root.name, config)
     path = config.run_dir / "fairness" / "fairness.csv"
     others, files = _kept(config)
-    parts = [summarise(our_scores, "fairness", "EC2Face", *labels)]
+    parts = [summarise([our_scores], "fairness", "EC2Face", *labels)]
     inputs = [adapter_dir(config, OURS) / LORA_FILE, resolve(config.backbone.path) / "vae"]
     for way in ways:
         members = [name for name in names if way != PUBLISHED or systems()[name].own_masks]
@@ -119,8 +121,9 @@ def run_fairness(
                 scores = pictures.scores()
             inputs += weight_files(other, name)
             lead = f"{MINUS.format(name)}, {way}"
-            parts.append(summarise(scores, "fairness", f"{name}, {way}", *labels))
-            parts.append(summarise_difference(our_scores, scores, "fairness", lead, *labels))
+            parts.append(summarise([scores], "fairness", f"{name}, {way}", *labels))
+            sides = ([our_scores], [scores])
+            parts.append(summarise_difference(*sides, "fairness", lead, *labels))
     rows = pd.concat(parts, ignore_index=True)
     rows = rows[rows["metric"].isin(MAIN)]
     if others is not None:
@@ -187,6 +190,9 @@ def kept_fairness(config: Config) -> tuple[DataFrame, Path] | None:
 def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "Text")) -> str:
     """One line for each metric and way: the systems that EC²Face leads, and the others.
 
+    A lead in attributes is one in recall and in F1, where the rows have it. Each side was trained
+    once, so intervals are over faces.
+
     Args:
         rows: those of `run_fairness`.
         metrics: in this order.
@@ -198,14 +204,14 @@ def describe_fairness(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "
         ours, faces = table.loc["EC2Face", ["value", "n"]]
         lines.append(f"{metric}, EC²Face {ours:.1f}, {faces:.0f} faces (EC²Face minus system):")
         for way, (words, *_) in MARKS.items():
-            standing: dict[str, list[str]] = {"leads": [], "level with": [], "behind": []}
+            standing: dict[str, list[str]] = {word: [] for word in STANDINGS.values()}
             for name in PAPER:
                 if f"{name}, {way}" in table.index:
-                    row = table.loc[f"{MINUS.format(name)}, {way}"]
-                    gap, low, high = (row[k] for k in ("value", "ci_low", "ci_high"))
-                    verdict = "leads" if low > 0 else "behind" if high < 0 else "level with"
+                    label = f"{MINUS.format(name)}, {way}"
+                    gap, low, high = (table.loc[label, k] for k in ("value", "ci_low", "ci_high"))
+                    verdict = verdict_of(independent, label, metric)
                     value = table.loc[f"{name}, {way}", "value"]
-                    standing[verdict].append(
+                    standing.setdefault(STANDINGS.get(verdict, verdict), []).append(
                         f"{name} {value:.1f} ({gap:+.1f} [{low:+.1f}, {high:+.1f}])"
                     )
             groups = [

@@ -77,11 +77,11 @@ def clip_retrieval(config: Config, split: str = "test", candidates: int = 256) -
 
     Returns:
         A row for each role in the column `critic`, and the columns of
-        `pretrain_perception.retrieval` in percent.
+        `world.retrieval.retrieval` in percent.
     """
     import pandas as pd
 
-    from ..world.pretrain_perception import retrieval
+    from ..world.retrieval import retrieval
 
     dataset = open_dataset(config, split)
     ids = dataset.ids[:candidates]

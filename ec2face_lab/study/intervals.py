@@ -9,85 +9,17 @@ numpy or tensors on the CPU; results are long DataFrames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ec2face_core.attributes import CLASSES, GROUPS, NUM_CLASSES
-from ec2face_core.config import Config
 from ec2face_core.metrics import group_means, overlap_from_counts, overlap_means, ratio
-
-from ..plots.save import COLUMNS
-from .scores import ROLES, counts
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-
-def summarise(
-    per_image: DataFrame, table: str, method: str, dataset: str, config: Config, seeds: str = ""
-) -> DataFrame:
-    """Long rows of a table with 95 % intervals over images, one row for each cell.
-
-    Args:
-        per_image: rows of `score_folder`.
-        table: written into every row, like `method`, `dataset` and `seeds`.
-        method: name in the table.
-        dataset: name of the data root.
-        config: number of resamples and seed of the bootstrap.
-        seeds: that were trained and sampled.
-    """
-    bootstrap = (config.evaluation.bootstrap, config.seed)
-    return _long_rows(
-        lambda column: bootstrap_interval(per_image[column], *bootstrap),
-        lambda role: bootstrap_accuracy(*counts(per_image, role), *bootstrap),
-        table=table, method=method, dataset=dataset, seeds=seeds,
-    )  # fmt: skip
-
-
-def summarise_difference(
-    first: DataFrame,
-    second: DataFrame,
-    table: str,
-    method: str,
-    dataset: str,
-    config: Config,
-    seeds: str = "",
-) -> DataFrame:
-    """Long rows of first - second on the same images.
-
-    A difference is significant if its 95 % interval does not contain 0. Arguments as for
-    `summarise`.
-
-    Raises:
-        ValueError: the pictures are not of the same faces, in the same order.
-    """
-    if list(first["id"]) != list(second["id"]):
-        raise ValueError("a paired difference needs the same faces in the same order")
-    bootstrap = (config.evaluation.bootstrap, config.seed)
-
-    def accuracy(role: str) -> DataFrame:
-        return paired_accuracy_difference(counts(first, role), counts(second, role), *bootstrap)
-
-    return _long_rows(
-        lambda column: bootstrap_interval(first[column] - second[column], *bootstrap), accuracy,
-        table=table, method=method, dataset=dataset, seeds=seeds,
-    )  # fmt: skip
-
-
-def _long_rows(
-    score: Callable[[str], Interval], accuracy: Callable[[str], DataFrame], **labels: str
-) -> DataFrame:
-    import pandas as pd
-
-    rows = [{"metric": "Text", "critic": r, **score(f"text_{r}")._asdict()} for r in ROLES]
-    for role in ROLES:
-        table = accuracy(role).drop(columns="pixels")
-        rows += table.assign(critic=role).to_dict("records")
-    rows += [{"metric": m, "critic": "", **score(m.lower())._asdict()} for m in ("LPIPS", "NIQE")]
-    return pd.DataFrame(rows).assign(source="ours", **labels)[list(COLUMNS)]
 
 
 # ------------------------------------------------------------------------------------- intervals
@@ -116,30 +48,35 @@ def bootstrap_interval(values: Any, resamples: int = 1000, seed: int = 0) -> Int
 
 
 def bootstrap_accuracy(
-    correct: Any, support: Any, resamples: int = 1000, seed: int = 0
+    correct: Any, support: Any, predicted: Any = None, resamples: int = 1000, seed: int = 0
 ) -> DataFrame:
     """Pooled mask accuracies with intervals, from the counts `(n, 19)` of `mask_counts`.
 
+    Args:
+        correct: pixels predicted as the mask has them.
+        support: pixels in the masks.
+        predicted: pixels in the parsed label maps; without them there is recall alone.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
     Returns:
-        Rows OAA, HFA, NFA, RFA and the 19 classes: metric, value, ci_low, ci_high (percent),
-        n (images that have a pixel of it), pixels. A class without pixels is NaN.
+        Rows OAA, HFA, NFA, RFA and the 19 classes, and with `predicted` those that
+        `two_level_accuracy` names: metric, value, ci_low, ci_high (percent), n (images that have a
+        pixel of it), pixels. A class without pixels is NaN.
     """
-    correct = _array(correct)
-    support = _array(support)
-    value = _accuracies(np.ones((1, len(correct))), correct, support)
-    resampled = _accuracies(_resample(len(correct), resamples, seed), correct, support)
-    return _table(value, resampled, support)
+    first = [_array(x) for x in (correct, support, predicted) if x is not None]
+    return _accuracy_rows(first, None, resamples, seed)
 
 
 def paired_accuracy_difference(
-    first: tuple[Any, Any], second: tuple[Any, Any], resamples: int = 1000, seed: int = 0
+    first: Sequence[Any], second: Sequence[Any], resamples: int = 1000, seed: int = 0
 ) -> DataFrame:
     """How much higher the first method's accuracies are than the second's on the same images.
 
     Both methods are resampled by the same images, so what the images have in common cancels.
 
     Args:
-        first: (correct, support), each `(n, 19)`.
+        first: (correct, support) or (correct, support, predicted), each `(n, 19)`.
         second: the same of the other method, image by image.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -152,11 +89,39 @@ def paired_accuracy_difference(
     b = [_array(x) for x in second]
     if a[0].shape != b[0].shape or not np.array_equal(a[1], b[1]):
         raise ValueError("a paired difference needs the same images with the same masks, in order")
-    ones = np.ones((1, len(a[0])))
-    weights = _resample(len(a[0]), resamples, seed)
-    value = _accuracies(ones, *a) - _accuracies(ones, *b)
-    resampled = _accuracies(weights, *a) - _accuracies(weights, *b)
-    return _table(value, resampled, a[1])
+    return _accuracy_rows(a, b, resamples, seed)
+
+
+def _accuracy_rows(
+    first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None, resamples: int, seed: int
+) -> DataFrame:
+    """Rows of one method, or of first - second, from counts `(n, 19)`."""
+    import pandas as pd
+
+    support = first[1]
+    weights = _resample(len(support), resamples, seed)
+    value = _mask_metrics(*(x.sum(0) for x in first))
+    resampled = _mask_metrics(*(weights @ x for x in first))
+    if second is not None:
+        other = _mask_metrics(*(x.sum(0) for x in second))
+        others = _mask_metrics(*(weights @ x for x in second))
+        value = {name: value[name] - other[name] for name in value}
+        resampled = {name: resampled[name] - others[name] for name in resampled}
+    rows = []
+    for metric in value:
+        pixels = support[:, classes_of(metric)].sum(1)
+        bounds = _bounds(resampled[metric])
+        interval = Interval(float(value[metric]), *bounds, int((pixels > 0).sum()))
+        rows.append({"metric": metric, **interval._asdict(), "pixels": int(pixels.sum())})
+    return pd.DataFrame(rows)
+
+
+def classes_of(metric: str) -> tuple[int, ...]:
+    """The classes that a mask metric is measured on: `RFA`, `F1_RFA`, `ear_r`, `iou_ear_r` ..."""
+    members = {**GROUPS, **{c: (i,) for i, c in enumerate(CLASSES)}}
+    if metric.startswith(("F1_", "precision_", "f1_", "iou_")):
+        metric = metric.partition("_")[2]
+    return members.get(metric, tuple(range(NUM_CLASSES)))
 
 
 # ----------------------------------------------------------------------- faces and trainings
@@ -203,7 +168,8 @@ def two_level_accuracy(
     Returns:
         Rows OAA, HFA, NFA, RFA, the 19 classes (recall), F1, F1_HFA, F1_NFA, F1_RFA, mIoU, then
         precision, F1 and IoU of each class, named as in `MaskAccuracy.overlap_dict`: metric, value,
-        ci_low, ci_high (percent), n (faces whose mask has a pixel of it).
+        ci_low, ci_high (percent), t_low, t_high (`t_interval` over the trainings), n (faces whose
+        mask has a pixel of it).
 
     Raises:
         ValueError: the shapes are wrong, or the two methods have other masks.
@@ -218,20 +184,19 @@ def two_level_accuracy(
     if not np.array_equal(support, methods[-1][1]):
         raise ValueError("a paired difference needs the same faces with the same masks, in order")
     wholes = [_mask_metrics(*(x.sum((0, 1)) for x in counts)) for counts in methods]
+    each = [_mask_metrics(*(x.sum(1) for x in counts)) for counts in methods]
     draws = [_mask_metrics(*_two_level_sums(counts, resamples, seed)) for counts in methods]
-    members = {**GROUPS, **{c: (i,) for i, c in enumerate(CLASSES)}}
     rows = []
     for name in wholes[0]:
-        value = wholes[0][name]
-        resampled = draws[0][name]
+        value, by_training, resampled = (table[0][name] for table in (wholes, each, draws))
         if second is not None:
             value = value - wholes[1][name]
+            by_training = by_training - each[1][name]
             resampled = resampled - draws[1][name]
-        of_kind = name.startswith(("F1_", "precision_", "f1_", "iou_"))
-        ids = members.get(name.partition("_")[2] if of_kind else name, tuple(range(NUM_CLASSES)))
-        n = int(support[..., ids].any((0, 2)).sum())
-        interval = Interval(float(value), *_bounds(resampled), n)
-        rows.append({"metric": name, **interval._asdict()})
+        n = int(support[..., classes_of(name)].any((0, 2)).sum())
+        row = {"metric": name, **Interval(float(value), *_bounds(resampled), n)._asdict()}
+        over_trainings = t_interval(by_training)
+        rows.append(row | {"t_low": over_trainings.ci_low, "t_high": over_trainings.ci_high})
     return pd.DataFrame(rows)
 
 
@@ -297,16 +262,16 @@ def _two_level_sums(counts: Sequence[np.ndarray], resamples: int, seed: int) -> 
 
 
 def _mask_metrics(
-    correct: np.ndarray, support: np.ndarray, predicted: np.ndarray
+    correct: np.ndarray, support: np.ndarray, predicted: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
     """Every mask metric of pooled counts `(..., 19)` by name, each `(...)`, in percent."""
     recall = ratio(100 * correct, support)
-    overlap = overlap_from_counts(correct, support, predicted)
-    metrics = group_means(recall)
-    metrics |= {c: recall[..., i] for i, c in enumerate(CLASSES)}
-    metrics |= overlap_means(overlap["f1"], overlap["iou"])
-    for name, values in overlap.items():
-        metrics |= {f"{name}_{c}": values[..., i] for i, c in enumerate(CLASSES)}
+    metrics = group_means(recall) | {c: recall[..., i] for i, c in enumerate(CLASSES)}
+    if predicted is not None:
+        overlap = overlap_from_counts(correct, support, predicted)
+        metrics |= overlap_means(overlap["f1"], overlap["iou"])
+        for name, values in overlap.items():
+            metrics |= {f"{name}_{c}": values[..., i] for i, c in enumerate(CLASSES)}
     return metrics
 
 
@@ -321,10 +286,29 @@ def _resample(n: int, resamples: int, seed: int | np.random.SeedSequence) -> np.
     return np.bincount(flat, minlength=resamples * n).reshape(resamples, n).astype(np.float64)
 
 
-def _accuracies(weights: np.ndarray, correct: np.ndarray, support: np.ndarray) -> np.ndarray:
-    """Pooled accuracies of resamples `(r, n)`: `(r, 23)` percent, groups first."""
-    per_class = ratio(100 * (weights @ correct), weights @ support)
-    return np.column_stack([*group_means(per_class).values(), per_class])
+def ratio_interval(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, seed: int, n: int
+) -> Interval:
+    """A ratio of sums, or the difference of two such ratios, over trainings and faces.
+
+    Args:
+        parts: (numerator, denominator) of one method, or of two for first - second, each
+            `(trainings, faces)`; with one training the interval is over faces alone.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        n: to report.
+    """
+    wholes = [ratio(a.sum(), b.sum()) for a, b in parts]
+    draws = []
+    for a, b in parts:
+        sums = _two_level_sums([a[..., None], b[..., None]], resamples, seed)
+        draws.append(ratio(*sums).ravel())
+    value = wholes[0]
+    resampled = draws[0]
+    if len(parts) == 2:
+        value = wholes[0] - wholes[1]
+        resampled = draws[0] - draws[1]
+    return Interval(float(value), *_bounds(resampled), n)
 
 
 def _bounds(values: np.ndarray) -> tuple[float, float]:
@@ -333,18 +317,3 @@ def _bounds(values: np.ndarray) -> tuple[float, float]:
         return np.nan, np.nan
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
-
-
-def _table(value: np.ndarray, resampled: np.ndarray, support: np.ndarray) -> DataFrame:
-    """Rows of accuracies `(1, 23)`, of their resamples `(r, 23)` and of the pixels `(n, 19)`."""
-    import pandas as pd
-
-    members = {"OAA": tuple(range(NUM_CLASSES)), **GROUPS}
-    members |= {name: (i,) for i, name in enumerate(CLASSES)}
-    rows = []
-    for column, (metric, ids) in enumerate(members.items()):
-        pixels = support[:, ids].sum(1)
-        bounds = _bounds(resampled[:, column])
-        interval = Interval(value[0, column], *bounds, int((pixels > 0).sum()))
-        rows.append({"metric": metric, **interval._asdict(), "pixels": int(pixels.sum())})
-    return pd.DataFrame(rows)

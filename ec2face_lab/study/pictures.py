@@ -30,7 +30,7 @@ from ..cache import claim, data_digest
 from ..launch import run
 from .painters import EC2Face, painter, picture_seed
 from .png import load_pictures, read_picture, save_picture
-from .scores import evaluated_ids, score_folder
+from .scores import evaluated_ids, folder_features, score_folder
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -135,6 +135,11 @@ class PictureSet:
         """The rows of `scores.score_folder`; what is missing is generated first."""
         folder = self.generate(progress=progress)
         return score_folder(folder, self.dataset, self.config, self.limit, progress)
+
+    def features(self, progress: bool = True) -> dict[str, np.ndarray]:
+        """The features of `scores.folder_features`; what is missing is generated first."""
+        folder = self.generate(progress=progress)
+        return folder_features(folder, self.dataset, self.config, self.limit, progress)
 
 
 def generate_missing(sets: Iterable[PictureSet]) -> None:

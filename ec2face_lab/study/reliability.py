@@ -62,7 +62,7 @@ class Estimator:
     """A method's velocity on the faces of a dataset: a variant, or the base on the text alone.
 
     Args:
-        config: backbone, LoRA and guidance embedding.
+        config: backbone, LoRA, and the guidance embedding of training.
         method: one of `VARIANTS`, or `base`.
         dataset: the faces.
     """
@@ -91,8 +91,8 @@ class Estimator:
         }
 
     def velocity(self, z_t: Tensor, t: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Eq. 4 with the conditions of a batch, `b c h w`."""
-        guidance = self.config.sampling.guidance
+        """Eq. 4 with the conditions of a batch, `b c h w`; guided as in training."""
+        guidance = self.config.backbone.guidance
         return predict_velocity(
             self.backbone.transformer, z_t, t, batch["text"], batch["z_mask"], guidance=guidance
         )
@@ -114,7 +114,7 @@ def reliability_file(
         dataset: the faces.
         parts: further JSON-ready values that shape the curves.
     """
-    model = painter(config, method).key()
+    model = [painter(config, method).key(), config.backbone.guidance]
     key = content_key([model, data_digest(dataset), models_digest(config), *parts])
     return config.run_dir / "reliability" / f"{name}-{key}.csv"
 
@@ -260,7 +260,7 @@ def reliability(
         support = per_image[:, 1]
         share = bootstrap_interval(100 * correct.sum(1) / support.sum(1), resamples, seed)
         rows.append({"t": t, "metric": "pixel_accuracy", **share._asdict()})
-        overall = bootstrap_accuracy(correct, support, resamples, seed).iloc[0]
+        overall = bootstrap_accuracy(correct, support, None, resamples, seed).iloc[0]
         rows.append({"t": t, **overall.drop("pixels")})
     return pd.DataFrame(rows)
 

@@ -1,8 +1,9 @@
 """Scores of folders of pictures: CLIP score, LPIPS, NIQE and the pixel counts of mask accuracy.
 
 Parsers and CLIPs come in pairs: the `guiding` ones are losses of training, the `independent` ones
-only evaluate. Scores are kept in `runs/<profile>/scores` by content. Metrics are computed without
-gradients; images are `b 3 h w` in [-1, 1] and scores `(b,)`.
+only evaluate. Scores are kept in `runs/<profile>/scores` by content, and beside them the CLIPs'
+features of the pictures. Metrics are computed without gradients; images are `b 3 h w` in [-1, 1]
+and scores `(b,)`.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ec2face_core.attributes import CLASSES
+from ec2face_core.attributes import CLASSES, pixel_counts
 from ec2face_core.config import Config, ConfigError, resolve
 from ec2face_core.data import FaceDataset, files_by_id, open_dataset, paired, report_missing
 from ec2face_core.metrics import mask_counts
 from ec2face_core.perception import LOCAL_DIR, ClipScorer, FaceParser
 from ec2face_core.pictures import IMAGE_SUFFIXES, read_image
 from ec2face_core.report import DataError, Report
-from ec2face_core.runs import content_key, parallel, path_digest
+from ec2face_core.runs import content_key, parallel, path_digest, whole_file
 from ec2face_core.texts import LostWordsWarning, describe_loss
 
 from ..cache import code_digest, data_digest, write_frame
@@ -33,6 +35,8 @@ from .png import read_picture
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from ..world.facts import FactNet
 
 
 class Lpips:
@@ -195,6 +199,8 @@ class Niqe:
 
 ROLES = ("independent", "guiding")  # of the two pairs of perception models: evaluators, guides
 
+FACT = "fact_"  # begins the columns of facts
+
 BATCH = 32  # pictures scored at once
 
 PRISTINE = 1000  # training faces that NIQE is refitted to
@@ -206,15 +212,21 @@ SCORING = (  # modules that decide a score
     "ec2face_lab.study.scores",
 )
 
+FACTS_CODE = ("ec2face_lab.prepare.captions", "ec2face_lab.world.facts")
+
 
 @dataclass(frozen=True)
 class PerceptionModels:
-    """Everything that scores, loaded once; parsers and CLIPs by their role, one of `ROLES`."""
+    """Everything that scores, loaded once; parsers and CLIPs by their role, one of `ROLES`.
+
+    facts: tells the facts that captions mention, or None where `perception.scoring_facts` is empty.
+    """
 
     parsers: Mapping[str, FaceParser]
     clips: Mapping[str, ClipScorer]
     lpips: Lpips
     niqe: Niqe
+    facts: FactNet | None
     device: torch.device
 
 
@@ -242,8 +254,17 @@ def _load(config: Config) -> PerceptionModels:
         {k: ClipScorer.from_config(config.perception, s, device) for k, s in scoring.items()},
         Lpips(config, device),
         niqe,
+        _load_facts(config, device),
         device,
     )
+
+
+def _load_facts(config: Config, device: torch.device) -> FactNet | None:
+    if not config.perception.scoring_facts:
+        return None
+    from ..world.facts import load_facts
+
+    return load_facts(resolve(config.perception.scoring_facts), device)
 
 
 def evaluated_ids(config: Config, dataset: FaceDataset, limit: int = 0) -> list[str]:
@@ -269,12 +290,52 @@ def score_folder(
 
     Returns:
         One row for each picture: id; text_<role> (percent); lpips (against the real image); niqe;
-        support_<class> and correct_<role>_<class> (pixels).
+        support_<class>, correct_<role>_<class> and predicted_<role>_<class> (pixels); and with
+        `perception.scoring_facts` fact_<name>: 100 where a fact of the caption is found in the
+        picture, 0 where it is not, NaN where the caption does not mention it.
 
     Raises:
         DataError: pictures are missing, unreadable, of another size or of unknown faces; one
             report names them all.
     """
+    import pandas as pd
+
+    cache = _scored(folder, dataset, config, limit, progress)
+    return pd.read_csv(cache, converters={"id": str}, float_precision="round_trip")
+
+
+def folder_features(
+    folder: Path,
+    dataset: FaceDataset,
+    config: Config,
+    limit: int = 0,
+    progress: bool = True,
+) -> dict[str, np.ndarray]:
+    """The CLIPs' features of the pictures of a folder, role -> `(n, d)` float32 of unit length.
+
+    Rows are in the order of `score_folder`, whose arguments and errors are these, too.
+    """
+    cache = _scored(folder, dataset, config, limit, progress)
+    with np.load(cache.with_suffix(".npz")) as arrays:
+        return {role: arrays[role] for role in ROLES}
+
+
+def counts(per_image: DataFrame, role: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(correct, support, predicted) of the rows of `score_folder`, each `(n, 19)`."""
+    names = (f"correct_{role}", "support", f"predicted_{role}")
+    correct, support, predicted = (
+        per_image[[f"{name}_{c}" for c in CLASSES]].to_numpy() for name in names
+    )
+    return correct, support, predicted
+
+
+def is_count(column: str) -> bool:
+    """Whether a column of `score_folder` counts pixels."""
+    return column.startswith(("support_", "correct_", "predicted_"))
+
+
+def _scored(folder: Path, dataset: FaceDataset, config: Config, limit: int, progress: bool) -> Path:
+    """The CSV of a folder's scores, with the features beside it; made if it is not there."""
     import pandas as pd
 
     ids = evaluated_ids(config, dataset, limit)
@@ -283,7 +344,7 @@ def score_folder(
         _check_pictures(report, files, config.data.size)
     cache = config.run_dir / "scores" / f"{folder.name}-{_score_key(files, dataset, config)}.csv"
     if cache.is_file():
-        return pd.read_csv(cache, converters={"id": str}, float_precision="round_trip")
+        return cache
     _check_pictures(report, files, config.data.size)
 
     from tqdm.auto import tqdm
@@ -297,23 +358,23 @@ def score_folder(
     starts = range(0, len(ids), BATCH)
     bar = tqdm(starts, f"scoring {folder.name}", mininterval=1, disable=not progress)
     parts = [_score(models, files, ids[start : start + BATCH], dataset) for start in bar]
-    table = pd.DataFrame(torch.cat(parts).numpy(), columns=_columns())
-    table = table.astype({name: int for name in _columns() if name.startswith(("sup", "cor"))})
+    columns = _columns(models)
+    table = pd.DataFrame(torch.cat([scores for scores, _ in parts]).numpy(), columns=columns)
+    table = table.astype({name: int for name in columns if is_count(name)})
     table.insert(0, "id", ids)
-    write_frame(cache, table)
-    return table
+    features = {role: torch.cat([rows[role] for _, rows in parts]).numpy() for role in ROLES}
+    with whole_file(cache.with_suffix(".npz")) as part, part.open("wb") as file:
+        np.savez(file, **features)
+    write_frame(cache, table)  # last: its presence says that both are there
+    return cache
 
 
-def counts(per_image: DataFrame, role: str) -> tuple[Any, Any]:
-    """(correct, support) of the rows of `score_folder`, each `(n, 19)`."""
-    correct = per_image[[f"correct_{role}_{c}" for c in CLASSES]]
-    return correct.to_numpy(), per_image[[f"support_{c}" for c in CLASSES]].to_numpy()
-
-
-def _columns() -> list[str]:
+def _columns(models: PerceptionModels) -> list[str]:
     names = [f"text_{role}" for role in ROLES] + ["lpips", "niqe"]
     names += [f"support_{c}" for c in CLASSES]
-    return names + [f"correct_{role}_{c}" for role in ROLES for c in CLASSES]
+    kinds = [f"{kind}_{role}" for kind in ("correct", "predicted") for role in ROLES]
+    names += [f"{kind}_{c}" for kind in kinds for c in CLASSES]
+    return names + [f"{FACT}{name}" for name in (models.facts.names if models.facts else ())]
 
 
 @torch.no_grad()
@@ -322,18 +383,32 @@ def _score(
     files: Mapping[str, Path],
     ids: Sequence[str],
     dataset: FaceDataset,
-) -> Tensor:
-    """Scores of a few pictures in the order of `_columns`, float64."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores of a few pictures in the order of `_columns`, float64; features by role."""
     images = torch.stack([read_picture(files[name]) for name in ids]).to(models.device)
     real = torch.stack([dataset.image(name) for name in ids]).to(models.device)
     target = torch.stack([dataset.label_map(name) for name in ids]).to(models.device)
     captions = [dataset.manifest_caption(name) for name in ids]
     values = [models.clips[role].score(images, captions) for role in ROLES]
     values += [models.lpips(images, real), models.niqe(images)]
-    pixels = [mask_counts(models.parsers[role].parse(images), target) for role in ROLES]
+    parsed = [models.parsers[role].parse(images) for role in ROLES]
     tables = [value[:, None] for value in values]
-    tables += [pixels[0][1], *(correct for correct, _ in pixels)]
-    return torch.cat([table.double().cpu() for table in tables], dim=1)
+    tables += [pixel_counts(target), *(mask_counts(maps, target)[0] for maps in parsed)]
+    tables += [pixel_counts(maps) for maps in parsed]
+    if models.facts is not None:
+        tables.append(_found_facts(models.facts, images, captions))
+    features = {role: models.clips[role].image_features(images).cpu() for role in ROLES}
+    return torch.cat([table.double().cpu() for table in tables], dim=1), features
+
+
+def _found_facts(facts: FactNet, images: Tensor, captions: Sequence[str]) -> Tensor:
+    """100 or 0 for each fact that a caption mentions, NaN for the others: `(b, facts)`."""
+    from ..prepare.captions import caption_facts
+
+    mentioned = [set(caption_facts(caption)) for caption in captions]
+    asked = torch.tensor([[name in words for name in facts.names] for words in mentioned])
+    found = 100 * facts.holds(images).double()
+    return found.where(asked.to(found.device), torch.nan)
 
 
 def _named_files(
@@ -384,4 +459,7 @@ def models_digest(config: Config) -> str:
     weights = [path_digest(resolve(name.removeprefix(LOCAL_DIR))) for name in names]
     settings = [p.parser_size, e.lpips, e.niqe_block, e.niqe_refit]
     pristine = data_digest(open_dataset(config, "train")) if e.niqe_refit else ""
-    return content_key([names, weights, settings, code_digest(SCORING), pristine])
+    parts = [names, weights, settings, code_digest(SCORING), pristine]
+    if p.scoring_facts:
+        parts += [path_digest(resolve(p.scoring_facts)), code_digest(FACTS_CODE)]
+    return content_key(parts)

@@ -3,6 +3,8 @@
 A point is a variant of Tables 3 and 4 with some settings replaced, trained with the first seed. Its
 run, LoRA and pictures lie in `runs/<profile>/sweeps/<sweep>-<point>`; a point whose settings are
 the profile's own uses the kept LoRA. Test faces are never looked at: these numbers choose settings.
+A point has one training, so what a sweep shows is exploratory: its intervals are over faces, and
+the range of two or three other trainings is too small a sample to be a test.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from ..cache import kept_file
 from ..plots.differences import length_figure, noise_band, sweep_figure
 from ..plots.save import read_rows, save_rows
 from .ablation import parameter_count, retrain
-from .intervals import summarise, summarise_difference
 from .pictures import PictureSet
+from .summary import summarise, summarise_difference
 from .tables import with_seed
 from .unimodal import one_condition
 
@@ -170,14 +172,15 @@ def sweep_rows(config: Config, sweep: str) -> DataFrame:
         pictures = PictureSet(other, point.method, SPLIT)
         scores[name] = pictures.scores()
         labels = {"method": name, "dataset": pictures.dataset.root.name, "config": config}
-        parts.append(summarise(scores[name], sweep, **labels))
+        parts.append(summarise([scores[name]], sweep, **labels))
         parts.append(_training_rows(other, point.method).assign(table=sweep, method=name))
         if sweep == "dropout":
             alone = one_condition(other, point.method, SPLIT)
             parts.append(alone.assign(table=sweep, method=name))
         if name != reference:
             minus = f"{sweep}, {MINUS.format(reference)}"
-            difference = summarise_difference(scores[name], scores[reference], minus, **labels)
+            sides = ([scores[name]], [scores[reference]])
+            difference = summarise_difference(*sides, minus, **labels)
             parts.append(difference)
     return pd.concat(parts, ignore_index=True)
 
@@ -195,11 +198,9 @@ def noise_rows(config: Config) -> DataFrame:
         dataset = first.dataset.root.name
         for k in range(1, trained_seeds(config)):
             seeded = with_seed(config, k)
-            scores = PictureSet(seeded, method, SPLIT).scores()
+            sides = ([PictureSet(seeded, method, SPLIT).scores()], [first.scores()])
             label = f"{method}, seed {seeded.seed}"
-            parts.append(
-                summarise_difference(scores, first.scores(), "seeds", label, dataset, config)
-            )
+            parts.append(summarise_difference(*sides, "seeds", label, dataset, config))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
@@ -276,7 +277,7 @@ def length_series() -> dict[str, list[tuple[float, str]]]:
 def conclusion(
     rows: DataFrame, sweep: str, metrics: Sequence[str] = ("RFA", "OAA", "HFA", "Text")
 ) -> str:
-    """One sentence: the settings that change a metric significantly and beyond other seeds."""
+    """One sentence: the settings whose intervals do not contain 0 and that exceed other seeds."""
     differences, noise, labels, reference = compared(rows, sweep)
     if differences.empty:
         return "Not trained yet: `make reproduce SWEEPS=1`."
@@ -293,7 +294,10 @@ def conclusion(
         if effects:
             parts.append(f"{metric}: {', '.join(effects)}")
     summary = "; ".join(parts) or "none"
-    return f"Significant differences to {reference} that exceed other seeds: {summary}."
+    return (
+        "Exploratory (one training a point, intervals over faces). Differences to "
+        f"{reference} that exclude 0 and exceed the other seeds: {summary}."
+    )
 
 
 def sweep_table(rows: DataFrame, sweep: str, role: str = "independent") -> DataFrame:

@@ -9,24 +9,51 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, GROUPS, display_name
 from ec2face_core.config import VARIANTS, Config
 from ec2face_core.data import open_dataset
+from ec2face_core.metrics import OVERLAP, RECALL
+from ec2face_core.runs import content_key, whole_file
 
 from ..baselines import PAPER
 from ..plots.render_tables import METHODS
-from .intervals import summarise, summarise_difference
+from .distribution import FEWEST, diversity, presence
 from .painters import REAL, ROUND_TRIP
 from .pictures import PictureSet, available, generate_missing
-from .scores import evaluated_ids
+from .scores import BATCH, FACT, ROLES, counts, evaluated_ids, models_digest, perception_models
+from .summary import (
+    DISTANCES,
+    F1_OF,
+    RARE,
+    cell_of,
+    distance_rows,
+    per_face_row,
+    summarise,
+    summarise_difference,
+    verdict_of,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-MAIN = ("Text", "OAA", "HFA", "NFA", "RFA", "LPIPS", "NIQE")
+# The metrics of a table of differences; RARE_CLASSES in recall beside their precision, F1 and IoU.
+RARE_CLASSES = ("ear_r", "neck_l")
+MAIN = (
+    "Text", *RECALL, *OVERLAP, "LPIPS", "NIQE", "Facts", *DISTANCES, "Diversity",
+    *RARE_CLASSES, *RARE,
+)  # fmt: skip
+
+BESIDE = ("mIoU", "Facts", *DISTANCES, "Diversity")  # stand in every table
+
+ACCESSORIES = ("ear_r", "neck_l", "eye_g", "hat")  # of which presence is asked
+
+# Parsed pixels from which a class is in a picture, as a share of the picture: 3 of 64 x 64.
+PRESENT = 3 / 64**2
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -48,18 +75,10 @@ def picture_sets(
     return [PictureSet(with_seed(config, k), method, split) for k in range(count)]
 
 
-def scored(sets: Sequence[PictureSet]) -> DataFrame:
-    """Scores over training seeds, one row for each face: means, and sums of pixel counts."""
-    import pandas as pd
-
+def scored(sets: Sequence[PictureSet]) -> list[DataFrame]:
+    """The scores of each training, one row for each face."""
     generate_missing(sets)
-    tables = [pictures.scores() for pictures in sets]
-    if len(tables) == 1:
-        return tables[0]
-    groups = pd.concat(tables).groupby("id", sort=False)
-    counted = [name for name in tables[0] if name.startswith(("support_", "correct_"))]
-    merged = groups.mean().assign(**{name: groups[name].sum() for name in counted})
-    return merged.reset_index()
+    return [pictures.scores() for pictures in sets]
 
 
 def with_seed(config: Config, k: int) -> Config:
@@ -83,7 +102,12 @@ def table_rows(
         methods: name in the table -> method, one of `painters.METHODS`.
         split: of the faces.
         seeds: trainings of each variant.
-        metrics: only these metrics and the classes; empty: all.
+        metrics: only these metrics, their F1, and the classes; empty: all.
+
+    Returns:
+        Scores with their intervals (see `summary`), KID and CMMD to the real images of the same
+        faces, and for several trainings Diversity: the mean LPIPS between the trainings' pictures
+        of a face, which have other noise, too.
     """
     import pandas as pd
 
@@ -91,13 +115,80 @@ def table_rows(
     generate_missing(pictures for group in sets.values() for pictures in group)
     parts = []
     for name, method in methods.items():
-        dataset = sets[method][0].dataset.root.name
-        label = seed_label(config, seeds) if method in VARIANTS else ""
-        parts.append(summarise(scored(sets[method]), table, name, dataset, config, label))
+        labels = {"table": table, "method": name, "dataset": sets[method][0].dataset.root.name}
+        labels["seeds"] = seed_label(config, seeds) if method in VARIANTS else ""
+        parts.append(summarise(scored(sets[method]), config=config, **labels))
+        parts += _set_rows(config, [sets[method]], labels)
     rows = pd.concat(parts, ignore_index=True)
     if metrics:
-        rows = rows[rows["metric"].isin([*metrics, *CLASS_ID])]
+        beside = [F1_OF[metric] for metric in metrics if metric in F1_OF]
+        kept = {*metrics, *beside, *BESIDE, *CLASS_ID}
+        rows = rows[rows["metric"].isin(kept)]
     return rows.reset_index(drop=True)
+
+
+def _set_rows(
+    config: Config, sides: Sequence[Sequence[PictureSet]], labels: Mapping[str, str]
+) -> list[DataFrame]:
+    """KID, CMMD and Diversity of one method, or of the first minus the second."""
+    first = sides[0][0]
+    rows = []
+    # of the real images themselves it is 0 by definition
+    if all(side[0].method != REAL for side in sides) and len(first.ids) >= FEWEST:
+        reference = PictureSet(config, REAL, first.split, first.limit).features()
+        features = [[pictures.features() for pictures in side] for side in sides]
+        rows.append(distance_rows(features, reference, config, **labels))
+    if all(len(side) > 1 for side in sides):
+        values = [face_diversity(side) for side in sides]
+        rows.append(per_face_row("Diversity", values, config, **labels))
+    return rows
+
+
+def face_diversity(sets: Sequence[PictureSet]) -> np.ndarray:
+    """Mean LPIPS between the pictures of a face by several trainings, `(faces,)`; kept."""
+    config = sets[0].config
+    key = content_key([[pictures.folder.name for pictures in sets], models_digest(config)])
+    cache = config.run_dir / "scores" / f"diversity-{sets[0].split}-{sets[0].method}-{key}.npy"
+    if not cache.is_file():
+        lpips = perception_models(config).lpips
+        ids = sets[0].ids
+        parts = []
+        for start in range(0, len(ids), BATCH):
+            names = ids[start : start + BATCH]
+            images = torch.stack([pictures.load(names) for pictures in sets], dim=1)
+            parts.append(diversity(images, lpips).cpu())
+        with whole_file(cache) as part, part.open("wb") as file:
+            np.save(file, torch.cat(parts).double().numpy())
+    return np.load(cache)
+
+
+def presence_rows(
+    config: Config, table: str, methods: Mapping[str, str], split: str = "test", seeds: int = 1
+) -> DataFrame:
+    """In how many pictures the accessories of the mask are found, and how often others are.
+
+    Arguments as for `table_rows`; trainings are pooled.
+
+    Returns:
+        Long rows by role with the metrics `presence_<class>` and `false_presence_<class>` (percent)
+        of `ACCESSORIES`; see `distribution.presence`. The intervals take pictures as independent.
+    """
+    import pandas as pd
+
+    wanted = [f"{kind}_{name}" for name in ACCESSORIES for kind in ("presence", "false_presence")]
+    minimum = max(1, round(PRESENT * config.data.size**2))
+    parts = []
+    for name, method in methods.items():
+        sets = picture_sets(config, method, split, seeds)
+        scores = pd.concat(scored(sets))
+        labels = {"table": table, "method": name, "dataset": sets[0].dataset.root.name}
+        labels["seeds"] = seed_label(config, seeds) if method in VARIANTS else ""
+        for role in ROLES:
+            _, support, predicted = counts(scores, role)
+            rows = presence(support, predicted, minimum)
+            rows = rows[rows["metric"].isin(wanted)]
+            parts.append(rows.assign(critic=role, source="ours", **labels))
+    return pd.concat(parts, ignore_index=True)
 
 
 def difference_rows(
@@ -114,15 +205,15 @@ def difference_rows(
     sets = {method: picture_sets(config, method, split, seeds) for method in methods}
     generate_missing(pictures for group in sets.values() for pictures in group)
     scores = {method: scored(group) for method, group in sets.items()}
-    label = seed_label(config, seeds)
     parts = []
     for name, (first, second) in pairs.items():
-        dataset = sets[first][0].dataset.root.name
-        parts.append(
-            summarise_difference(scores[first], scores[second], table, name, dataset, config, label)
-        )
+        labels = {"table": table, "method": name, "dataset": sets[first][0].dataset.root.name}
+        labels["seeds"] = seed_label(config, seeds)
+        parts.append(summarise_difference(scores[first], scores[second], config=config, **labels))
+        parts += _set_rows(config, [sets[first], sets[second]], labels)
     rows = pd.concat(parts, ignore_index=True)
-    return rows[rows["metric"].isin(MAIN)].reset_index(drop=True)
+    kept = rows["metric"].isin(MAIN) | rows["metric"].str.startswith(FACT)
+    return rows[kept].reset_index(drop=True)
 
 
 def seed_rows(
@@ -177,14 +268,19 @@ def substitutes(config: Config) -> str:
     if p.parser.startswith("data/mini/"):
         parts.append("mini parsers instead of FaRL")
     if e.lpips == "alex-random":
-        parts.append("LPIPS with a randomly initialised AlexNet trunk")
+        parts.append(
+            "LPIPS with a randomly initialised AlexNet trunk, which ranks no methods (in the CSV)"
+        )
     if e.niqe_refit:
         parts.append(f"NIQE refitted on the training faces, block {e.niqe_block}")
     return f"In this profile: {', '.join(parts)}." if parts else ""
 
 
 def table_caption(config: Config, split: str, title: str) -> str:
-    """The title, the faces that were measured, and the profile's substitutes."""
+    """The title, the faces that were measured, and the profile's substitutes.
+
+    What the intervals are over is said below the table (`render_tables`).
+    """
     dataset = open_dataset(config, split)
     n = len(evaluated_ids(config, dataset))
     return f"{title} {n} faces of {dataset.root.name}. {substitutes(config)}".strip()
@@ -197,7 +293,7 @@ def describe_ceiling(rows: DataFrame, method: str, role: str = "independent") ->
     """How close a method comes to the real images, from the rows of a table."""
     values = rows[rows["critic"] == role].set_index(["method", "metric"])["value"]
     parts = []
-    for metric in [name for name in ("OAA", *GROUPS) if (method, name) in values]:
+    for metric in [name for name in ("OAA", *GROUPS, "F1", "mIoU") if (method, name) in values]:
         value = values[method, metric]
         top = values[REAL, metric]
         parts.append(f"{metric} {value:.1f} of {top:.1f} ({100 * value / top:.0f} %)")
@@ -207,18 +303,28 @@ def describe_ceiling(rows: DataFrame, method: str, role: str = "independent") ->
 def describe_differences(
     rows: DataFrame, metrics: Sequence[str] = ("Text", "OAA", "RFA"), role: str = "independent"
 ) -> str:
-    """One line for each difference: higher, lower, or not significant."""
+    """One line for each difference: higher, lower, or not significant; attributes with their F1."""
     lines = []
     for label in dict.fromkeys(rows["method"]):
         for metric in metrics:
-            row = rows[(rows["method"] == label) & (rows["metric"] == metric)]
-            row = row[row["critic"].isin([role, ""])].iloc[0]
-            verdict = "not significant (the 95 % interval contains 0)"
-            if row["ci_low"] > 0 or row["ci_high"] < 0:
-                verdict = "higher" if row["value"] > 0 else "lower"
-            interval = f"[{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
-            lines.append(f"{label}, {metric}: {row['value']:+.2f} {interval}: {verdict}")
-    return "\n".join(lines)
+            parts = []
+            for name in (metric, F1_OF.get(metric)):
+                row = cell_of(rows, label, name, role) if name else None
+                if row is not None:
+                    interval = f"[{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
+                    parts.append(f"{name} {row['value']:+.2f} {interval}")
+            verdict = verdict_of(rows, label, metric, role)
+            if verdict == "not significant":
+                verdict += " (the 95 % interval contains 0)"
+            lines.append(f"{label}: {', '.join(parts)}: {verdict}")
+    return "\n".join([*lines, describe_intervals(rows)])
+
+
+def describe_intervals(rows: DataFrame) -> str:
+    """What the intervals of the rows are over, in a sentence."""
+    if rows.reindex(columns=["joint_low"]).notna().any(axis=None):
+        return "Intervals are over faces and trainings."
+    return "Intervals are over faces; the trainings are held fixed."
 
 
 def describe_guide_gain(rows: DataFrame, metrics: Sequence[str] = ("OAA", "RFA", "Text")) -> str:

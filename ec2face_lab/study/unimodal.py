@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ec2face_core.attributes import pixel_counts
 from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset, open_dataset
 from ec2face_core.metrics import mask_counts
@@ -18,6 +19,7 @@ from .faces import faces
 from .intervals import bootstrap_accuracy, bootstrap_interval
 from .pictures import sample_grid
 from .scores import ROLES, evaluated_ids, perception_models
+from .summary import kept_metrics
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -49,7 +51,7 @@ def one_condition(config: Config, method: str, split: str, count: int = 64) -> D
 def score_pictures(
     config: Config, images: Tensor, texts: Sequence[str] | None, maps: Tensor | None
 ) -> DataFrame:
-    """Long rows, by role, of pictures in memory: Text, and mask accuracies by class.
+    """Long rows, by role, of pictures in memory: Text, and the metrics of masks.
 
     Args:
         config: names the perception models.
@@ -69,8 +71,9 @@ def score_pictures(
             interval = bootstrap_interval(scores, *bootstrap)
             rows.append({"metric": "Text", "critic": role, **interval._asdict()})
         if maps is not None:
-            pixels = mask_counts(models.parsers[role].parse(images).cpu(), maps)
-            table = bootstrap_accuracy(*pixels, *bootstrap).drop(columns="pixels")
+            parsed = models.parsers[role].parse(images).cpu()
+            pixels = (*mask_counts(parsed, maps), pixel_counts(parsed))
+            table = kept_metrics(bootstrap_accuracy(*pixels, *bootstrap).drop(columns="pixels"))
             rows += table.assign(critic=role).to_dict("records")
     return pd.DataFrame(rows).assign(source="ours")
 

@@ -1,22 +1,26 @@
-"""Networks of the miniature: its FLUX, its face parser, its CLIP, and their tokenizers.
+"""Networks of the miniature: its FLUX, its face parsers, its CLIPs, and their tokenizers.
 
 All have the classes and file formats of the originals with tiny configurations, so that nothing
-else has to know which it loads: `tiny_backbone` is FLUX.1-dev's counterpart, `MiniParserNet` that
-of FaRL in facer, `build_mini_clip` that of OpenAI's CLIP in open_clip.
+else has to know which it loads: `tiny_backbone` is FLUX.1-dev's counterpart, the `ParserNet`s are
+those of FaRL in facer, `build_mini_clip` that of OpenAI's CLIP in open_clip.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import string
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ec2face_core.attributes import NUM_CLASSES
 from ec2face_core.backbone import Backbone
@@ -26,19 +30,40 @@ from ec2face_core.runs import whole_file, write_json
 # ------------------------------------------------------------------------------------ the FLUX
 
 
-def tiny_backbone(corpus: Sequence[str], seed: int = 0) -> Backbone:
-    """The miniature FLUX at random weights, trainable: transformer 2.35 M, autoencoder 0.53 M.
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a miniature FLUX; the defaults are those of the first miniature."""
 
-    64 px images are 16 x 16 latents of 8 channels (f4) and 64 tokens; the transformer is
-    128 = 4 x 32 wide with 2 double and 4 single blocks; vocabularies are trained on the corpus.
+    side: int = 64  # pixels
+    vae_widths: tuple[int, ...] = (24, 48, 48)  # at 1/1, 1/2, 1/4 ... of the side
+    latent_channels: int = 8
+    heads: int = 4  # of 32 channels each
+    t5_heads: int = 3  # of 32 channels each
+    text_length: int = 32  # tokens of both text encoders
 
-    corpus: captions. seed: of the weights.
+
+SECOND = Plan(128, (32, 64, 96, 128), 16, heads=6, t5_heads=4, text_length=64)
+
+
+def tiny_backbone(corpus: Sequence[str], seed: int = 0, plan: Plan = Plan()) -> Backbone:
+    """A miniature FLUX at random weights, trainable; vocabularies are trained on the corpus.
+
+    The first miniature has 16 x 16 latents of 8 channels (f4) for 64 px, a transformer of 2.35 M
+    parameters and an autoencoder of 0.53 M. `SECOND` has FLUX.1-dev's layout, 16 x 16 latents of 16
+    channels (f8) for 128 px, and 5.3 M and 3.0 M parameters. Both have 64 image tokens.
+
+    Args:
+        corpus: captions.
+        seed: of the weights.
+        plan: sizes of the parts.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    tokenizer = clip_tokenizer(corpus, vocab_size=856)
-    tokenizer_2 = _t5_tokenizer(corpus)
+    tokenizer = clip_tokenizer(corpus, vocab_size=856, length=plan.text_length)
+    tokenizer_2 = _t5_tokenizer(corpus, length=plan.text_length)
+    stages = len(plan.vae_widths)
+    text_width = 32 * plan.t5_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
@@ -59,11 +84,11 @@ def tiny_backbone(corpus: Sequence[str], seed: int = 0) -> Backbone:
         text_encoder_2 = T5EncoderModel(
             T5Config(
                 vocab_size=len(tokenizer_2),
-                d_model=96,
+                d_model=text_width,
                 d_kv=32,
-                d_ff=192,
+                d_ff=2 * text_width,
                 num_layers=2,
-                num_heads=3,
+                num_heads=plan.t5_heads,
                 feed_forward_proj="gated-gelu",
                 dropout_rate=0.0,
                 is_encoder_decoder=False,
@@ -72,13 +97,13 @@ def tiny_backbone(corpus: Sequence[str], seed: int = 0) -> Backbone:
             )
         )
         vae = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 3,
-            up_block_types=["UpDecoderBlock2D"] * 3,
-            block_out_channels=[24, 48, 48],
+            down_block_types=["DownEncoderBlock2D"] * stages,
+            up_block_types=["UpDecoderBlock2D"] * stages,
+            block_out_channels=list(plan.vae_widths),
             layers_per_block=1,
-            latent_channels=8,
+            latent_channels=plan.latent_channels,
             norm_num_groups=8,
-            sample_size=64,
+            sample_size=plan.side,
             scaling_factor=0.3611,  # FLUX.1-dev's; set both after the autoencoder is trained
             shift_factor=0.1159,
             use_quant_conv=False,
@@ -87,12 +112,12 @@ def tiny_backbone(corpus: Sequence[str], seed: int = 0) -> Backbone:
         )
         transformer = FluxTransformer2DModel(
             patch_size=1,
-            in_channels=32,
+            in_channels=4 * plan.latent_channels,
             num_layers=2,
             num_single_layers=4,
             attention_head_dim=32,
-            num_attention_heads=4,
-            joint_attention_dim=96,
+            num_attention_heads=plan.heads,
+            joint_attention_dim=text_width,
             pooled_projection_dim=64,
             guidance_embeds=True,
             axes_dims_rope=(8, 12, 12),
@@ -169,43 +194,61 @@ def _t5_tokenizer(corpus: Sequence[str], vocabulary: int = 400, length: int = 32
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=length)
 
 
-# --------------------------------------------------------------------------- the face parser
+# --------------------------------------------------------------------------- the face parsers
 
 
-class MiniParserNet(nn.Module):
-    """The miniature's FaRL: a small U-Net with FaRL's interface and facer's class order.
+class ParserNet(nn.Module):
+    """What both parsers share with FaRL: its interface, facer's class order, a square frame.
 
-    Images `b 3 h w` in [0, 1] -> (logits `b 19 size size`, {}). It resizes and normalises by
-    itself. The first layer folds 2 x 2 pixels into channels, so the widest maps have half the side:
-    full resolution takes twice the time and gains no accuracy.
+    Images `b 3 h w` in [0, 1] -> (logits `b 19 size size`, {}).
+
+    size: side in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1))
+
+    def framed(self, image: Tensor) -> Tensor:
+        """Images, resized and normalised."""
+        image = image.to(self.mean.dtype)
+        if image.shape[-1] != self.size or image.shape[-2] != self.size:
+            image = F.interpolate(
+                image, size=[self.size, self.size], mode="bilinear", align_corners=False
+            )
+        return (image - self.mean) / self.std
+
+
+class MiniParserNet(ParserNet):
+    """The guiding parser: a small U-Net.
+
+    The first layer folds 2 x 2 pixels into channels, so the widest maps have half the side: full
+    resolution takes twice the time and gains no accuracy. GroupNorm lets training and evaluation
+    compute the same.
 
     Args:
         widths: channels at 1/2, 1/4, 1/8 ... of the side; multiples of 8.
         size: side in pixels, a multiple of 2 ** len(widths).
     """
 
-    def __init__(self, widths: Sequence[int] = (24, 48, 96), size: int = 64) -> None:
-        super().__init__()
-        self.widths = tuple(widths)
-        self.size = size
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1))
-        self.down = nn.ModuleList(
-            _block(12 if i == 0 else widths[i - 1], width) for i, width in enumerate(widths)
-        )
+    def __init__(self, widths: Sequence[int] = (24, 40, 64, 96), size: int = 64) -> None:
+        super().__init__(size)
+        self.down = nn.ModuleList([_group_block(12, widths[0])])
+        for inputs, outputs in itertools.pairwise(widths):
+            self.down.append(
+                nn.Sequential(_group_block(inputs, outputs), _group_block(outputs, outputs))
+            )
         self.up = nn.ModuleList(
-            _block(widths[i] + widths[i + 1], widths[i]) for i in reversed(range(len(widths) - 1))
+            _group_block(widths[i] + widths[i + 1], widths[i])
+            for i in reversed(range(len(widths) - 1))
         )
         self.head = nn.Conv2d(widths[0], 4 * NUM_CLASSES, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits of images; the second result is empty, as facer's networks have one."""
-        image = image.to(self.mean.dtype)
-        if image.shape[-1] != self.size or image.shape[-2] != self.size:
-            image = F.interpolate(
-                image, size=[self.size, self.size], mode="bilinear", align_corners=False
-            )
-        x = F.pixel_unshuffle((image - self.mean) / self.std, 2)
+        x = F.pixel_unshuffle(self.framed(image), 2)
         skips: list[Tensor] = []
         for i, block in enumerate(self.down):
             x = block(x if i == 0 else F.avg_pool2d(x, 2))
@@ -216,26 +259,99 @@ class MiniParserNet(nn.Module):
         aux: dict[str, Tensor] = {}
         return F.pixel_shuffle(self.head(x), 2), aux
 
+    def start_from(self, shares: Tensor) -> None:
+        """Predict class shares, `(19,)` in facer's order, instead of learning them first."""
+        with torch.no_grad():
+            self.head.bias.copy_(shares.log().repeat_interleave(4))
+            self.head.weight.mul_(0.3)
 
-def save_parser(net: MiniParserNet, path: Path) -> None:
+
+class DilatedParserNet(ParserNet):
+    """The scoring parser: dilated residual blocks at a quarter of the side, and two finer paths.
+
+    It has no pyramid of skips and reads every pixel at full resolution. Its BatchNorms vanish into
+    the convolutions when it is saved.
+
+    Args:
+        widths: channels at 1, 1/2 and 1/4 of the side.
+        size: side in pixels, a multiple of 4.
+        dilations: of the residual blocks.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (12, 24, 64),
+        size: int = 64,
+        dilations: Sequence[int] = (1, 2, 4, 8),
+    ) -> None:
+        super().__init__(size)
+        fine, middle, coarse = widths
+        self.fine = _batch_block(3, fine)
+        self.middle = _batch_block(fine, middle, stride=2)
+        self.middle_detail = _batch_block(middle, middle)
+        self.coarse = _batch_block(middle, coarse, stride=2)
+        self.context = nn.Sequential(*(_DilatedBlock(coarse, d) for d in dilations))
+        self.join_middle = _batch_block(middle + coarse, middle)
+        self.join_fine = _batch_block(fine + middle, 2 * fine)
+        self.head = nn.Conv2d(2 * fine, NUM_CLASSES, 1)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of images; the second result is empty, as facer's networks have one."""
+        fine = self.fine(self.framed(image))
+        middle = self.middle_detail(self.middle(fine))
+        coarse = self.context(self.coarse(middle))
+        middle = self.join_middle(torch.cat([_twice(coarse), middle], 1))
+        aux: dict[str, Tensor] = {}
+        return self.head(self.join_fine(torch.cat([_twice(middle), fine], 1))), aux
+
+    def start_from(self, shares: Tensor) -> None:
+        """Predict class shares, `(19,)` in facer's order, instead of learning them first."""
+        with torch.no_grad():
+            self.head.bias.copy_(shares.log())
+
+
+class _DilatedBlock(nn.Module):
+    """A residual block whose first convolution is dilated."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _batch_block(width, width, dilation=dilation),
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.body(x))
+
+
+def save_parser(net: ParserNet, path: Path) -> None:
     """Write the net as a half-precision TorchScript file that facer opens."""
-    half = MiniParserNet(net.widths, net.size)
-    half.load_state_dict(net.state_dict())
-    with warnings.catch_warnings(), whole_file(path) as part:
+    net = copy.deepcopy(net).cpu().float().eval().to(memory_format=torch.contiguous_format)
+    for part in list(net.modules()):
+        layers = list(part.children())
+        if len(layers) > 1 and isinstance(layers[1], nn.BatchNorm2d):
+            part[0] = fuse_conv_bn_eval(layers[0], layers[1])
+            part[1] = nn.Identity()
+    with warnings.catch_warnings(), whole_file(path) as file:
         warnings.simplefilter("ignore")  # torch announces the end of TorchScript at every submodule
-        torch.jit.script(half.eval().half()).save(str(part))
+        torch.jit.script(net.half()).save(str(file))
 
 
-def _block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two 3 x 3 convolutions; GroupNorm, so that training and evaluation compute the same."""
+def _twice(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def _group_block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.GroupNorm(8, outputs),
-        nn.SiLU(),
-        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-        nn.GroupNorm(8, outputs),
-        nn.SiLU(),
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.SiLU()
     )
+
+
+def _batch_block(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(
+        inputs, outputs, 3, stride=stride, padding=dilation, dilation=dilation, bias=False
+    )
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 # ------------------------------------------------------------------------------------ the CLIP

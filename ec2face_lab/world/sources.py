@@ -11,8 +11,9 @@ in the layout of the real data.
 from __future__ import annotations
 
 import csv
+import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,10 +28,10 @@ from ec2face_core.data import FaceDataset
 from ec2face_core.texts import MANIFEST_COLUMNS
 
 from ..prepare.captions import attributes_from_mask, captions
-from .rendering import Rendered, render
-from .scenes import sample_scenes
+from . import rendering, scenes
+from .rendering import Rendered
 
-SIZE = 64  # pixels
+SIZE = 64  # pixels of the first miniature
 
 STYLE = {"first": "mm-celeba-hq", "second": "ffhq-text"}  # of the captions, by look
 
@@ -75,7 +76,7 @@ def dense_condition(kind: str, faces: Rendered | Photographs, generator: torch.G
     Args:
         kind: one of CONDITIONS; of photographs regions, edges or low resolution.
         faces: a batch of faces.
-        generator: chooses the colours of regions.
+        generator: chooses the colours of regions; on the faces' device.
     """
     if kind == "albedo":
         return faces.albedo
@@ -93,10 +94,11 @@ def dense_condition(kind: str, faces: Rendered | Photographs, generator: torch.G
         return ((dx**2 + dy**2).sqrt().clamp(0, 1) * 2 - 1).expand(-1, 3, -1, -1)
     # Regions: every face has other colours, and half of the faces have some classes merged.
     b = len(faces.image)
-    colours = torch.rand(b, NUM_CLASSES, 3, generator=generator) * 2 - 1
-    other = torch.randint(NUM_CLASSES, (b, NUM_CLASSES), generator=generator)
-    merge = torch.rand(b, NUM_CLASSES, generator=generator) < 0.15
-    merge &= torch.rand(b, 1, generator=generator) < 0.5
+    options: dict[str, Any] = {"generator": generator, "device": faces.image.device}
+    colours = torch.rand(b, NUM_CLASSES, 3, **options) * 2 - 1
+    other = torch.randint(NUM_CLASSES, (b, NUM_CLASSES), **options)
+    merge = torch.rand(b, NUM_CLASSES, **options) < 0.15
+    merge &= torch.rand(b, 1, **options) < 0.5
     merged = torch.gather(colours, 1, other[..., None].expand(-1, -1, 3))
     colours = torch.where(merge[..., None], merged, colours)
     flat = torch.gather(colours, 1, faces.label_map.flatten(1)[..., None].expand(-1, -1, 3))
@@ -127,37 +129,63 @@ class FaceBatch:
 
 
 class ProceduralFaces:
-    """Endless procedural faces; rare parts between their natural and balanced frequency."""
+    """Endless procedural faces of the first miniature, in both looks.
+
+    Rare parts lie between their natural and their balanced frequency.
+
+    device: on which faces are rendered.
+    """
 
     name = "procedural faces"
+    size = SIZE
     styles = tuple(STYLE.values())
     condition_shares: ClassVar = dict(
         zip(CONDITIONS, (0.40, 0.15, 0.15, 0.10, 0.10, 0.10), strict=True)
     )
+    mixture = MIXTURE  # of perception models
+    batches: ClassVar = (  # look and frequencies of the batches of `scenes`, in turn
+        *(("first", ""), ("first", ""), ("second", ""), ("first", "balanced")),
+        *(("first", ""), ("second", ""), ("first", ""), ("first", "balanced")),
+        *(("second", ""), ("first", ""), ("first", ""), ("second", "balanced")),
+    )
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    @staticmethod
+    def sample(*args: Any, **options: Any) -> scenes.Scenes:
+        """As `scenes.sample_scenes`."""
+        return scenes.sample_scenes(*args, **options)
+
+    @staticmethod
+    def render(*args: Any, **options: Any) -> Rendered:
+        """As `rendering.render`."""
+        return rendering.render(*args, **options)
 
     def corpus(self, seed: int, start: int) -> list[str]:
         """Captions in both styles of a thousand faces from number `start` on."""
-        rows = sample_scenes(seed, range(start, start + 1000), frequencies="balanced").attributes
+        rows = self.sample(seed, range(start, start + 1000), frequencies="balanced").attributes
         return [
-            c for i, row in enumerate(rows) for s in STYLE.values() for c in captions(row, 3, i, s)
+            c for i, row in enumerate(rows) for s in self.styles for c in captions(row, 3, i, s)
         ]
+
+    def descriptions(self, seed: int, start: int, count: int) -> list[Description]:
+        """Of the faces that `scenes` gives."""
+        return self._describe(self._scenes(seed, start, count))
 
     def scenes(self, seed: int, start: int, count: int) -> tuple[Rendered, list[Description]]:
         """Faces start ... start + count - 1 with everything that dense conditions show."""
-        batch = start // count
-        look = "second" if batch % 3 == 2 else "first"
-        frequencies = "balanced" if batch % 4 == 3 else ""
-        scenes = sample_scenes(seed, range(start, start + count), look, frequencies)
-        return render(scenes, SIZE), [(STYLE[look], row) for row in scenes.attributes]
+        sampled = self._scenes(seed, start, count)
+        return self.render(sampled, self.size, str(self.device)), self._describe(sampled)
 
     def held_out_scenes(self, seed: int, count: int) -> Rendered:
         """Faces that `scenes` of this seed never gives."""
-        return render(sample_scenes(seed + 1, range(count)), SIZE)
+        return self.render(self.sample(seed + 1, range(count)), self.size, str(self.device))
 
-    def faces(self, seed: int, start: int, count: int, mixture: tuple = MIXTURE) -> FaceBatch:
+    def faces(self, seed: int, start: int, count: int, mixture: tuple = ()) -> FaceBatch:
         """Faces start ... start + count - 1 for perception models.
 
-        mixture: (look, frequencies, share) of each part of the batch.
+        mixture: (look, frequencies, share) of each part of the batch; by default the source's.
         """
         images = []
         labels = []
@@ -165,15 +193,15 @@ class ProceduralFaces:
         texts = []
         first = start
         cumulative = 0.0
-        for look, frequencies, share in mixture:
+        for look, frequencies, share in mixture or self.mixture:
             cumulative += share
             indices = range(first, start + round(cumulative * count))
             first = indices.stop
-            scenes = sample_scenes(seed, indices, look=look, frequencies=frequencies)
-            rendered = render(scenes, SIZE)
+            sampled = self.sample(seed, indices, look=look, frequencies=frequencies)
+            rendered = self.render(sampled, self.size, str(self.device))
             images.append(rendered.image)
             labels.append(rendered.label_map)
-            numbered = list(zip(indices, scenes.attributes, strict=True))
+            numbered = list(zip(indices, sampled.attributes, strict=True))
             attributes += [row for _, row in numbered]
             texts += [captions(row, 1, i, STYLE[look])[0] for i, row in numbered]
         return FaceBatch(torch.cat(images), torch.cat(labels), attributes, texts)
@@ -183,9 +211,40 @@ class ProceduralFaces:
         looks = {"first look": ("first", "natural", 1.0), "second look": ("second", "second", 1.0)}
         return {k: self.faces(HELD_OUT_SEED, 0, HELD_OUT, (mix,)) for k, mix in looks.items()}
 
+    def _scenes(self, seed: int, start: int, count: int) -> scenes.Scenes:
+        look, frequencies = self.batches[start // count % len(self.batches)]
+        return self.sample(seed, range(start, start + count), look, frequencies)
+
+    @staticmethod
+    def _describe(sampled: scenes.Scenes) -> list[Description]:
+        return [(STYLE[sampled.look], row) for row in sampled.attributes]
+
+
+class Portraits(ProceduralFaces):
+    """The procedural faces of the second miniature; only evaluators learn their second look."""
+
+    name = "portraits"
+    size = 128
+    mixture = (("first", "balanced", 0.6), ("first", "natural", 0.4))
+    batches: ClassVar = (("first", ""), ("first", "balanced"))
+
+    @staticmethod
+    def sample(*args: Any, **options: Any) -> scenes.Scenes:
+        """As `portrait.scenes.sample_scenes`."""
+        from .portrait.scenes import sample_scenes
+
+        return sample_scenes(*args, **options)
+
+    @staticmethod
+    def render(*args: Any, **options: Any) -> Rendered:
+        """As `portrait.rendering.render`."""
+        from .portrait.rendering import render
+
+        return render(*args, **options)
+
 
 class FolderFaces:
-    """The training split of a folder at 64 px, repeated, half of the faces mirrored.
+    """The training split of a folder, repeated, half of the faces mirrored.
 
     Every 20th face is held out. Perception models see a face with earrings, a necklace, eyeglasses
     or a hat three times as often as another. Attributes are those that mask and hair colour show.
@@ -197,9 +256,11 @@ class FolderFaces:
     styles = ("mm-celeba-hq",)
     condition_shares: ClassVar = {"regions": 0.6, "edges": 0.2, "low resolution": 0.2}
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, size: int = SIZE, device: torch.device | str = "cpu") -> None:
         self.name = root.name
-        dataset = FaceDataset(root, "train", SIZE)
+        self.size = size
+        self.device = torch.device(device)
+        dataset = FaceDataset(root, "train", size)
         samples = [dataset[i] for i in range(len(dataset))]
         self._image = torch.stack([sample.image for sample in samples])
         self._label_map = torch.stack([sample.label_map for sample in samples])
@@ -223,6 +284,11 @@ class FolderFaces:
         rows, mirrored = _shuffled(self._training, seed, start, count)
         return self._pictures(rows, mirrored), [("", self._captions[i]) for i in rows]
 
+    def descriptions(self, seed: int, start: int, count: int) -> list[Description]:
+        """Of the faces that `scenes` gives."""
+        rows, _ = _shuffled(self._training, seed, start, count)
+        return [("", self._captions[i]) for i in rows]
+
     def held_out_scenes(self, seed: int, count: int) -> Photographs:
         """The held-out faces, at most `count`."""
         rows = self._held_out[:count]
@@ -242,8 +308,8 @@ class FolderFaces:
         label_map = self._label_map[rows]
         flip = mirrored.view(-1, 1, 1)
         return Photographs(
-            torch.where(flip[:, None], image.flip(-1), image),
-            torch.where(flip, flip_labels(label_map), label_map),
+            torch.where(flip[:, None], image.flip(-1), image).to(self.device),
+            torch.where(flip, flip_labels(label_map), label_map).to(self.device),
         )
 
     def _described(self, rows: list[int], mirrored: Tensor, start: int) -> FaceBatch:
@@ -281,6 +347,7 @@ def write_dataset(
     size: int,
     look: str = "first",
     progress: bool = True,
+    source: type[ProceduralFaces] = ProceduralFaces,
 ) -> None:
     """Write procedural faces in the layout of real data: pictures, masks, captions, manifest.
 
@@ -294,6 +361,7 @@ def write_dataset(
         size: side in pixels.
         look: `first`, with ten captions a face, or `second`, with nine.
         progress: whether to show a bar.
+        source: samples and renders the faces.
     """
     from tqdm.auto import tqdm
 
@@ -311,12 +379,12 @@ def write_dataset(
             (folder / kind).mkdir(parents=True)
         for start in tqdm(starts, f"procedural faces, {look} look", disable=not progress):
             indices = range(start, min(start + 64, len(split_of)))
-            scenes = sample_scenes(seed, indices, look)
-            faces = render(scenes, size)
+            sampled = source.sample(seed, indices, look)
+            faces = source.render(sampled, size)
             pictures = ((faces.image + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
             labels = faces.label_map.byte().numpy()
             for i, picture, label, row in zip(
-                indices, pictures, labels, scenes.attributes, strict=True
+                indices, pictures, labels, sampled.attributes, strict=True
             ):
                 Image.fromarray(picture).save(folder / "image" / f"{i}.png", compress_level=1)
                 mask = Image.fromarray(label)
@@ -327,12 +395,15 @@ def write_dataset(
                 manifest.append((i, split_of[i], i % count, lines[i % count]))
                 table.append((i, *(int(x) if isinstance(x, bool) else x for x in row.values())))
         _write_csv(folder / "manifest.csv", MANIFEST_COLUMNS, manifest)
-        _write_csv(folder / "attributes.csv", ["id", *scenes.attributes[0]], table)
+        _write_csv(folder / "attributes.csv", ["id", *sampled.attributes[0]], table)
         try:
             folder.rename(root)
         except OSError:
             if not root.exists():
                 raise
+
+
+write_portraits: Callable[..., None] = functools.partial(write_dataset, source=Portraits)
 
 
 def _write_csv(path: Path, columns: list[str], rows: list[tuple]) -> None:

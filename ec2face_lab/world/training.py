@@ -31,7 +31,7 @@ from ec2face_core.runs import (
 )
 from ec2face_core.trainer import learning_rate
 
-CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints
+CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints; half of it on a GPU
 
 Step = Callable[[int, float, torch.Generator], Mapping[str, "Tensor | float"]]
 
@@ -48,6 +48,7 @@ def train(
     seconds: float = 0.0,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     is_main: bool = True,
+    device: torch.device | str = "cpu",
 ) -> float:
     """Call `step` until the steps or the seconds are spent; the same call again resumes.
 
@@ -59,10 +60,11 @@ def train(
         state: modules and optimisers to keep in checkpoints, by name.
         seed: of the generators.
         steps: limit of the steps; 0: none.
-        seconds: limit of the seconds of one core over all runs, which other work on the machine
-            does not shorten; 0: none.
+        seconds: limit of the seconds over all runs; 0: none. On the CPU they are those of one core,
+            which other work on the machine does not shorten; on a GPU those of the clock.
         evaluate: measures the model at every checkpoint, for the metrics log.
         is_main: whether this process writes and shows the bar.
+        device: of the steps and of their generators.
 
     Returns:
         Seconds of optimisation over all runs.
@@ -79,12 +81,18 @@ def train(
     if is_main:
         cut_metrics(folder, number)
     saved = spent
-    rows: list[dict[str, float]] = []
+    device = torch.device(device)
+    on_cpu = device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    interval = CHECKPOINT_SECONDS if on_cpu else CHECKPOINT_SECONDS / 2
+    rows: list[dict[str, Tensor | float]] = []  # read only when saved: reading waits for a GPU
 
     def save() -> None:
         if is_main:
             rows[-1] |= evaluate() if evaluate else {}
-            add_metrics(folder, rows)
+            add_metrics(
+                folder, [{k: torch.as_tensor(v).item() for k, v in r.items()} for r in rows]
+            )
             about = {"seconds": spent}
             save_checkpoint(folder / "checkpoints", number, _tensors(state), about, keep=1)
         rows.clear()
@@ -93,16 +101,18 @@ def train(
     unit = "s" if seconds else "step"
     with tqdm(desc=folder.name, total=total, unit=unit, mininterval=1, disable=not is_main) as bar:
         while spent < (seconds or math.inf) and not (steps and number >= steps):
-            began = time.process_time()
+            began = clock()
             progress = min(1.0, spent / seconds) if seconds else number / steps
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
             values = step(number, progress, generator)
             number += 1
-            spent += time.process_time() - began
-            values = {name: torch.as_tensor(v).item() for name, v in values.items()}
-            rows.append({"step": number, "seconds": spent} | values)
+            if not on_cpu and number % 16 == 0:
+                torch.cuda.synchronize()  # so that the clock does not run ahead of the GPU
+            spent += clock() - began
+            kept = {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
+            rows.append({"step": number, "seconds": spent} | kept)
             bar.update(min(round(spent) if seconds else number, total) - bar.n)
-            if spent - saved > CHECKPOINT_SECONDS:
+            if spent - saved > interval:
                 save()
                 saved = spent
         if rows:
@@ -156,6 +166,12 @@ def moving_average(net: nn.Module, decay: Callable[[int], float]) -> AveragedMod
     decay: number of updates so far, from 1 -> weight of the average so far. Update 0 copies.
     """
     return AveragedModel(net, avg_fn=lambda old, new, n: old.lerp(new, 1 - decay(int(n))))
+
+
+@torch.no_grad()
+def blend(average: nn.Module, net: nn.Module, share: float) -> None:
+    """Move an average's parameters towards a network's by `share` in [0, 1], all at once."""
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), share)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ec2face_lab.prepare.captions import (
     HAIR_STYLES,
     STYLES,
     attributes_from_mask,
+    caption_facts,
     captions,
     captions_from_mask,
 )
@@ -117,6 +119,41 @@ def test_mention_rates_and_length(faces, style):
         assert rates[key] == pytest.approx(0.5, abs=0.06), rates
     assert rates["colour"] == pytest.approx(0.6, abs=0.08), rates
     assert 11 < sum(lengths) / len(lengths) < 16
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_facts_of_a_caption_are_those_put_in(faces, style, monkeypatch):
+    """What the grammar samples is found again, and the noun or pronoun gives the gender."""
+    module = sys.modules[captions.__module__]
+    sample = module._sample_phrases
+    sampled = []
+
+    def spy(facts, rng):
+        sampled.append(sample(facts, rng))
+        return sampled[-1]
+
+    monkeypatch.setattr(module, "_sample_phrases", spy)
+    key_of = {p: key for key, fact in module._FACTS.items() for p in (fact.phrase, fact.detailed)}
+    for seed, face in enumerate(faces):
+        (text,) = captions(face, 1, seed, style)
+        phrases = {phrase for kind in sampled[-1].values() for phrase in kind}
+        expected = {
+            key_of.get(phrase, phrase) for phrase in phrases if "hair" not in phrase.split()
+        }
+        expected = {f"{HAIR[word]}={word}" if word in HAIR else word for word in expected}
+        words = set(re.findall(r"[a-z]+", text.lower()))
+        expected |= {"male"} if words & {"he", "man"} else set()
+        expected |= {"female"} if words & {"she", "woman"} else set()
+        found = caption_facts(text)
+        assert len(found) == len(set(found)) and set(found) == expected, text
+
+
+def test_facts_of_foreign_captions():
+    assert caption_facts("She wears a black hat over brown, wavy hair.") == [
+        "hat", "female", "hair_style=wavy", "hair_colour=brown",
+    ]  # fmt: skip
+    assert caption_facts("There is a thatched house that he likes.") == ["male"]
+    assert caption_facts("This person has a medium nose.") == []
 
 
 def test_vocabulary_is_small_and_shared(faces):

@@ -300,17 +300,23 @@ def test_the_lead_is_described_against_the_best_of_the_others():
     lead = pd.DataFrame([row("EC²Face - UaC", 40, 38, 42), row("EC²Face - TediGAN", 30, -1, 61)])
     assert describe_lead(rows, lead, ["RFA"]) == (
         "RFA: EC²Face (ours) 60.0, best of the paper's systems TediGAN 30.0: +30.0 [-1.0, +61.0], "
-        "a factor of 2.00; 1 of 2 are significantly lower."
+        "a factor of 2.00; 1 of 2 are significantly lower.\n"
+        "Intervals are over faces; the trainings are held fixed."
     )
+    f1 = lead.assign(metric="F1_RFA", value=1.0, ci_low=[-1.0, 0.5], ci_high=3.0)
+    said = describe_lead(rows, pd.concat([lead, f1], ignore_index=True), ["RFA"])
+    assert "TediGAN 30.0: +30.0 [-1.0, +61.0], F1_RFA +1.0 [+0.5, +3.0]" in said
+    assert "0 of 2 are significantly lower" in said, "in recall or in F1 alone"
     newer = pd.DataFrame([row("EC2Face", 60), row("MDiTFace", 70), row("UaC", 20)])
     lead = pd.DataFrame([row("EC²Face - UaC", 40, 38, 42), row("EC²Face - MDiTFace", -10, -12, -8)])
     assert describe_lead(newer, lead, ["RFA"]) == (
         "RFA: EC²Face (ours) 60.0, best of the paper's systems UaC 20.0: +40.0 [+38.0, +42.0], "
         "a factor of 3.00; 1 of 1 are significantly lower; "
-        "MDiTFace 70.0: -10.0 [-12.0, -8.0]."
+        "MDiTFace 70.0: -10.0 [-12.0, -8.0].\n"
+        "Intervals are over faces; the trainings are held fixed."
     )
     alone = describe_lead(newer[:2], lead[1:], ["RFA"])
-    assert alone == "RFA: EC²Face (ours) 60.0; MDiTFace 70.0: -10.0 [-12.0, -8.0]."
+    assert alone.splitlines()[0] == "RFA: EC²Face (ours) 60.0; MDiTFace 70.0: -10.0 [-12.0, -8.0]."
     assert "No comparison system" in describe_lead(rows, pd.DataFrame())
 
 

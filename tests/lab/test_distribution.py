@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
 
 from ec2face_core.attributes import CLASS_ID
-from ec2face_lab.study.distribution import cmmd, diversity, kid, presence
+from ec2face_lab.study.distribution import cmmd, diversity, kid, paired_draws, presence
 
 
 def features(n: int, shift: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -42,6 +42,39 @@ def test_cmmd_equals_loops_over_scikit_learns_kernel():
     assert interval.value == pytest.approx(expected)
     assert interval.ci_low < expected < interval.ci_high
     assert cmmd(3 * a, b).value == pytest.approx(expected)  # lengths do not count
+
+
+def test_pairs_are_left_out_where_both_sets_have_the_same_conditions():
+    """Pictures that share something with their references: unpaired estimates are too low."""
+    a, b = features(8), features(8, 0.5, seed=1)
+    kernel = lambda *x: polynomial_kernel(*x, degree=3)  # noqa: E731
+    across = kernel(a, b)
+    pairs = [across[i, j] for i in range(8) for j in range(8) if i != j]
+    expected = unbiased(kernel, a, b) + 2 * across.mean() - 2 * np.mean(pairs)
+    assert kid(a, b, subsets=20, paired=True).value == pytest.approx(expected)
+    assert kid(a, a, subsets=20, paired=True)[:3] == pytest.approx((0, 0, 0), abs=1e-9)
+    with pytest.raises(ValueError, match="no pairs"):
+        kid(a, features(9), paired=True)
+    rng = np.random.default_rng(3)
+    means = {True: [], False: []}
+    for _ in range(150):
+        common = rng.normal(size=(20, 4))
+        both = [common + rng.normal(size=(20, 4)) for _ in range(2)]
+        for paired in means:
+            means[paired].append(kid(*both, subsets=1, paired=paired).value)
+    error = np.std(means[True]) / 150**0.5
+    assert abs(np.mean(means[True])) < 3 * error < -np.mean(means[False])
+
+
+@pytest.mark.parametrize(("metric", "distance"), [("KID", kid), ("CMMD", cmmd)])
+def test_draws_of_a_table_are_those_of_the_distance_in_thousandths(metric, distance):
+    a, b = features(12), features(12, 0.5, seed=1)
+    draws = paired_draws(metric, a, b, subsets=30, seed=2)
+    equal = [x / np.linalg.norm(x, axis=1, keepdims=True) * 6**0.5 for x in (a, b)]
+    interval = distance(*equal, subsets=30, seed=2, paired=True)
+    scale = 1000 if metric == "KID" else 1  # cmmd is in thousandths
+    assert draws.shape == (31,) and draws[0] == pytest.approx(scale * interval.value)
+    assert np.percentile(draws[1:], 2.5) == pytest.approx(scale * interval.ci_low)
 
 
 def test_interval_of_halves_is_made_of_estimates_from_halves():

@@ -9,15 +9,15 @@ from PIL import Image
 
 from ec2face_core.attributes import CLASSES, pixel_counts
 from ec2face_core.config import Config
-from ec2face_core.metrics import accuracy_from_counts
+from ec2face_core.metrics import OVERLAP, accuracy_from_counts
 from ec2face_core.report import DataError
 from ec2face_lab.__main__ import main
 from ec2face_lab.plots.save import COLUMNS
 from ec2face_lab.study import scores as scoring
-from ec2face_lab.study.intervals import summarise, summarise_difference
 from ec2face_lab.study.pictures import PictureSet
 from ec2face_lab.study.png import load_pictures
-from ec2face_lab.study.scores import score_folder
+from ec2face_lab.study.scores import folder_features, score_folder
+from ec2face_lab.study.summary import summarise, summarise_difference
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,19 @@ def test_scores_against_a_second_computation(config, faces, pictures):
     assert row["text_guiding"] == pytest.approx(float(text), abs=1e-3)
     lpips = models.lpips(image, faces.image(name)[None])
     assert row["lpips"] == pytest.approx(float(lpips), abs=1e-5)
-    right = models.parsers["independent"].parse(image) == target
+    parsed = models.parsers["independent"].parse(image)
+    right = parsed == target
     support = pixel_counts(target)[0].tolist()
+    predicted = pixel_counts(parsed)[0].tolist()
     for i, c in enumerate(CLASSES):
         assert row[f"support_{c}"] == support[i]
+        assert row[f"predicted_independent_{c}"] == predicted[i]
         assert row[f"correct_independent_{c}"] == int((right & (target == i)).sum())
+    features = folder_features(pictures, faces, config, progress=False)
+    for role in scoring.ROLES:
+        assert features[role].shape[0] == len(faces.ids)
+        expected = models.clips[role].image_features(image)[0].detach()
+        assert features[role][2] == pytest.approx(expected.numpy(), abs=1e-5)
     real = PictureSet(config, "real", "test").scores(progress=False)
     assert real["lpips"].abs().max() < 1e-6
 
@@ -97,7 +105,8 @@ def test_one_report_names_every_bad_picture(config, faces, pictures, tmp_path, c
     assert main([*arguments, "--set", "sampling.stesp=2"]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
     assert main(arguments) == 0
-    assert "RFA (%) ↑" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "RFA (%) ↑" in out and "mIoU (%) ↑" in out and "KID ↓" in out and "LPIPS ↓" not in out
     assert (config.run_dir / "evaluation" / "test-both.csv").is_file()
     assert main([*arguments, "--method", "real", "vae_round_trip"]) == 0, "several at once"
     for name in ("real", "vae_round_trip"):
@@ -106,18 +115,20 @@ def test_one_report_names_every_bad_picture(config, faces, pictures, tmp_path, c
 
 def test_summaries_pool_over_images(config, faces, pictures):
     table = score_folder(pictures, faces, config, progress=False)
-    rows = summarise(table, "table1", "EC2Face", "faces", config, "42")
+    rows = summarise([table], "table1", "EC2Face", "faces", config, "42")
     assert list(rows.columns) == list(COLUMNS)
     assert not rows.duplicated(["method", "metric", "critic"]).any()
-    correct, support = scoring.counts(table, "independent")
-    want = accuracy_from_counts(torch.tensor(correct), torch.tensor(support)).as_dict()
+    counts = [torch.tensor(x) for x in scoring.counts(table, "independent")]
+    accuracy = accuracy_from_counts(*counts)
+    want = accuracy.as_dict() | {name: accuracy.overlap_dict()[name] for name in OVERLAP}
+    assert rows[["joint_low", "t_low", "p_holm"]].isna().all(axis=None), "a single training"
     found = rows[rows["critic"] == "independent"].set_index("metric")
     for metric, value in want.items():
         assert found.loc[metric, "value"] == pytest.approx(value, nan_ok=True)
     assert found.loc["Text", "n"] == len(table)
     assert (found["ci_low"].fillna(0) <= found["value"].fillna(0) + 1e-9).all()
 
-    nothing = summarise_difference(table, table, "d", "both - both", "faces", config)
+    nothing = summarise_difference([table], [table], "d", "both - both", "faces", config)
     assert np.allclose(nothing[["value", "ci_low", "ci_high"]].fillna(0), 0)
     with pytest.raises(ValueError, match="same faces"):
-        summarise_difference(table, table.iloc[::-1], "d", "x", "faces", config)
+        summarise_difference([table], [table.iloc[::-1]], "d", "x", "faces", config)

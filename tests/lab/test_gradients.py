@@ -35,6 +35,10 @@ def wide(table: pd.DataFrame, modulated: bool) -> pd.DataFrame:
 def test_norms_follow_the_equations(config):
     """d z_hat / d v = -t: nothing at t = 0; alpha and beta(t) are factors; kept and read again."""
     table = gradients.gradient_norms(config, batches=1)
+    whole = gradients.systematic_gradients(config, batches=1).set_index(["loss", "modulated"])
+    assert (whole["batch_norm"] > 0).all() and whole["systematic"].isna().all()
+    assert whole.loc[(MASK, True), "batch_norm"] < whole.loc[(MASK, False), "batch_norm"]
+    assert whole.loc[(FLOW, False), "batch_norm"] <= wide(table, False)[FLOW].mean()
     plain, faded = wide(table, False), wide(table, True)
     assert (plain[FLOW] > 0).all()
     for name in (TEXT, MASK):
@@ -58,7 +62,38 @@ def test_the_sentence_and_the_figure():
     ]
     rows[-1]["norm"] = 0.4
     said = gradients.describe_gradients(pd.DataFrame(rows))
-    assert f"{TEXT}, β ≡ 1: at most 50 % of flow matching's gradient, at t = 0.2" in said
-    assert f"{MASK}, with β(t): at most 50 % of flow matching's gradient, at t = 0.4" in said
+    share = "at most 50 % of the norm of flow matching's gradient in a batch"
+    assert f"{TEXT}, β ≡ 1: {share}, at t = 0.2" in said
+    assert f"{MASK}, with β(t): {share}, at t = 0.4" in said
     fig = gradients.gradient_figure(pd.DataFrame(rows))
     assert len(fig.axes[0].lines) == 5
+
+
+def test_the_systematic_part_is_the_norm_of_the_mean():
+    """Unbiased in the square, whatever the noise; bounds two standard errors of it away."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(50, generator=generator)
+    true = float(mean.norm())
+    squares = []
+    inside = 0
+    for _ in range(300):
+        draws = mean + 5 * torch.randn(12, 50, generator=generator)
+        part = gradients.systematic_part(draws)
+        assert part["batch_norm"] == pytest.approx(float(draws.square().sum(1).mean() ** 0.5))
+        naive = [float(a @ b) for i, a in enumerate(draws) for j, b in enumerate(draws) if i != j]
+        assert part["systematic"] ** 2 == pytest.approx(max(sum(naive) / len(naive), 0), rel=1e-3)
+        squares.append(sum(naive) / len(naive))
+        inside += part["ci_low"] <= true <= part["ci_high"]
+    error = torch.tensor(squares).std() / 300**0.5
+    assert abs(sum(squares) / 300 - true**2) < 3 * error
+    assert 0.88 < inside / 300 <= 1
+    assert pd.isna(gradients.systematic_part(draws[:2])["systematic"])
+
+
+def test_the_sentence_of_the_systematic_parts():
+    row = {"batch_norm": 0.12, "systematic": 0.0075, "ci_low": 0.0, "ci_high": 0.012}
+    parts = ((FLOW, False), (TEXT, True), (MASK, True))
+    table = pd.DataFrame([{"loss": a, "modulated": b} | row for a, b in parts])
+    said = gradients.describe_systematic(table)
+    assert f"{FLOW}: 0.12 in one batch, of which 0.0075 [0, 0.012] is systematic" in said
+    assert f"{MASK}, with β(t): 0.12" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pandas as pd
 import pytest
 from figure_checks import some_rows
 
@@ -13,7 +14,7 @@ from ec2face_lab.plots.save import save_table
 
 @pytest.fixture
 def config(tmp_path):
-    return load_profile("mini", profile=str(tmp_path / "run"))
+    return load_profile("mini", profile=str(tmp_path / "run"), evaluation={"lpips": "alex"})
 
 
 def cells(markdown: str, start: str) -> list[str]:
@@ -30,7 +31,8 @@ def test_markdown_puts_the_paper_beside_ours(config):
     row = dict(zip(header, mine, strict=True))
     assert row["Critic"] == "independent" and row["n"] == "300"
     assert row["OAA (%) ↑"] == "71.23 [70.50, 72.00]" and row["paper: OAA"] == "88.64"
-    assert row["LPIPS ↓"] == "0.314" and row["HFA (%) ↑"] == "–" and row["paper: NIQE"] == "3.55"
+    assert row["LPIPS ↓"] == "0.314" and row["paper: NIQE"] == "3.55"
+    assert "HFA (%) ↑" not in row and "paper: HFA" in row, "a column of dashes says nothing"
     other = dict(zip(header, cells(markdown, " | guiding"), strict=True))
     assert other["OAA (%) ↑"] == "76.50" and other["paper: OAA"] == "" and other["LPIPS ↓"] == "–"
     rival = dict(zip(header, cells(markdown, "TediGAN"), strict=True))
@@ -54,6 +56,36 @@ def test_latex_is_escaped_and_complete(config):
 def test_the_misprint_of_table_4_is_flagged(config):
     markdown = save_table(some_rows(method="none", metric="OAA").head(1), "table4", config)
     assert "61.62" in markdown.read_text() and "require 61.12" in markdown.read_text()
+
+
+def test_notes_say_what_the_brackets_are_over(config):
+    alone = save_table(some_rows(), "table1", config).read_text()
+    assert "interval over faces (trainings held fixed)" in alone
+    rows = some_rows()
+    rows.loc[0, ["joint_low", "joint_high", "p_holm"]] = [69.5, 73.0, 0.04]
+    text = save_table(rows, "table1", config)
+    latex = text.with_suffix(".tex").read_text()
+    text = text.read_text()
+    assert "| 71.23 [69.50, 73.00] † |" in text and r"$\dagger$" in latex
+    assert "interval over faces and trainings; –" in text and "after Holm's adjustment" in text
+    rows = some_rows(ci_low=1.0, ci_high=2.0).assign(joint_low=[0.5] + 4 * [None])
+    text = save_table(rows.assign(joint_high=rows["joint_low"] + 2), "d", config).read_text()
+    assert "faces and trainings, or over faces alone where there is one training" in text
+
+
+def test_f1_stands_beside_recall_and_the_rest_below(config):
+    more = some_rows().head(1)
+    names = ("F1", "mIoU", "F1_RFA", "KID", "Diversity", "presence_hat", "false_presence_hat")
+    rows = pd.concat([some_rows(), *(more.assign(metric=name) for name in names)])
+    blocks = save_table(rows, "table1", config).read_text().split("\n\n")
+    heads = [block.splitlines()[0] for block in blocks if block.startswith("| ")]
+    assert "| OAA (%) ↑ | F1 (%) ↑ | mIoU (%) ↑ |" in heads[0]
+    assert heads[1] == "| Method | Critic | n | F1 of RFA (%) ↑ | KID ↓ | Diversity |"
+    assert heads[2].endswith(
+        "| hat found where the mask has it (%) | hat found where it has none (%) |"
+    )
+    assert heads[3].startswith("| Class")
+    assert "| 71.23 of 300 [70.50, 72.00] | 71.23 of 300 [70.50, 72.00] |" in blocks[3]
 
 
 def test_other_tables_have_no_paper_columns(config):

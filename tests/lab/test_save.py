@@ -64,11 +64,28 @@ def test_csv_is_the_truth_and_holds_the_paper_too(config):
     pd.testing.assert_frame_equal(
         stored[stored["source"] == "paper"].reset_index(drop=True), save.paper_table(1)
     )
-    assert render_markdown(stored, "LPIPS: random trunk.") == path.read_text()
+    shown = save.headline(stored, config)
+    assert render_markdown(shown, "LPIPS: random trunk.") == path.read_text()
     before = {p.name: p.read_bytes() for p in config.figure_dir.iterdir()}
     assert set(before) == {"table1.csv", "table1.md", "table1.tex", "table1.json"}
     save.save_table(some_rows(), "table1", config, caption="LPIPS: random trunk.")
     assert before == {p.name: p.read_bytes() for p in config.figure_dir.iterdir()}
+
+
+def test_a_random_lpips_trunk_stays_in_the_csv_alone(config):
+    path = save.save_table(some_rows(), "table1", config)
+    assert "LPIPS ↓" not in path.read_text() and "paper: LPIPS" in path.read_text()
+    assert (save.read_rows(path.with_suffix(".csv"))["metric"] == "LPIPS").sum() > 1
+    trained = config.replace(evaluation={"lpips": "alex"})
+    assert "| 0.314 |" in save.save_table(some_rows(), "table1", trained).read_text()
+
+
+def test_files_without_the_newer_columns_can_be_read(config, tmp_path):
+    old = save.read_rows(save.save_table(some_rows(), "table1", config).with_suffix(".csv"))
+    old.drop(columns=["joint_low", "joint_high", "t_low", "t_high", "p_holm"]).to_csv(
+        tmp_path / "old.csv", index=False
+    )
+    pd.testing.assert_frame_equal(save.read_rows(tmp_path / "old.csv"), old)
 
 
 def test_rows_that_make_no_table_are_refused(config):

@@ -82,13 +82,16 @@ def test_every_stage_trains_on_a_folder(faces_dir, tmp_path):
     from ec2face_core.config import load_profile
     from ec2face_core.perception import ClipScorer, FaceParser
 
-    place = ["--data", str(faces_dir), "--out", str(tmp_path)]
+    place = ["--data", str(faces_dir), "--out", str(tmp_path), "--size", "64"]
     for arguments in (
         ["vae", "--samples", "16"],
+        ["captions", "--samples", "64"],
         ["latents", "--samples", "64"],
-        ["flux", "--samples", "16"],
+        ["flux", "--samples", "32", "--batch", "16"],
+        ["distill", "--samples", "16", "--batch", "16"],
         ["parser", "--role", "guiding", "--samples", "128"],
         ["clip", "--role", "guiding", "--samples", "128"],
+        ["facts", "--samples", "128"],
     ):
         assert main(["pretrain", *arguments, *place]) == 0
     config = load_profile(

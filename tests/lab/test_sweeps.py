@@ -134,7 +134,10 @@ def test_a_conclusion_needs_more_than_another_seed_brings(monkeypatch):
         ]
     )
     said = sweeps.conclusion(rows, "s", ["RFA"])
-    assert said == "Significant differences to own that exceed other seeds: RFA: A +3.0."
+    assert said.startswith("Exploratory (one training a point, intervals over faces).")
+    assert said.endswith(
+        "Differences to own that exclude 0 and exceed the other seeds: RFA: A +3.0."
+    )
 
 
 def test_command_line_lists_the_points(capsys):

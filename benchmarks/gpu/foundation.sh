@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Train the foundation of the second miniature on one GPU: every stage of `make foundation`, with
+# seconds instead of samples. Run it in the root of the repository.
+#
+#   [VAE=105] [PERCEPTION=150] [FLUX=285] [DISTILL=35] [POOL=57344] bash benchmarks/gpu/foundation.sh
+#
+# The autoencoder has the GPU for itself; guides and evaluators are trained beside the transformer.
+# Results are packed into OUT as soon as they are there: vae.tar, base.tar, flux.tar.*,
+# perception.tar, logs.tar.
+set -u
+. "$(dirname "$0")/environment.sh"
+: "${VAE:=105}" "${PERCEPTION:=150}" "${FLUX:=285}" "${DISTILL:=35}" "${POOL:=57344}"
+export OUT OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false
+
+bundle=data/mini128
+work=runs/foundation/mini128
+logs=runs/foundation/logs
+mkdir -p "$bundle" "$work" "$logs"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >"$logs/device.csv"
+trap 'tar -C runs -cf "$OUT/logs.tar" $(cd runs && find . -name "*.log" -o -name "*.csv" -o -name metrics.jsonl)' EXIT
+
+run() { # run LOG ARGUMENTS...: says how long it took
+  local log=$1 start=$SECONDS
+  shift
+  "$PYTHON" "$@" >"$logs/$log.log" 2>&1
+  local status=$?
+  echo "$SECONDS s: $log ended with status $status after $((SECONDS - start)) s"
+  [ $status -eq 0 ] || tail -n 25 "$logs/$log.log"
+}
+
+perceive() { # perceive LOG ARGUMENTS...: train a perception model
+  run "$1" -m ec2face_lab pretrain "${@:2}" --device cuda --seconds "$PERCEPTION"
+}
+
+run foundation benchmarks/gpu/foundation.py "$VAE" "$FLUX" "$DISTILL" "$POOL" &
+foundation=$!
+run captions -m ec2face_lab pretrain captions --samples "$POOL" --processes 10
+while [ ! -e "$work/vae.json" ] && kill -0 $foundation 2>/dev/null; do sleep 0.5; done
+models=()
+for role in guiding scoring; do
+  perceive "parser_$role" parser --role "$role" &
+  models+=($!)
+  perceive "clip_$role" clip --role "$role" &
+  models+=($!)
+done
+perceive facts facts &
+models+=($!)
+wait "${models[@]}"
+tar -C "$bundle" -cf "$OUT/perception.tar" --exclude=./flux .
+wait $foundation
