@@ -3,6 +3,7 @@
     python -m ec2face_lab prepare --dry-run                 # what is there, what is missing
     python -m ec2face_lab prepare --downloads /data/raw     # convert, verify, report again
     python -m ec2face_lab prepare validate ROOT             # check a folder of faces
+    python -m ec2face_lab prepare --profile mini validate ROOT   # and count captions that are cut
     python -m ec2face_lab prepare convert-merged SRC OUT    # convert your own faces
 
 The report needs no network, and the dry run writes nothing. Part files, photos and captions become
@@ -49,7 +50,7 @@ from ..prepare.inventory import (
     survey,
 )
 from ..prepare.photos import face_detector, from_photos
-from ..prepare.validate import validate
+from ..prepare.validate import note_long_captions, validate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +103,7 @@ def run(options: argparse.Namespace) -> int:
     """Return 0 if everything is there, or 2 after a report of what is not."""
     if options.action == "validate":
         report = validate(options.root, progress=True)
+        note_long_captions(options.root, config_from_args(options), report)
         report.raise_if_bad()
         print(report)
         return 0

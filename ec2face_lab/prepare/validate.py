@@ -15,12 +15,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ec2face_core.attributes import CLASS_ID, FLIP_PAIRS
+from ec2face_core.config import Config
 from ec2face_core.data import SUFFIXES, files_by_id, report_missing
 from ec2face_core.masks import read_mask
 from ec2face_core.pictures import read_image
 from ec2face_core.report import DataError, Report
 from ec2face_core.runs import parallel
-from ec2face_core.texts import Row, read_captions, read_manifest
+from ec2face_core.texts import Row, describe_loss, lost_texts, read_captions, read_manifest
+
+from .weights import local_folder
 
 T = TypeVar("T")
 Problems = list[tuple[Path, str]]  # files and what is wrong with each
@@ -69,6 +72,27 @@ def validate(root: str | Path, progress: bool = False) -> Report:
             f"(image right): exchange the ids {FLIP_PAIRS}",
         )
     return report
+
+
+def note_long_captions(root: Path, config: Config, report: Report) -> None:
+    """Note captions that the text encoder of a configuration cuts, if its tokenizer is there."""
+    name = "tokenizer_2"
+    folder = local_folder(config.backbone.path, f"{name}/tokenizer_config.json")
+    if folder is not None and folder.name != name:  # a hub's cache knows files, not folders
+        folder /= name
+    if folder is None or not folder.is_dir():
+        return
+    from transformers import AutoTokenizer
+
+    texts = files_by_id(root / "text", SUFFIXES["text"], Report(root))
+    problems: Problems = []
+    read = [try_read(problems, path, read_captions) or () for path in texts.values()]
+    captions = [caption for lines in read for caption in lines]
+    length = config.backbone.text_length
+    lost = lost_texts(AutoTokenizer.from_pretrained(folder), captions, length)
+    if lost:
+        reader = f"the T5 of {config.profile} ({length} tokens)"
+        report.notes.append(describe_loss(lost, len(captions), reader))
 
 
 class _Checked(NamedTuple):

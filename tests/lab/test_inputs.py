@@ -385,3 +385,26 @@ def test_a_damaged_attribute_table_is_named(tmp_path, lines, reason):
     table.write_text("\n".join(lines))
     with pytest.raises(DataError, match=f"table.txt: .*{reason}"):
         celeba_attributes(table)
+
+
+@pytest.mark.parametrize(("length", "told"), [(24, True), (400, False)])
+def test_validate_counts_captions_that_are_cut(tmp_path, length, told):
+    from ec2face_core.config import load_profile
+    from ec2face_lab.prepare.validate import note_long_captions
+    from ec2face_lab.world.networks import _t5_tokenizer
+
+    root = write_root(tmp_path / "faces")
+    (root / "text" / "3.txt").write_text("She wears a hat. " * 9 + "A red one.\nSecond of 3.\n")
+    tokenizer = _t5_tokenizer(["she wears a hat.", "first second of 1234"], length=length)
+    tokenizer.save_pretrained(tmp_path / "flux" / "tokenizer_2")
+    backbone = {"path": str(tmp_path / "flux"), "text_length": length}
+    config = load_profile("mini", backbone=backbone)
+    report = validate(root)
+    note_long_captions(root, config, report)
+    assert bool(report.notes) == told and not report.problems
+    if told:
+        assert "1 of 12 texts are longer than the T5 of mini (24 tokens)" in str(report)
+        assert "A red one." in str(report)
+    note_long_captions(
+        root, config.replace(**{"backbone.path": str(tmp_path)}), report
+    )  # none there
