@@ -301,7 +301,9 @@ def score_folder(
     import pandas as pd
 
     cache = _scored(folder, dataset, config, limit, progress)
-    return pd.read_csv(cache, converters={"id": str}, float_precision="round_trip")
+    table = pd.read_csv(cache, float_precision="round_trip")
+    names = pd.read_csv(cache, usecols=["id"], dtype=str, keep_default_na=False)
+    return table.assign(id=names["id"])  # 0012 and NA are names, neither a number nor nothing
 
 
 def folder_features(
