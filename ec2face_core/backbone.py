@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from .config import BackboneConfig, ConfigError, resolve
 from .fast.transfer import send
 from .sums import check_sums, list_sums
+from .texts import LostWordsWarning, describe_loss, lost_texts
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
@@ -248,6 +250,28 @@ def encode_text(backbone: Backbone, prompts: Sequence[str], length: int) -> Text
     clip_ids = ids(backbone.tokenizer, backbone.tokenizer.model_max_length)
     tokens = t5(ids(backbone.tokenizer_2, length).to(t5.device))[0]
     return TextEmbedding(tokens, clip(clip_ids.to(clip.device)).pooler_output)
+
+
+def warn_of_lost_words(
+    backbone: Backbone, prompts: Sequence[str], length: int, stacklevel: int = 3
+) -> None:
+    """Warn, once for all prompts, of words beyond what the text encoders read.
+
+    Args:
+        backbone: anything with the two tokenizers, such as a pipeline.
+        prompts: captions.
+        length: T5 tokens.
+        stacklevel: of the warning.
+    """
+    clip_length = backbone.tokenizer.model_max_length
+    lost = lost_texts(backbone.tokenizer_2, prompts, length)
+    reader = f"T5 ({length} tokens)"
+    if not lost:
+        lost = lost_texts(backbone.tokenizer, prompts, clip_length)
+        reader = f"CLIP ({clip_length} tokens; T5 reads all)"
+    if lost:
+        message = describe_loss(lost, len(prompts), reader)
+        warnings.warn(message, LostWordsWarning, stacklevel)
 
 
 def load_tiny_decoder(

@@ -2,8 +2,8 @@
 
 A profile (`ec2face_core/profiles/*.yaml`) holds only what differs from the defaults. Each field has
 a type with bounds, checked by pydantic whenever a configuration is built, so an impossible value
-never reaches a training. Paths inside a configuration are relative to the repository root (`ROOT`);
-paths on a command line are relative to the working directory (`user_path`).
+never reaches a training. Paths inside a configuration are relative to `ROOT`, paths on a command
+line to the working directory: see `paths.py`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from .bounds import (
     Size,
     Text,
 )
+from .paths import ROOT, resolve, user_path, user_setting
 
-ROOT = Path(__file__).resolve().parent.parent
 PROFILES = Path(__file__).resolve().parent / "profiles"
 
 
@@ -259,13 +259,13 @@ class Config:
     @property
     def run_dir(self) -> Path:
         """`runs/<profile>`: everything this profile makes."""
-        return ROOT / "runs" / self.profile
+        return resolve(Path("runs") / self.profile)
 
     @property
     def figure_dir(self) -> Path:
         """`figures/<profile>` for mini and paper; inside `run_dir` for every other profile."""
         if self.profile in ("mini", "paper"):
-            return ROOT / "figures" / self.profile
+            return resolve(Path("figures") / self.profile)
         return self.run_dir / "figures"
 
     def digest(self) -> str:
@@ -406,16 +406,6 @@ def _hint(name: str, known: Iterable[str]) -> str:
 # ------------------------------------------------------------------------------------------ paths
 
 
-def resolve(path: str | Path) -> Path:
-    """A configured path: relative to the repository root unless absolute; `~` is expanded."""
-    return ROOT / Path(path).expanduser()  # an absolute right-hand side wins
-
-
-def user_path(text: str) -> Path:
-    """A path on a command line: relative to the working directory; `~` is expanded."""
-    return Path(text).expanduser().absolute()
-
-
 def adapter_name(config: Config, variant: str) -> str:
     """Folder name of a variant's training: `both`, and `both-seed43` for a seed other than 42."""
     if variant not in VARIANTS:
@@ -470,7 +460,8 @@ def add_config_options(parser: argparse.ArgumentParser, default: str = "mini") -
     source.add_argument("--config", type=user_path, metavar="FILE", help="a saved config.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="override a setting, e.g. loss.alpha_mask=1; repeatable",
+        help="override a setting, e.g. loss.alpha_mask=1; repeatable; paths begin at "
+        f"{ROOT}, with ./ or ../ where you stand",
     )  # fmt: skip
 
 
@@ -497,4 +488,4 @@ def parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--set {text!r}: expected option=value, for example trainer.steps=10")
-    return {key: read_yaml(value, f"--set {reprlib.repr(text)}: the value")}
+    return {key: user_setting(read_yaml(value, f"--set {reprlib.repr(text)}: the value"))}

@@ -1,21 +1,23 @@
-"""Folders of faces: readers of single files, the manifest, `FaceDataset` and `open_dataset`.
+"""Folders of faces: their files by id, `FaceDataset` and `open_dataset`.
 
 The data contract is `root/{image,mask,text}/{id}.*` and `root/manifest.csv` with the columns
-`id,split,caption_index,caption`, one row per face. Images are square RGB (png or jpg), masks are
-palette or grey PNGs of the same size with ids 0-18, texts are UTF-8 with one caption per line.
-Readers raise `DataError` with the reason. `ec2face_lab.prepare` converts downloads to this layout
-and validates whole folders. Items are read lazily; with a size, images are resized bicubically with
-antialiasing and label maps to the nearest pixel.
+`id,split,caption_index,caption`, one row per face. Images are square RGB (png, jpg or webp), masks
+are palette or grey PNGs of the same size with ids 0-18, texts are UTF-8 with one caption per line.
+`pictures.py`, `masks.py` and `texts.py` read single files. `ec2face_lab.prepare` converts downloads
+to this layout and validates whole folders. Items are read lazily; with a size, images are resized
+bicubically with antialiasing and label maps to the nearest pixel.
 """
 
 from __future__ import annotations
 
-import csv
+import os
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,199 +25,107 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .attributes import NUM_CLASSES, PALETTE
-from .config import Config, UserError, resolve
+from .attributes import NUM_CLASSES
+from .config import Config, resolve
+from .masks import read_mask
+from .pictures import IMAGE_SUFFIXES, read_image
 from .procedural import check_recipe, make_faces, recipe
+from .report import DataError, Report
 from .runs import content_key, file_digest, parallel
+from .texts import read_captions, read_manifest
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+T = TypeVar("T")
+
 SUFFIXES = {"image": IMAGE_SUFFIXES, "mask": (".png",), "text": (".txt",)}
-MANIFEST_COLUMNS = ["id", "split", "caption_index", "caption"]
 VALIDATION_SEED = 1000  # added to the procedural faces' seed, so that validation faces differ
+DROPPINGS = ("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
 
 
-@dataclass
-class Report:
-    """What is wrong with a folder of faces: `problems` are (file or row, reason)."""
-
-    root: Path
-    faces: int = 0
-    problems: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, where: Path | str, reason: object) -> None:
-        """Note a problem with a file (named relative to the root) or a row."""
-        where = Path(where)
-        inside = where.is_relative_to(self.root)
-        self.problems.append((str(where.relative_to(self.root) if inside else where), str(reason)))
-
-    def raise_if_bad(self) -> None:
-        """Raise `DataError` carrying this report if anything is wrong."""
-        if self.problems:
-            raise DataError(str(self), self)
-
-    def __str__(self) -> str:
-        if not self.problems:
-            return f"{self.root}: {self.faces} faces, nothing wrong"
-        lines = [f"  {where}: {reason}" for where, reason in sorted(self.problems)]
-        return "\n".join([f"{self.root}: {len(lines)} problem(s), {self.faces} faces", *lines])
+def is_dropping(path: PurePath) -> bool:
+    """Whether an operating system left this file (relative to a folder of faces), not a person."""
+    return any(part.startswith(".") or part in DROPPINGS for part in path.parts)
 
 
-class DataError(UserError, ValueError):
-    """Data that cannot be used. `report` lists every bad file."""
-
-    def __init__(self, message: str, report: Report | None = None) -> None:
-        super().__init__(message)
-        self.report = report
-
-
-class Row(NamedTuple):
-    """One line of the manifest: the split of a face and the caption that evaluation uses."""
-
-    split: str
-    caption_index: int
-    caption: str
-
-
-def read_image(path: Path, size: int | None = None) -> Image.Image:
-    """Square RGB picture; DataError with the reason otherwise.
-
-    With a size, a JPEG of twice that size or more is halved (quartered ...) while it is decoded, to
-    no less than `size`: six times faster, and as close to bicubic as Lanczos is (47 dB, measured).
-    """
-    try:
-        with Image.open(path) as file:
-            if size:
-                file.draft("RGB", (size, size))  # other formats than JPEG ignore it
-            picture = file.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"unreadable image ({error})") from error
-    if picture.width != picture.height:
-        raise DataError(f"wrong size {picture.width}x{picture.height}: faces are square")
-    return picture
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Class ids of a palette or grey PNG, `(h, w)` uint8, checked; DataError otherwise."""
-    try:
-        with Image.open(path) as file:
-            mode = file.mode
-            ids = np.array(file)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"unreadable mask ({error})") from error
-    if mode not in ("P", "L"):
-        raise DataError(f"mask is {mode}, not ids: `convert-merged` turns colours into ids")
-    check_ids(ids)
-    return ids
-
-
-def check_ids(ids: np.ndarray) -> None:
-    """Refuse ids above 18 and a mask that shows one class only."""
-    if ids.max() >= NUM_CLASSES:
-        raise DataError(f"label {ids.max()} above {NUM_CLASSES - 1}")
-    if ids.min() == ids.max():
-        raise DataError(f"constant mask (every pixel is {ids.min()})")
-
-
-def read_captions(path: Path) -> tuple[str, ...]:
-    """Captions of one face, one per line without blank lines; DataError if none or not UTF-8."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"caption is not UTF-8 ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise DataError(f"unreadable caption ({error.strerror})") from error
-    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not lines:
-        raise DataError("empty caption file")
-    return lines
-
-
-def read_manifest(root: Path, report: Report | None = None) -> dict[str, Row]:
-    """Rows of `root/manifest.csv`, or of the file `root`, by id, in file order.
-
-    Bad rows are added to `report` and left out; without a report they raise DataError together.
-    """
-    own = report or Report(root)
-    path = root if root.is_file() else root / "manifest.csv"
-    rows: dict[str, Row] = {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            lines = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{path}: unreadable ({error}); the converters write it, see "
-            "`python -m ec2face_lab prepare --help`"
-        ) from error
-    if reader.fieldnames != MANIFEST_COLUMNS:
-        raise DataError(f"{path}: columns {reader.fieldnames}, expected {MANIFEST_COLUMNS}")
-    for number, line in enumerate(lines, start=2):
-        where = f"manifest.csv row {number}"
-        name = line["id"]
-        index = line["caption_index"] or ""
-        if not name or not line["split"] or not index.isdigit():
-            own.add(where, f"id {name!r}, split {line['split']!r}, caption_index {index!r}")
-        elif name in rows and rows[name].split != line["split"]:
-            own.add(where, f"overlapping splits: id {name} is {rows[name].split} and here again")
-        elif name in rows:
-            own.add(where, f"duplicate id {name}")
-        else:
-            rows[name] = Row(line["split"], int(index), line["caption"] or "")
-    own.faces = len(rows)
-    if report is None:
-        own.raise_if_bad()
-    return rows
+def file_id(path: Path) -> str:
+    """The id that a file is named by; macOS decomposes accents in names, other systems do not."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def files_by_id(folder: Path, suffixes: Iterable[str], report: Report) -> dict[str, Path]:
     """Files of a folder with one of these suffixes, by name without suffix; reports duplicates.
 
     Args:
-        folder: a missing one has no files.
+        folder: a missing one has no files; hidden files and folders in it do not count.
         suffixes: in lower case, with the dot.
         report: duplicates are added to it.
     """
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in suffixes and files.setdefault(path.stem, path) != path:
-            report.add(path, f"duplicate id: {files[path.stem].name} is there too")
+    for path in visible_files(folder):
+        if path.suffix.lower() in suffixes and files.setdefault(file_id(path), path) != path:
+            report.add(path, f"duplicate id: {files[file_id(path)].name} is there too")
     return files
 
 
-def labels_from_palette(
-    rgb: np.ndarray,
-    palette: tuple[tuple[int, int, int], ...] = PALETTE,
-    tolerance: float = 32.0,
-) -> np.ndarray:
-    """Nearest palette colour of each pixel.
+def visible_files(folder: Path) -> list[Path]:
+    """Everything in a folder except folders and what operating systems leave there, sorted."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.is_dir())
+    return [folder / name for name in names if not is_dropping(Path(name))]
+
+
+def without_padding(name: str) -> str:
+    """A name whose numbers have no leading zeros: 00012_a and 12_a are alike."""
+    return re.sub(r"[0-9]+", lambda number: number[0].lstrip("0") or "0", name)
+
+
+def paired(names: Iterable[str], files: Mapping[str, T]) -> dict[str, T]:
+    """The same files under the names that theirs differ from by zero padding only.
+
+    A file that more than one name, or that with other files one name would suit, keeps its own.
+    """
+    names = list(names)
+    wanted: dict[str, list[str]] = {}
+    spare: dict[str, list[str]] = {}
+    for name in set(names) - files.keys():
+        wanted.setdefault(without_padding(name), []).append(name)
+    for name in files.keys() - set(names):
+        spare.setdefault(without_padding(name), []).append(name)
+    other = {
+        spare[plain][0]: found[0]
+        for plain, found in wanted.items()
+        if len(found) == 1 and len(spare.get(plain, ())) == 1
+    }
+    return {other.get(name, name): file for name, file in files.items()}
+
+
+def report_missing(
+    folder: Path, kind: str, names: Iterable[str], report: Report, suffix: str = ""
+) -> None:
+    """Add the files that these faces lack, with what lies there instead.
 
     Args:
-        rgb: `(h, w, 3)` uint8.
-        palette: colours of the classes, 0-255.
-        tolerance: largest Euclidean distance of a pixel to its colour, in units of 0-255.
-
-    Returns:
-        Class ids `(h, w)` uint8.
-
-    Raises:
-        DataError: a pixel is too far from every colour: another palette (CelebAMask-HQ's own tools
-            use three) or a lossy file.
+        folder: where they should be.
+        kind: image, mask or text.
+        names: ids.
+        report: the problems are added to it.
+        suffix: of the expected name; the first of the kind if it is not given.
     """
-    rgb = np.asarray(rgb)
-    colours, index, counts = np.unique(
-        rgb.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True
-    )
-    distance = np.linalg.norm(colours[:, None].astype(float) - np.array(palette)[None], axis=-1)
-    nearest = distance.argmin(1)
-    gap = distance.min(1)
-    if (gap > tolerance).any():
-        worst = int(np.where(gap > tolerance, counts, 0).argmax())
-        raise DataError(
-            f"colour {tuple(int(c) for c in colours[worst])} on {counts[worst] / counts.sum():.2%} "
-            f"of the pixels is {gap[worst]:.0f} away from every palette colour (limit "
-            f"{tolerance:g}): another palette, or a mask saved as JPEG"
-        )
-    return nearest[index].reshape(rgb.shape[:2]).astype(np.uint8)
+    names = list(names)
+    there = {file_id(path): path for path in visible_files(folder)} if names else {}
+    padded = {without_padding(name): path for name, path in there.items()}
+    for name in names:
+        near = there.get(name) or padded.get(without_padding(name))
+        hint = ""
+        if near is not None and near.suffix.lower() not in SUFFIXES[kind]:
+            lossy = kind == "mask" and near.suffix.lower() in (".jpg", ".jpeg")
+            names_read = ", ".join(SUFFIXES[kind])
+            why = "its loss changes ids; export PNG" if lossy else f"only {names_read} is read"
+            hint = f": {near.name} is there, but {why}"
+        elif near is not None:
+            hint = f": {near.name} is there, whose id has other zeros (a spreadsheet drops them)"
+        report.add(folder / f"{name}{suffix or SUFFIXES[kind][0]}", f"missing {kind}{hint}")
 
 
 @dataclass(frozen=True)
@@ -262,9 +172,8 @@ class FaceDataset(Dataset[FaceSample]):
         report = Report(self.root, len(self.ids))
         self._files = {k: files_by_id(self.root / k, SUFFIXES[k], report) for k in SUFFIXES}
         for kind, files in self._files.items():
-            for name in self.ids:
-                if name not in files:
-                    report.add(self.root / kind / f"{name}{SUFFIXES[kind][0]}", f"missing {kind}")
+            missing = [name for name in self.ids if name not in files]
+            report_missing(self.root / kind, kind, missing, report)
         report.raise_if_bad()
         self._counts: Tensor | None = None
 
@@ -333,7 +242,7 @@ class FaceDataset(Dataset[FaceSample]):
                 content.append([digest.hex() for digest in parallel(file_digest, files)])
         return content_key(content, digits=16)
 
-    def _read(self, kind: str, name: str, read: Any) -> Any:
+    def _read(self, kind: str, name: str, read: Callable[[Path], T]) -> T:
         path = self._files[kind][name]
         try:
             return read(path)

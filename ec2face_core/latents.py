@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from .attributes import pixel_counts
-from .backbone import Backbone, TextEmbedding, check_side, encode_images, encode_text, load_backbone
+from .backbone import (
+    Backbone,
+    TextEmbedding,
+    check_side,
+    encode_images,
+    encode_text,
+    load_backbone,
+    warn_of_lost_words,
+)
 from .config import BackboneConfig, Config, UserError, resolve
 from .mask_branch import mask_latents_of
 from .runs import content_key, parallel, path_digest, remove_leftovers, write_tensors
@@ -202,6 +210,8 @@ def encode_dataset(
     wanted = captions(cache) if captions else (c for i in cache.ids for c in cache.captions(i))
     absent = sorted(c for c in {EMPTY, *wanted} if not cache.has_text(c))
     parts = [absent[i : i + CAPTIONS] for i in range(0, len(absent), CAPTIONS)]
+    if absent and rank == 0:
+        warn_of_lost_words(encoders(), absent, config.backbone.text_length)
     wait()
     for part in _bar(parts[rank::ranks], "captions", progress and rank == 0):
         name = hashlib.sha256("\n".join(part).encode()).hexdigest()[:16]

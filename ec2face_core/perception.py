@@ -25,6 +25,7 @@ from .attributes import FACER_TO_CELEBAMASK
 from .config import PerceptionConfig, UserError, resolve
 from .fast.transfer import send
 from .sums import DamagedError, check_sums
+from .texts import lost_texts
 
 # our channel c = facer channel FACER_CHANNEL[c]: the inverse of FACER_TO_CELEBAMASK
 FACER_CHANNEL = torch.tensor(FACER_TO_CELEBAMASK).argsort()
@@ -168,6 +169,19 @@ class ClipScorer:
         """Sentences -> unit features `(b, d)`; no gradient, the texts are given."""
         tokens = send(self.tokenizer(list(texts)), self.device)
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+    def lost_texts(self, texts: Sequence[str]) -> dict[str, str]:
+        """The texts that are longer than CLIP reads, each with the words that are lost."""
+        length = self.tokenizer.context_length
+        inner = getattr(self.tokenizer, "tokenizer", None)  # of transformers
+        if inner is not None:
+            return lost_texts(inner, texts, length)
+        lost = {}
+        for text in texts:
+            rest = self.tokenizer.encode(text)[length - 2 :]  # start and end take two tokens
+            if rest:
+                lost[text] = self.tokenizer.decode(rest).strip()
+        return lost
 
     @torch.no_grad()
     def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:

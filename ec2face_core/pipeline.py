@@ -26,11 +26,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from .attributes import NUM_CLASSES
-from .backbone import decode_latents, encode_text, load_backbone
-from .checks import NotFiniteError, check_floats, check_number, check_texts
+from .backbone import decode_latents, encode_text, load_backbone, warn_of_lost_words
+from .checks import NotFiniteError, check_floats, check_number
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
-from .data import labels_from_palette
 from .mask_branch import (
     ADAPTER,
     MaskKVCache,
@@ -42,7 +40,10 @@ from .mask_branch import (
     read_mask_lora,
     save_mask_lora,
 )
+from .masks import mask_ids, split_masks
+from .paths import user_path
 from .sums import check_sums
+from .texts import clean
 
 MaskLike = Tensor | np.ndarray | Image.Image | str | Path
 
@@ -157,7 +158,9 @@ class EC2FacePipeline(DiffusionPipeline):
                 self.load_mask_lora(folder)
 
     def load_mask_lora(self, folder: str | Path) -> None:
-        """Load a mask LoRA, replacing the one that is there."""
+        """Load a mask LoRA from its folder or file, replacing the one that is there."""
+        folder = user_path(folder)
+        folder = folder.parent if folder.is_file() else folder
         _, text_length = read_mask_lora(folder)
         load_mask_lora(self.transformer, folder)
         self.register_to_config(text_length=text_length)
@@ -184,11 +187,13 @@ class EC2FacePipeline(DiffusionPipeline):
         """Generate faces. Mask only: leave `prompt` empty. Text only: leave `mask` out.
 
         Args:
-            prompt: one text or one per picture; "" is no text.
+            prompt: one text or one per picture; "" is no text. A warning names words that the text
+                encoders do not read.
             mask: one mask or one per picture (None in the list: no mask for that picture). A mask
                 is a label map (int tensor or array `h w`; `b h w` is b masks), a PIL image or a
                 path: a palette or grey image of label ids, or an RGB image in the palette's
-                colours. It is resized to the picture's size by the nearest pixel.
+                colours (`masks.py` has the rules). It has the picture's shape and is resized to its
+                size by the nearest pixel.
             num_inference_steps: Euler steps.
             guidance_scale: value of the guidance embedding; default: the model's own.
             text_guidance: classifier-free guidance scale `s_t` of the text (see
@@ -210,8 +215,9 @@ class EC2FacePipeline(DiffusionPipeline):
 
         Raises:
             TypeError: an argument of another type.
-            ValueError: numbers of prompts, masks, generators or latents that do not fit; a label
-                above 18; an unsupported size or output type; a number out of range or not finite.
+            ValueError: numbers of prompts, masks, generators or latents that do not fit; a mask
+                that cannot be read; an unsupported size or output type; a number out of range or
+                not finite.
             NotFiniteError: the pictures are not finite.
         """
         side = self.config.image_size
@@ -224,7 +230,7 @@ class EC2FacePipeline(DiffusionPipeline):
         mask_scale = self._setting("mask_guidance", mask_guidance)
         device = self._execution_device
         f = self.vae_scale_factor
-        prompts = check_texts(prompt)
+        prompts = [clean(text) for text in check_texts(prompt)]  # as captions are
         masks = _mask_list(mask)
         pairs = max(len(prompts), len(masks))
         if len(prompts) not in (1, pairs) or len(masks) not in (1, pairs):
@@ -232,6 +238,7 @@ class EC2FacePipeline(DiffusionPipeline):
         b = pairs * num_images_per_prompt
 
         # text embedded once per prompt, masks encoded once each, then laid out for b pictures
+        warn_of_lost_words(self, prompts, self.config.text_length, stacklevel=4)
         text = encode_text(self, prompts, self.config.text_length)
         text = text[torch.arange(b) // num_images_per_prompt % len(prompts)]
         mask_latents: Tensor | MaskKVCache | None = None
@@ -337,55 +344,29 @@ def flux_timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device
     return timesteps
 
 
-# ----------------------------------------------------------------------------------------- masks
+# ----------------------------------------------------------------------------- prompts and masks
 
 
 def _mask_list(mask: Any) -> list[Tensor | None]:
     """The user's masks -> one label map `h w`, or None, per mask."""
-    if isinstance(mask, (Tensor, np.ndarray)) and mask.ndim == 3:
-        mask = list(mask)
-    if isinstance(mask, Sequence) and not isinstance(mask, str):
-        if not mask:
-            raise ValueError("mask is an empty list: give None for no mask")
-        return [None if m is None else _label_map(m) for m in mask]
-    return [None if mask is None else _label_map(mask)]
-
-
-def _label_map(mask: MaskLike) -> Tensor:
-    """One mask in any form -> label map `h w`, int64, checked."""
-    name = f"mask {mask}" if isinstance(mask, (str, Path)) else "mask"
-    if isinstance(mask, (str, Path)):
-        with Image.open(mask) as image:
-            image.load()
-        mask = image
-    if isinstance(mask, Image.Image):
-        if mask.mode in ("RGB", "RGBA"):
-            return torch.as_tensor(labels_from_palette(np.array(mask.convert("RGB")))).long()
-        mask = np.array(mask)
-    if not isinstance(mask, (Tensor, np.ndarray)):
-        raise ValueError(
-            f"{name}: a {type(mask).__name__} is not a mask; give a tensor, "
-            "an array, a PIL image or a path"
-        )
-    labels = torch.as_tensor(mask).detach().cpu()
-    if labels.ndim != 2 or labels.is_floating_point():
-        raise ValueError(
-            f"{name}: expected integer label ids of shape h w, got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}; give pictures as PIL images"
-        )
-    labels = labels.long()
-    if labels.min() < 0 or labels.max() >= NUM_CLASSES:
-        raise ValueError(
-            f"{name}: label ids must be 0-{NUM_CLASSES - 1}, "
-            f"found {int(labels.min())}-{int(labels.max())}"
-        )
-    return labels
+    if isinstance(mask, (Tensor, np.ndarray)):
+        mask = split_masks(mask)
+    masks = mask if isinstance(mask, Sequence) and not isinstance(mask, str) else [mask]
+    if not masks:
+        raise ValueError("mask is an empty list: give None for no mask")
+    return [None if m is None else torch.from_numpy(mask_ids(m)) for m in masks]
 
 
 def _resize(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize by nearest neighbour, aligned at pixel centres."""
+    """Resize by nearest neighbour, aligned at pixel centres; another shape is refused."""
     if labels.shape == size:
         return labels
+    h, w = labels.shape
+    if abs(h * size[1] - w * size[0]) > max(size):  # a pixel of rounding is none
+        raise ValueError(
+            f"a mask of {w}x{h} would be stretched to a picture of {size[1]}x{size[0]}: crop or "
+            "pad it to the same shape"
+        )
     resized = torch.nn.functional.interpolate(
         labels[None, None].double(), size, mode="nearest-exact"
     )

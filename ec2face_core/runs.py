@@ -30,8 +30,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .config import ROOT, Config, resolve
+from .config import ROOT, Config, resolve, user_path
 from .parent import tie_to
+from .paths import CODE
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -227,7 +228,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
     samples_per_second, grad_norm (before clipping) and batch means: t, total, flow, text, mask,
     beta (the parts of Eq. 12) and unweighted_flow (Eq. 3 whatever the weights are).
     """
-    path = resolve(run_dir) / "metrics.jsonl"
+    path = user_path(run_dir) / "metrics.jsonl"
     rows: list[dict[str, float]] = []
     text = path.read_text(errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -323,7 +324,7 @@ def _git_state() -> tuple[str | None, bool | None]:
     def git(*command: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
+                ["git", *command], cwd=CODE, capture_output=True, text=True, check=True
             )
         except (OSError, subprocess.CalledProcessError):
             return None

@@ -37,7 +37,7 @@ from .checkpoints import (
     training_tensors,
 )
 from .checks import NotFiniteError
-from .config import VARIANTS, Config, ConfigError, adapter_name, resolve
+from .config import VARIANTS, Config, ConfigError, adapter_name, user_path
 from .consistency import PixelConsistency
 from .data import open_dataset
 from .fast.blocks import attention_kernel, prepare_blocks
@@ -96,7 +96,7 @@ class Trainer:
         self.config = config.replace(**VARIANTS[variant])
         self.variant = variant
         self.device_name = device
-        self.run_dir = resolve(run_dir or config.run_dir / "training" / name)
+        self.run_dir = user_path(run_dir or config.run_dir / "training" / name)
         self.steps_done = 0
         self.samples_done = 0
         self._unlogged: list[tuple[dict[str, float], Tensor]] = []

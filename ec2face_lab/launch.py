@@ -24,6 +24,7 @@ from pathlib import Path
 
 from ec2face_core.config import ROOT
 from ec2face_core.parent import END_WITH_PARENT, tie_to
+from ec2face_core.paths import CODE
 
 LAST_LINES = 30
 LOGS = ROOT / "runs" / "logs"
@@ -84,7 +85,7 @@ def run(
     last: deque[str] = deque(maxlen=LAST_LINES)
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=CODE,  # the packages are imported from there
         env=child_environment(num_processes) | dict(env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -26,8 +26,11 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from ec2face_core.data import IMAGE_SUFFIXES, DataError, Report, Row
+from ec2face_core.data import is_dropping
+from ec2face_core.pictures import IMAGE_SUFFIXES, open_picture, read_image
+from ec2face_core.report import DataError, Report
 from ec2face_core.runs import content_key, parallel, path_digest, whole_file
+from ec2face_core.texts import Row
 
 CAPTIONS = 10  # of a face in MM-CelebA-HQ; the keys of PixelFace+ count them
 
@@ -247,8 +250,7 @@ def adopt(
     def write(name: str) -> None:
         path = target / f"{name}.png"
         if not path.is_file():
-            with Image.open(files[name]) as file:
-                picture = file.convert("RGB")
+            picture = read_image(files[name])
             if picture.width != size:
                 picture = picture.resize((size, size), Image.Resampling.BICUBIC)
             with whole_file(path) as part:
@@ -274,6 +276,8 @@ def find_pictures(
     left_out = 0
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         inside = PurePosixPath(path.relative_to(folder).as_posix())
+        if is_dropping(inside):
+            continue
         try:
             name = naming.identify(inside)
         except UnknownFaceError as error:
@@ -297,11 +301,10 @@ def _check(files: Mapping[str, Path], report: Report) -> set[int]:
 
     def check(path: Path) -> tuple[str, int]:
         try:
-            with Image.open(path) as file:
-                file.load()
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"unreadable image ({error})", 0
-        if file.mode != "RGB" or "transparency" in file.info:
+            file = open_picture(path)
+        except DataError as error:
+            return str(error), 0
+        if file.mode != "RGB" or file.has_transparency_data:
             kind = {"L": "grey", "LA": "grey", "1": "grey", "I;16": "grey", "P": "palette"}
             return f"{kind.get(file.mode, 'transparent')} image ({file.mode}): pictures are RGB", 0
         if file.width != file.height:

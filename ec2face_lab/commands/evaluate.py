@@ -14,11 +14,13 @@ import os
 from pathlib import Path
 
 from ec2face_core.config import VARIANTS, Config, ConfigError, config_from_args, user_path
-from ec2face_core.data import FaceDataset, Report, open_dataset, read_manifest
+from ec2face_core.data import FaceDataset, open_dataset
+from ec2face_core.report import Report
+from ec2face_core.texts import read_manifest
 
 from ..baselines.official import LAYOUTS, SYSTEM_OF, adopt
 from ..cache import write_frame
-from ..plots.render_tables import METHODS, render_markdown
+from ..plots.render_tables import markdown_name, render_markdown
 from ..plots.save import headline
 from ..study.distribution import FEWEST
 from ..study.painters import REAL
@@ -73,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         target = config.run_dir / "evaluation" / f"{options.split}-{method}.csv"
         write_frame(target, rows)
         shown = headline(rows, config)
-        print(render_markdown(shown, f"{METHODS.get(method, method)}, {len(per_image)} faces."))
+        print(render_markdown(shown, f"{markdown_name(method)}, {len(per_image)} faces."))
         print(f"rows: {target}")
 
 

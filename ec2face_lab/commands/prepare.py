@@ -3,6 +3,7 @@
     python -m ec2face_lab prepare --dry-run                 # what is there, what is missing
     python -m ec2face_lab prepare --downloads /data/raw     # convert, verify, report again
     python -m ec2face_lab prepare validate ROOT             # check a folder of faces
+    python -m ec2face_lab prepare --profile mini validate ROOT   # and count captions that are cut
     python -m ec2face_lab prepare convert-merged SRC OUT    # convert your own faces
 
 The report needs no network, and the dry run writes nothing. Part files, photos and captions become
@@ -21,9 +22,16 @@ from pathlib import Path
 import torch
 
 from ec2face_core.checks import number
-from ec2face_core.config import Config, add_config_options, config_from_args, resolve, user_path
-from ec2face_core.data import read_manifest
+from ec2face_core.config import (
+    ROOT,
+    Config,
+    add_config_options,
+    config_from_args,
+    resolve,
+    user_path,
+)
 from ec2face_core.perception import FaceParser
+from ec2face_core.texts import read_manifest
 
 from ..prepare.convert import from_celebamask_hq, from_merged
 from ..prepare.inventory import (
@@ -43,14 +51,14 @@ from ..prepare.inventory import (
     survey,
 )
 from ..prepare.photos import face_detector, from_photos
-from ..prepare.validate import validate
+from ..prepare.validate import note_long_captions, validate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The inventory's options, and sub-commands for single folders."""
     add_config_options(parser, "paper")
     parser.add_argument(
-        "--downloads", type=user_path, metavar="DIR", default=resolve("data/raw"),
+        "--downloads", type=user_path, metavar="DIR", default=ROOT / "data" / "raw",
         help=f"folder that holds {CELEBAMASK}/, multi-modal-celeba/, {FFHQ_TEXT}/ and weights/",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only report; write nothing")
@@ -81,19 +89,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         convert.add_argument("--size", type=number(16, 65_536), default=512, help="pixels")
         convert.add_argument("--train", type=number(1), default=default, help=train)
+        convert.add_argument(
+            "--skip-bad", action="store_true",
+            help="leave out faces that cannot be used; OUT/left_out.csv lists them",
+        )  # fmt: skip
+        if name == "convert-merged":
+            convert.add_argument(
+                "--snap-edges", action="store_true",
+                help="give smooth edges of colour masks to the neighbour with the nearest colour",
+            )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
     """Return 0 if everything is there, or 2 after a report of what is not."""
     if options.action == "validate":
         report = validate(options.root, progress=True)
+        note_long_captions(options.root, config_from_args(options), report)
         report.raise_if_bad()
         print(report)
         return 0
     if options.action is not None:
         raw = options.action == "convert-celebamask"
         convert = from_celebamask_hq if raw else from_merged
-        convert(options.source, options.out, options.captions, options.size, options.train)
+        asked = {"skip_bad": options.skip_bad}
+        if not raw:
+            asked["snap_edges"] = options.snap_edges
+        report = convert(
+            options.source, options.out, options.captions, options.size, options.train, **asked
+        )
+        if report.problems or report.notes:
+            print(report)
         rows = read_manifest(options.out)
         print(f"{options.out}: {dict(Counter(row.split for row in rows.values()))}")
         return 0

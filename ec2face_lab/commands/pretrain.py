@@ -21,7 +21,7 @@ import argparse
 import torch
 
 from ec2face_core.checks import number
-from ec2face_core.config import UserError, load_profile, resolve, user_path
+from ec2face_core.config import ROOT, UserError, load_profile, user_path
 from ec2face_core.runs import whole_file
 
 from ..world import pool, pretrain, pretrain_flux, pretrain_perception
@@ -51,7 +51,7 @@ BATCH = {
     "cuda": {"vae": 64, "flux": 512, "distill": 512},
 }
 RATE = {"flux": 1.2e-3, "distill": 3e-4}
-BUNDLE = resolve("data/mini128")
+BUNDLE = ROOT / "data" / "mini128"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

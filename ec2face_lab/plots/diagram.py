@@ -16,7 +16,7 @@ import torch
 from ec2face_core.attributes import CLASS_ID, GROUPS, display_name
 from ec2face_core.losses import beta
 
-from .style import BLUE, GREY, ORANGE, RED, new_figure, show, styled
+from .style import BLUE, GREY, ORANGE, RED, new_figure, plain, show, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ def _conditions(ax: Axes, facts: Mapping[str, Any]) -> None:
     names = facts["names"]
     counts = facts["parameters"]
     pictures = facts["pictures"]
-    caption = textwrap.shorten(facts["caption"], 62, placeholder=" …")
+    caption = plain(facts["caption"], 62)
     _box(ax, 1, 46, 12, 11, textwrap.fill(f"“{caption}”", 16), "white", italic=True)
     _picture(ax, 2, 33, 10, pictures["image"], "face x")
     _picture(ax, 2, 19.5, 10, pictures["mask"], "mask m")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ec2face_core.attributes import GROUPS
 
-from .style import bare, mask_picture, new_figure, picture, show, styled
+from .style import bare, mask_picture, new_figure, picture, plain, show, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,8 +66,8 @@ def image_grid(
         title: text above the grid.
     """
     columns = max(len(row) for row in rows)
-    labels = [textwrap.fill(label, 22) for label in row_labels]
-    heads = [textwrap.fill(label, 14) for label in column_labels]
+    labels = [textwrap.fill(plain(label), 22) for label in row_labels]
+    heads = [textwrap.fill(plain(label), 14) for label in column_labels]
     longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
     label_width = 0.068 * longest + 0.1 if longest else 0.0
     head_height = 0.17 * max((head.count("\n") + 1 for head in heads), default=0)

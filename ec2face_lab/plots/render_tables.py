@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from math import isnan
 from typing import TYPE_CHECKING
@@ -11,6 +12,18 @@ from ec2face_core.attributes import CLASSES, GROUPS, display_name
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
+
+Interval = Callable[[float, float, int], str]  # low, high, digits -> text
+
+SMALL = "\x0e"  # stands for the markup of small print until the text around it is escaped
+END = "\x0f"
+
+LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "²": r"$^2$",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--", "α": r"$\alpha$", "β": r"$\beta$",
+    "†": r"$\dagger$", "<": r"\textless{}", ">": r"\textgreater{}", SMALL: r"{\tiny", END: "}",
+})  # fmt: skip
 
 CRITICS = ("independent", "guiding")  # values of the column critic: evaluators, guides
 
@@ -52,7 +65,7 @@ FOOTNOTES = {
 def render_markdown(rows: DataFrame, caption: str = "") -> str:
     """Long rows -> Markdown: methods are rows, metrics are columns, the paper's at the right."""
     blocks = [f"**{_title(rows)}.** {caption}".strip()]
-    for header, body in _layouts(rows, _interval):
+    for header, body in _layouts(rows, _interval, markdown_name):
         rule = [":---" if heading in ("Critic", "Group") else "---:" for heading in header[1:]]
         lines = [header, ["---", *rule], *body]
         blocks.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
@@ -62,7 +75,7 @@ def render_markdown(rows: DataFrame, caption: str = "") -> str:
 def render_latex(rows: DataFrame, caption: str = "") -> str:
     """Long rows -> a LaTeX `table` with booktabs rules, the same layout as the Markdown."""
     blocks = []
-    for header, body in _layouts(rows, _interval_latex):
+    for header, body in _layouts(rows, _interval_latex, _plain_name):
         lines = [" & ".join(map(_latex, header)), r"\midrule"]
         lines += [" & ".join(map(_latex, line)) for line in body]
         lines = [line if line.startswith("\\midrule") else line + r" \\" for line in lines]
@@ -79,8 +92,17 @@ def render_latex(rows: DataFrame, caption: str = "") -> str:
     )
 
 
+def markdown_name(method: str) -> str:
+    """How Markdown prints a method; what is no name of ours, such as a folder's, is escaped."""
+    return METHODS.get(method) or re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", method)
+
+
+def _plain_name(method: str) -> str:
+    return METHODS.get(method, method)
+
+
 def _layouts(
-    rows: DataFrame, interval: Callable[[float, float, int], str]
+    rows: DataFrame, interval: Interval, name: Callable[[str], str]
 ) -> list[tuple[list[str], list[list[str]]]]:
     """(header, lines) of the main table and, where classes were scored, of the class table."""
     classes = rows[rows["metric"].isin(CLASSES) & (rows["source"] == "ours")]
@@ -88,11 +110,11 @@ def _layouts(
     for headings in (METRICS, MORE, _presence_headings(rows)):
         shown = rows[rows["metric"].isin(headings)]
         if len(shown):
-            layouts.append(_main_layout(shown, headings, interval))
+            layouts.append(_main_layout(shown, headings, interval, name))
     for critic in CRITICS:
         scores = classes[classes["critic"] == critic]
         if len(scores):
-            layouts.append(_class_layout(scores, critic, interval))
+            layouts.append(_class_layout(scores, critic, interval, name))
     return layouts
 
 
@@ -108,7 +130,10 @@ def _presence_headings(rows: DataFrame) -> dict[str, str]:
 
 
 def _main_layout(
-    rows: DataFrame, headings: Mapping[str, str], interval: Callable[[float, float, int], str]
+    rows: DataFrame,
+    headings: Mapping[str, str],
+    interval: Interval,
+    name: Callable[[str], str],
 ) -> tuple[list[str], list[list[str]]]:
     """Rows: methods and their perception models; columns: n, our metrics, the paper's metrics."""
     ours = rows[rows["source"] == "ours"]
@@ -127,7 +152,7 @@ def _main_layout(
             if first:  # metrics without a perception model (LPIPS, NIQE) are in the first line
                 shown |= ~scores["critic"].isin(CRITICS)
             cells = scores[shown].set_index("metric")
-            line = [METHODS.get(method, method) if first else "", critic or "–"]
+            line = [name(method) if first else "", critic or "–"]
             line.append(_count(cells["n"].max()) if len(cells) else "–")
             line += [_cell(cells, m, interval) for m in metrics]
             for m in printed:
@@ -137,24 +162,24 @@ def _main_layout(
 
 
 def _class_layout(
-    rows: DataFrame, critic: str, interval: Callable[[float, float, int], str]
+    rows: DataFrame, critic: str, interval: Interval, name: Callable[[str], str]
 ) -> tuple[list[str], list[list[str]]]:
     """Rows: classes; columns: methods. n is the number of images that contain the class."""
     methods = _in_order(rows["method"].unique())
     by_method = {m: rows[rows["method"] == m].set_index("metric") for m in methods}
     group = {i: name for name, ids in GROUPS.items() for i in ids}
-    header = [f"Class (%, {critic})", "Group", "n", *[METHODS.get(m, m) for m in methods]]
+    header = [f"Class (%, {critic})", "Group", "n", *[name(m) for m in methods]]
     lines = []
-    for i, name in enumerate(CLASSES):
-        scores = rows[rows["metric"] == name]
+    for i, metric in enumerate(CLASSES):
+        scores = rows[rows["metric"] == metric]
         if scores.empty:
             continue
-        cells = [_cell(by_method[m], name, interval) for m in methods]
+        cells = [_cell(by_method[m], metric, interval) for m in methods]
         lines.append([display_name(i), group[i], _count(scores["n"].max()), *cells])
     return header, lines
 
 
-def _cell(rows: DataFrame, metric: str, interval: Callable[[float, float, int], str]) -> str:
+def _cell(rows: DataFrame, metric: str, interval: Interval) -> str:
     """`85.13 [84.20, 86.01]`, or – where nothing was measured; † as the notes say."""
     if metric not in rows.index or isnan(rows.loc[metric, "value"]):
         return "–"
@@ -178,7 +203,7 @@ def _interval(low: float, high: float, digits: int) -> str:
 
 
 def _interval_latex(low: float, high: float, digits: int) -> str:
-    return rf" {{\tiny[{low:.{digits}f}, {high:.{digits}f}]}}"
+    return f" {SMALL}[{low:.{digits}f}, {high:.{digits}f}]{END}"
 
 
 def _count(n: float) -> str:
@@ -225,10 +250,5 @@ def _covers(rows: DataFrame) -> str:
 
 
 def _latex(text: str) -> str:
-    """Escape characters that LaTeX reads as markup, except braces and backslashes."""
-    for plain, tex in {
-        "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "²": r"$^2$", "↑": r"$\uparrow$",
-        "↓": r"$\downarrow$", "–": "--", "†": r"$\dagger$", "α": r"$\alpha$", "β": r"$\beta$",
-    }.items():  # fmt: skip
-        text = text.replace(plain, tex)
-    return text
+    """Escape every character that LaTeX reads as markup, and set intervals in small print."""
+    return text.translate(LATEX)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,12 @@ def outside_legend(fig: Figure, columns: int, side: str = "upper") -> None:
         labels = [*(text.get_text() for text in legend.get_texts()), *labels]
     place = f"outside {side} center"
     fig.legend(handles, labels, loc=place, ncols=columns, scatteryoffsets=[0.5])
+
+
+def plain(text: str, width: int = 200) -> str:
+    """Text that a figure shows as it is, shortened: a caption's dollar signs are no formula."""
+    short = text if len(text) <= width else textwrap.shorten(text, width, placeholder=" …")
+    return short.replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID
+from ec2face_core.report import DataError
+from ec2face_core.texts import LINE_END, read_text
 
 T = TypeVar("T")
 FaceAttributes = Mapping[str, "bool | str"]
@@ -84,6 +86,11 @@ _CELEBA = {  # our key -> CelebA's name
     **{key: f"Wearing_{key.title()}" for key in ("hat", "earrings", "necklace", "lipstick")},
     "mouth_open": "Mouth_Slightly_Open",
 }
+
+_CELEBA_MORE = (  # names that two of our keys are made of
+    "No_Beard", "5_o_Clock_Shadow", "Wavy_Hair", "Straight_Hair", "Black_Hair", "Blond_Hair",
+    "Brown_Hair", "Gray_Hair",
+)  # fmt: skip
 
 
 def captions(
@@ -182,12 +189,26 @@ def _patterns() -> dict[str, re.Pattern[str]]:
 
 
 def celeba_attributes(path: Path) -> dict[str, FaceAttributes]:
-    """`CelebAMask-HQ-attribute-anno.txt` -> attributes in the words of `captions`, by id."""
-    _, header, *lines = path.read_text(encoding="utf-8").splitlines()
-    names = header.split()
+    """`CelebAMask-HQ-attribute-anno.txt` -> attributes in the words of `captions`, by id.
+
+    Raises:
+        DataError: it is no such table; the message names the line.
+    """
+    try:
+        lines = [line.split() for line in LINE_END.split(read_text(path))]
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    names = lines[1] if len(lines) > 1 else []
+    unknown = sorted({*_CELEBA.values(), *_CELEBA_MORE} - set(names))
+    if unknown:
+        raise DataError(f"{path}: line 2 has no column {', '.join(unknown[:3])}")
     faces: dict[str, FaceAttributes] = {}
-    for line in lines:
-        file, *values = line.split()
+    for number, cells in enumerate(lines[2:], start=3):
+        if not cells:
+            continue
+        file, *values = cells
+        if len(values) != len(names) or not {*values} <= {"1", "-1", "0"}:
+            raise DataError(f"{path}: line {number} is no file and {len(names)} times 1 or -1")
         has = {name: value == "1" for name, value in zip(names, values, strict=True)}
         colours = [c for c in ("black", "blond", "brown", "gray") if has[f"{c.title()}_Hair"]]
         face: dict[str, bool | str] = {key: has[name] for key, name in _CELEBA.items()}

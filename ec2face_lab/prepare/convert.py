@@ -3,8 +3,10 @@
 A converter works in `.{name}.partial` beside the target, with one process per core. It writes each
 file under a temporary name, renames it, and skips faces that are valid already, so that an
 interrupted conversion resumes. The target appears only when every face is good; otherwise one
-`DataError` lists every bad file. Masks are resized to the nearest pixel, images bicubically with
-antialiasing (after `read_image` has halved large JPEGs).
+`DataError` lists every bad file. With `skip_bad` it appears without the faces that are not, which
+`left_out.csv` lists. Names of images, masks and captions may differ by zero padding. Masks are
+resized to the nearest pixel, images bicubically with antialiasing (after `read_image` has halved
+large JPEGs).
 """
 
 from __future__ import annotations
@@ -23,18 +25,17 @@ from PIL import Image
 
 from ec2face_core.attributes import CLASS_ID, CLASSES, PALETTE
 from ec2face_core.data import (
-    IMAGE_SUFFIXES,
-    MANIFEST_COLUMNS,
-    DataError,
-    Report,
-    check_ids,
+    file_id,
     files_by_id,
-    labels_from_palette,
-    read_captions,
-    read_image,
-    read_mask,
+    is_dropping,
+    paired,
+    report_missing,
 )
+from ec2face_core.masks import check_ids, read_mask, read_part
+from ec2face_core.pictures import IMAGE_SUFFIXES, is_plain, read_image
+from ec2face_core.report import DataError, Report
 from ec2face_core.runs import parallel, whole_file
+from ec2face_core.texts import MANIFEST_COLUMNS, read_captions
 
 from .captions import FaceAttributes, captions_from_mask, celeba_attributes
 from .captions import captions as compose
@@ -56,6 +57,10 @@ class _Source:
     mask: Path  # the file that reports name for problems of the mask
     ids: Callable[[], np.ndarray]  # paints or reads the `(h, w)` ids
     captions: Path | FaceAttributes | None  # a text file, attributes, or None: from the mask
+    missing: tuple[tuple[Path, str], ...] = ()  # files that are not there, and why
+
+
+LEFT_OUT = "left_out.csv"  # where, reason: what `skip_bad` left out
 
 
 def from_celebamask_hq(
@@ -65,7 +70,8 @@ def from_celebamask_hq(
     size: int = 512,
     train: int = 27000,
     progress: bool = True,
-) -> None:
+    skip_bad: bool = False,
+) -> Report:
     """Convert the CelebAMask-HQ download; part masks are painted in the order of `g_mask.py`.
 
     Args:
@@ -78,6 +84,10 @@ def from_celebamask_hq(
         train: ids below this are the training split, the others the test split (27000 is the
             paper's split).
         progress: show a progress bar.
+        skip_bad: leave out the faces that cannot be used instead of refusing them all.
+
+    Returns:
+        What was left out, if anything, and notes.
 
     Raises:
         DataError: one report of every bad file, or `out` exists already.
@@ -86,9 +96,11 @@ def from_celebamask_hq(
     raw = Path(raw)
     report = Report(raw)
     images, parts = celebamask_files(raw, report)
-    texts = _caption_source(raw, captions)
+    parts = paired(images, parts)
+    names = sorted(images.keys() | parts.keys(), key=_natural)
+    texts = _caption_source(raw, captions, names, report)
     sources = []
-    for name in sorted(images.keys() | parts.keys(), key=_natural):
+    for name in names:
         masks = parts.get(name, {})
         folder = raw / PART_FOLDERS[0] / (str(int(name) // 2000) if name.isdigit() else "")
         sources.append(
@@ -101,7 +113,7 @@ def from_celebamask_hq(
             )
         )
     splits = {s.id: "train" if _natural(s.id)[0] < train else "test" for s in sources}
-    _convert(sources, splits, Path(out), size, report, progress)
+    return _convert(sources, splits, Path(out), size, report, progress, skip_bad)
 
 
 def from_merged(
@@ -111,7 +123,9 @@ def from_merged(
     size: int = 512,
     train: int | None = None,
     progress: bool = True,
-) -> None:
+    skip_bad: bool = False,
+    snap_edges: bool = False,
+) -> Report:
     """Convert folders of images and merged masks: `images/*.jpg` and `masks/*.png`.
 
     Args:
@@ -123,6 +137,11 @@ def from_merged(
         train: the first so many faces in natural order of their ids (default: nine of ten) are the
             training split, the others the test split.
         progress: show a progress bar.
+        skip_bad: leave out the faces that cannot be used instead of refusing them all.
+        snap_edges: of colour masks, give smooth edges to their neighbours instead of refusing them.
+
+    Returns:
+        What was left out, if anything, and notes.
 
     Raises:
         DataError: one report of every bad file, or `out` exists already.
@@ -134,16 +153,28 @@ def from_merged(
     mask_folder = _first_folder(source, ("masks", "mask"))
     images = files_by_id(image_folder, IMAGE_SUFFIXES, report)
     masks = files_by_id(mask_folder, (".png",), report)
-    texts = _caption_source(source, captions)
+    masks = paired(images, masks)
+    _refuse_other_names(report.root, images, masks)
     names = sorted(images.keys() | masks.keys(), key=_natural)
+    texts = _caption_source(source, captions, names, report)
+    absent = Report(source)
+    report_missing(image_folder, "image", masks.keys() - images.keys(), absent, ".jpg")
+    report_missing(mask_folder, "mask", images.keys() - masks.keys(), absent)
+    reasons = dict(absent.problems)
     sources = []
     for name in names:
         image = images.get(name, image_folder / f"{name}.jpg")
         mask = masks.get(name, mask_folder / f"{name}.png")
-        sources.append(_Source(name, image, mask, partial(_read_any_mask, mask), texts(name)))
+        missing = tuple(
+            (path, reasons[str(path.relative_to(source))])
+            for path, known in ((image, images), (mask, masks))
+            if name not in known
+        )
+        ids = partial(read_mask, mask, colours=True, snap_edges=snap_edges)
+        sources.append(_Source(name, image, mask, ids, texts(name), missing))
     train = len(names) * 9 // 10 if train is None else train
     splits = {name: "train" if i < train else "test" for i, name in enumerate(names)}
-    _convert(sources, splits, Path(out), size, report, progress)
+    return _convert(sources, splits, Path(out), size, report, progress, skip_bad)
 
 
 def celebamask_files(
@@ -154,7 +185,10 @@ def celebamask_files(
     Other files among the parts are added to `report`.
     """
     parts: dict[str, dict[str, Path]] = {}
-    for path in _first_folder(raw, PART_FOLDERS).glob("*/*.png"):
+    folder = _first_folder(raw, PART_FOLDERS)
+    for path in folder.glob("*/*.png"):
+        if is_dropping(path.relative_to(folder)):
+            continue
         match = PART_NAME.fullmatch(path.name)
         if match and match[2] in CLASSES[1:]:
             parts.setdefault(str(int(match[1])), {})[match[2]] = path
@@ -170,15 +204,14 @@ def paint_parts(parts: Mapping[str, Path]) -> np.ndarray:
         if name not in parts:
             continue
         try:
-            with Image.open(parts[name]) as file:  # one channel, as g_mask.py reads it
-                part = np.asarray(file.getchannel(0) if file.mode == "RGB" else file.convert("L"))
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"unreadable part {parts[name].name} ({error})") from error
+            part = read_part(parts[name])
+        except DataError as error:
+            raise DataError(f"{parts[name].name}: {error}") from error
         if ids is None:
             ids = np.zeros(part.shape, np.uint8)
         if part.shape != ids.shape:
             raise DataError(f"part {parts[name].name} is {part.shape}, others {ids.shape}")
-        np.copyto(ids, CLASS_ID[name], where=part != 0)
+        np.copyto(ids, CLASS_ID[name], where=part)
     if ids is None:
         raise DataError("no mask part of this face")
     return ids
@@ -191,7 +224,8 @@ def _convert(
     size: int,
     report: Report,
     progress: bool,
-) -> None:
+    skip_bad: bool,
+) -> Report:
     """Write all faces, then the manifest, check the whole folder and give it its name."""
     if out.exists():
         raise DataError(f"{out} exists already: remove it to convert again")
@@ -202,14 +236,26 @@ def _convert(
     clear_others(part, ("image", "mask", "text"), splits)
     write = partial(_write_face, root=part, size=size)
     label = "converting" if progress else None
-    for problems in parallel(write, sources, label, processes=True):
+    bad = set()
+    for source, problems in zip(
+        sources, parallel(write, sources, label, processes=True), strict=True
+    ):
         for path, reason in problems:
             report.add(path, reason)
-    report.raise_if_bad()
+            bad.add(source.id)
+    good = [source for source in sources if source.id not in bad]
+    if not (skip_bad and good):
+        report.raise_if_bad()
+    if bad:
+        clear_others(part, ("image", "mask", "text"), {source.id: None for source in good})
+    (part / LEFT_OUT).unlink(missing_ok=True)  # of an earlier attempt
+    if report.problems:
+        with open(part / LEFT_OUT, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("where", "reason"), *sorted(report.problems)])
     with open(part / "manifest.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(MANIFEST_COLUMNS)
-        for source in sources:
+        for source in good:
             caption = read_captions(part / "text" / f"{source.id}.txt")[0]
             writer.writerow([source.id, splits[source.id], 0, caption])
     whole = validate(part, progress)
@@ -217,6 +263,9 @@ def _convert(
         shutil.rmtree(part)
     whole.raise_if_bad()
     part.rename(out)
+    report.faces = len(good)
+    report.notes = whole.notes
+    return report
 
 
 def clear_others(root: Path, kinds: tuple[str, ...], ids: Mapping[str, object]) -> None:
@@ -224,27 +273,29 @@ def clear_others(root: Path, kinds: tuple[str, ...], ids: Mapping[str, object]) 
     for kind in kinds:
         (root / kind).mkdir(parents=True, exist_ok=True)
         for path in (root / kind).iterdir():
-            if path.stem not in ids:
+            if file_id(path) not in ids:
                 path.unlink()
 
 
 def _write_face(source: _Source, root: Path, size: int) -> Problems:
     """Convert one face unless it is there; returns its problems, and writes nothing if any."""
-    problems: Problems = []
+    problems: Problems = list(source.missing)
+    absent = {path for path, _ in problems}
     text = source.captions if isinstance(source.captions, Path) else None
     lines = try_read(problems, text, read_captions)
     if not problems and _is_written(source.id, root, size, lines):
         return []
-    image = try_read(problems, source.image, read_image, size)
-    ids = try_read(problems, source.mask, lambda _: _resized_ids(source.ids(), size))
+    image_file = None if source.image in absent else source.image
+    mask_file = None if source.mask in absent else source.mask
+    image = try_read(problems, image_file, read_image, size)
+    ids = try_read(problems, mask_file, lambda _: _resized_ids(source.ids(), size))
     if problems:
         return problems
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     lines = lines or _compose(source, ids, image)
     mask = Image.fromarray(ids)
     mask.putpalette([value for rgb in PALETTE for value in rgb])
-    with Image.open(source.image) as file:
-        keep = file.width == size  # then its bytes are copied, and a JPEG is not compressed again
+    keep = is_plain(source.image, size)  # its bytes are copied: no JPEG is compressed twice
     suffix = source.image.suffix.lower() if keep else ".png"
 
     with whole_file(root / "mask" / f"{source.id}.png") as part:
@@ -294,27 +345,32 @@ def _compose(source: _Source, ids: np.ndarray, image: Image.Image) -> list[str]:
 
 
 def _caption_source(
-    root: Path, folder: str | Path | None
+    root: Path, folder: str | Path | None, names: list[str], report: Report
 ) -> Callable[[str], Path | FaceAttributes | None]:
     """Where captions come from: a folder, else CelebA attributes, else None (the masks)."""
     if folder is not None and not Path(folder).is_dir():
         raise DataError(f"{folder}: no such captions folder")
     for path in [Path(folder)] if folder else [root / "captions", root / "text"]:
         if path.is_dir():
-            return lambda name: path / f"{name}.txt"
+            texts = paired(names, files_by_id(path, (".txt",), report))
+            return lambda name: texts.get(name, path / f"{name}.txt")
     table = root / "CelebAMask-HQ-attribute-anno.txt"
-    faces = celeba_attributes(table) if table.exists() else {}
+    faces = paired(names, celeba_attributes(table)) if table.exists() else {}
     return faces.get
 
 
-def _read_any_mask(path: Path) -> np.ndarray:
-    """Ids of a palette, grey or colour mask."""
-    try:
-        with Image.open(path) as file:
-            colours = np.array(file.convert("RGB")) if file.mode in ("RGB", "RGBA") else None
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"unreadable mask ({error})") from error
-    return read_mask(path) if colours is None else labels_from_palette(colours)
+def _refuse_other_names(root: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -> None:
+    """Say in one line that all masks are named as their images, with something added."""
+    alone = sorted(images.keys() - masks.keys())
+    others = masks.keys() - images.keys()
+    for name in others if alone else ():
+        before, found, after = name.partition(alone[0])
+        fits = {other.removeprefix(before).removesuffix(after) for other in others}
+        if found and len(fits & set(alone)) == len(others):
+            raise DataError(
+                f"{root}: masks are named {before}{{id}}{after}.png, images {{id}}"
+                f"{images[alone[0]].suffix}: rename them alike"
+            )
 
 
 def _first_folder(root: Path, names: tuple[str, ...]) -> Path:

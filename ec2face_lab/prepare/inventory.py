@@ -20,16 +20,10 @@ from torch import Tensor
 
 from ec2face_core.backbone import is_hub_id
 from ec2face_core.config import Config, resolve
-from ec2face_core.data import (
-    IMAGE_SUFFIXES,
-    DataError,
-    FaceDataset,
-    Report,
-    files_by_id,
-    open_dataset,
-    read_image,
-)
+from ec2face_core.data import FaceDataset, file_id, files_by_id, is_dropping, open_dataset, paired
 from ec2face_core.perception import LOCAL_DIR, FaceParser, WeightsError, check_torchscript
+from ec2face_core.pictures import IMAGE_SUFFIXES, read_image
+from ec2face_core.report import DataError, Report
 
 from . import weights
 from .convert import PART_FOLDERS, celebamask_files, paint_parts
@@ -224,8 +218,10 @@ def ffhq_text_files(downloads: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     for folder in sorted((downloads / FFHQ_TEXT).glob("*/")):
         kind = folder.name.lower().rstrip("s")
         for path in sorted(folder.rglob("*")) if kind in files else ():
-            if path.suffix.lower() in suffixes[kind]:
-                files[kind][path.stem] = path
+            dropping = is_dropping(path.relative_to(folder))
+            if path.suffix.lower() in suffixes[kind] and not dropping:
+                files[kind][file_id(path)] = path
+    files["text"] = paired(files["image"], files["text"])
     return files["image"], files["text"]
 
 

@@ -24,8 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, CLASSES, FLIP_PAIRS, NUM_CLASSES
-from ec2face_core.data import DataError, Report, read_mask
+from ec2face_core.masks import read_mask
 from ec2face_core.perception import FaceParser, WeightsError
+from ec2face_core.pictures import is_plain, open_picture, to_rgb
+from ec2face_core.report import DataError, Report
 from ec2face_core.runs import whole_file
 
 from .convert import clear_others, from_merged
@@ -175,11 +177,7 @@ def _parse_photo(
             return
     except DataError:
         pass
-    try:
-        with Image.open(path) as file:
-            photo = file.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"unreadable photo ({error})") from error
+    photo = to_rgb(open_picture(path))
     points = _largest_face(photo, detect)
     if points is None and photo.width != photo.height:
         raise DataError("no face is found in this photo")
@@ -195,7 +193,7 @@ def _parse_photo(
             "left and right are exchanged: the parser's l_eye lies left of its r_eye in the "
             f"picture; its channels have to swap {FLIP_PAIRS}"
         )
-    if aligned is photo and path.suffix.lower() == ".png":
+    if aligned is photo and is_plain(path, photo.width) and path.suffix.lower() == ".png":
         image_path.unlink(missing_ok=True)
         os.symlink(path.resolve(), image_path)
     else:

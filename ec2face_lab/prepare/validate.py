@@ -1,31 +1,29 @@
 """One report of everything that is wrong with a folder of faces.
 
-The readers of `ec2face_core.data` raise `DataError` with the reason. `validate` collects the
+The readers of `ec2face_core` raise `DataError` with the reason. `validate` collects the
 reasons of all files instead of stopping at the first.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ec2face_core.attributes import CLASS_ID, FLIP_PAIRS
-from ec2face_core.data import (
-    SUFFIXES,
-    DataError,
-    Report,
-    Row,
-    files_by_id,
-    read_captions,
-    read_image,
-    read_manifest,
-    read_mask,
-)
+from ec2face_core.config import Config
+from ec2face_core.data import SUFFIXES, files_by_id, report_missing
+from ec2face_core.masks import read_mask
+from ec2face_core.pictures import read_image
+from ec2face_core.report import DataError, Report
 from ec2face_core.runs import parallel
+from ec2face_core.texts import Row, describe_loss, lost_texts, read_captions, read_manifest
+
+from .weights import local_folder
 
 T = TypeVar("T")
 Problems = list[tuple[Path, str]]  # files and what is wrong with each
@@ -37,7 +35,8 @@ def validate(root: str | Path, progress: bool = False) -> Report:
     Looks for: missing or unreadable images, masks and captions; ids above 18; constant masks; sizes
     that differ between image and mask or from the other faces; empty or non-UTF-8 captions; rows
     and files without each other; duplicate ids; overlapping splits; a manifest caption that its
-    text file does not hold; and exchanged left and right: `mean_x(l_eye) > mean_x(r_eye)`.
+    text file does not hold; and exchanged left and right: `mean_x(l_eye) > mean_x(r_eye)`. Notes
+    tell of equal pictures in several splits.
     """
     root = Path(root)
     report = Report(root)
@@ -50,8 +49,7 @@ def validate(root: str | Path, progress: bool = False) -> Report:
     for kind, known in files.items():
         for name in known.keys() - rows.keys():
             report.add(known[name], "has no row in manifest.csv")
-        for name in rows.keys() - known.keys():
-            report.add(root / kind / f"{name}{SUFFIXES[kind][0]}", f"missing {kind}")
+        report_missing(root / kind, kind, rows.keys() - known.keys(), report)
 
     def check(name: str) -> _Checked:
         return _check_face({kind: known.get(name) for kind, known in files.items()}, rows[name])
@@ -64,6 +62,7 @@ def validate(root: str | Path, progress: bool = False) -> Report:
             report.add(path, reason)
         if face.size and face.size != usual[0][0]:
             report.add(files["image"][name], f"wrong size {face.size}, the others {usual[0][0]}")
+    report.notes += _shared_pictures(faces, rows)
     eyes = [face.eyes for face in faces.values() if face.eyes is not None]
     if eyes and np.mean(eyes) <= 0:
         report.add(
@@ -75,10 +74,32 @@ def validate(root: str | Path, progress: bool = False) -> Report:
     return report
 
 
+def note_long_captions(root: Path, config: Config, report: Report) -> None:
+    """Note captions that the text encoder of a configuration cuts, if its tokenizer is there."""
+    name = "tokenizer_2"
+    folder = local_folder(config.backbone.path, f"{name}/tokenizer_config.json")
+    if folder is not None and folder.name != name:  # a hub's cache knows files, not folders
+        folder /= name
+    if folder is None or not folder.is_dir():
+        return
+    from transformers import AutoTokenizer
+
+    texts = files_by_id(root / "text", SUFFIXES["text"], Report(root))
+    problems: Problems = []
+    read = [try_read(problems, path, read_captions) or () for path in texts.values()]
+    captions = [caption for lines in read for caption in lines]
+    length = config.backbone.text_length
+    lost = lost_texts(AutoTokenizer.from_pretrained(folder), captions, length)
+    if lost:
+        reader = f"the T5 of {config.profile} ({length} tokens)"
+        report.notes.append(describe_loss(lost, len(captions), reader))
+
+
 class _Checked(NamedTuple):
     size: int | None  # of the image
     eyes: float | None  # mean_x(l_eye) - mean_x(r_eye), where both are visible
     problems: Problems
+    pixels: str = ""  # digest of the image
 
 
 def _check_face(files: dict[str, Path | None], row: Row) -> _Checked:
@@ -94,7 +115,21 @@ def _check_face(files: dict[str, Path | None], row: Row) -> _Checked:
     if lines is not None and lines[index : index + 1] != (row.caption.strip(),):
         problems.append((files["text"], f"manifest caption {index} is not its line"))
     size = None if image is None else image.width
-    return _Checked(size, None if ids is None else eye_order(ids), problems)
+    pixels = "" if image is None else hashlib.blake2b(image.tobytes()).hexdigest()
+    return _Checked(size, None if ids is None else eye_order(ids), problems, pixels)
+
+
+def _shared_pictures(faces: Mapping[str, _Checked], rows: Mapping[str, Row]) -> list[str]:
+    """A note if several splits have the same picture, because then a test is no test."""
+    same: dict[str, list[str]] = {}
+    for name, face in faces.items():
+        if face.pixels:
+            same.setdefault(face.pixels, []).append(name)
+    shared = [names for names in same.values() if len({rows[n].split for n in names}) > 1]
+    if not shared:
+        return []
+    first = ", ".join(f"{name} ({rows[name].split})" for name in shared[0][:5])
+    return [f"{len(shared)} picture(s) are in several splits, pixel for pixel: {first}"]
 
 
 def try_read(problems: Problems, path: Path | None, read: Callable[..., T], *args: Any) -> T | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from ec2face_core.data import FaceDataset
 from ec2face_core.mask_branch import ADAPTER, LORA_FILE
 from ec2face_core.perception import LOCAL_DIR
 from ec2face_core.runs import path_digest
+from ec2face_core.texts import LostWordsWarning
 
 from ..baselines import SYSTEMS, WEIGHTS, load, systems, weights_dir
 from ..baselines.int8_weights import shared_file
@@ -219,7 +221,10 @@ class EC2Face(Painter):
         self.check()
         s = self.config.sampling
         pipe = self._pipeline()
-        with torch.autocast(_device().type, torch.bfloat16, enabled=s.mixed_precision == "bf16"):
+        half = torch.autocast(_device().type, torch.bfloat16, enabled=s.mixed_precision == "bf16")
+        with half, warnings.catch_warnings():
+            if getattr(pipe, "told", False):  # captions are cut in every batch, said in the first
+                warnings.simplefilter("ignore", LostWordsWarning)
             images = pipe(
                 list(prompts),
                 masks,
@@ -230,6 +235,7 @@ class EC2Face(Painter):
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
             ).images
+        pipe.told = True
         return images.float()
 
     def _pipeline(self) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ec2face_core.checks import NotFiniteError
-from ec2face_core.data import read_image
+from ec2face_core.pictures import read_image
+from ec2face_core.report import DataError
 from ec2face_core.runs import parallel, whole_file
 
 
@@ -34,8 +35,12 @@ def save_picture(path: Path, image: Tensor, chunks: Mapping[str, str]) -> None:
 
 
 def read_picture(path: Path) -> Tensor:
-    """An image `3 h w` in [-1, 1]."""
-    return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1) / 127.5 - 1
+    """An image `3 h w` in [-1, 1]; DataError, with the file's name, if it cannot be read."""
+    try:
+        pixels = np.array(read_image(path))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
 def load_pictures(folder: Path, ids: Sequence[str]) -> Tensor:

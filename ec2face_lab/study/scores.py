@@ -23,18 +23,13 @@ from torch import Tensor
 from ec2face_core.attributes import CLASSES, pixel_counts
 from ec2face_core.checks import check_number, check_same_shape
 from ec2face_core.config import Config, ConfigError, resolve
-from ec2face_core.data import (
-    IMAGE_SUFFIXES,
-    DataError,
-    FaceDataset,
-    Report,
-    files_by_id,
-    open_dataset,
-    read_image,
-)
+from ec2face_core.data import FaceDataset, files_by_id, open_dataset, paired, report_missing
 from ec2face_core.metrics import mask_counts
 from ec2face_core.perception import LOCAL_DIR, ClipScorer, FaceParser
+from ec2face_core.pictures import IMAGE_SUFFIXES, read_image
+from ec2face_core.report import DataError, Report
 from ec2face_core.runs import content_key, parallel, path_digest, whole_file
+from ec2face_core.texts import LostWordsWarning, describe_loss
 
 from ..cache import code_digest, data_digest, is_whole, record_hash, write_frame
 from .png import read_picture
@@ -309,7 +304,9 @@ def score_folder(
     import pandas as pd
 
     cache = _scored(folder, dataset, config, limit, progress)
-    return pd.read_csv(cache, dtype={"id": str}, float_precision="round_trip")
+    table = pd.read_csv(cache, float_precision="round_trip")
+    names = pd.read_csv(cache, usecols=["id"], dtype=str, keep_default_na=False)
+    return table.assign(id=names["id"])  # 0012 and NA are names, neither a number nor nothing
 
 
 def folder_features(
@@ -359,6 +356,11 @@ def _scored(folder: Path, dataset: FaceDataset, config: Config, limit: int, prog
     from tqdm.auto import tqdm
 
     models = perception_models(config)
+    captions = [dataset.manifest_caption(name) for name in ids]
+    for role, clip in models.clips.items():
+        if lost := clip.lost_texts(captions):
+            message = describe_loss(lost, len(captions), f"the {role} CLIP")
+            warnings.warn(message, LostWordsWarning, stacklevel=2)
     starts = range(0, len(ids), BATCH)
     bar = tqdm(starts, f"scoring {folder.name}", mininterval=1, disable=not progress)
     parts = [_score(models, files, ids[start : start + BATCH], dataset) for start in bar]
@@ -426,9 +428,9 @@ def _named_files(
     report = Report(folder, len(ids))
     known = set(dataset.ids)
     files = files_by_id(folder, IMAGE_SUFFIXES, report)
-    for name in ids:
-        if name not in files:
-            report.add(folder / f"{name}.png", "missing")
+    files = paired(known, files)
+    missing = [name for name in ids if name not in files]
+    report_missing(folder, "image", missing, report)
     for name, path in files.items():
         if name not in known:
             report.add(path, f"no face {name} in {dataset.root.name}, split {dataset.split}")

@@ -13,9 +13,9 @@ from ec2face_core.config import (
     load_profile,
     user_path,
 )
-from ec2face_core.data import DataError
 from ec2face_core.latents import CacheError
 from ec2face_core.perception import WeightsError
+from ec2face_core.report import DataError
 
 
 def options(*arguments):

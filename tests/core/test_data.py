@@ -12,7 +12,9 @@ from PIL import Image
 
 from ec2face_core.attributes import CLASS_ID, PALETTE, pixel_counts
 from ec2face_core.config import load_profile
-from ec2face_core.data import DataError, FaceDataset, collate, labels_from_palette, open_dataset
+from ec2face_core.data import FaceDataset, collate, open_dataset
+from ec2face_core.masks import labels_from_palette
+from ec2face_core.report import DataError
 from ec2face_lab.prepare.validate import validate
 
 

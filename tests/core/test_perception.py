@@ -147,3 +147,25 @@ def test_clip_gradients_reach_the_image_and_not_the_weights(mini_clip):
     (clip.image_features(images) * clip.text_features(SENTENCES[:2])).sum().backward()
     assert images.grad.abs().sum() > 0
     assert not any(p.requires_grad for p in clip.model.parameters())
+
+
+def test_words_that_clip_cuts_are_told(mini_clip):
+    scorer = ClipScorer(f"local-dir:{mini_clip[-1]}")
+    long = "a woman with a hat. " * 12 + "She wears a necklace."
+    lost = scorer.lost_texts(["a hat.", long])
+    assert list(lost) == [long] and lost[long].endswith("She wears a necklace.")
+    kept = long.removesuffix(lost[long])
+    assert torch.equal(scorer.tokenizer([long]), scorer.tokenizer([kept]))
+    assert not torch.equal(scorer.tokenizer([long]), scorer.tokenizer([kept.rstrip()[:-1]]))
+
+
+def test_words_that_openai_s_tokenizer_cuts_are_told(mini_clip):
+    import open_clip
+
+    scorer = ClipScorer(f"local-dir:{mini_clip[-1]}")
+    scorer.tokenizer = open_clip.get_tokenizer("ViT-B-32")  # 77 tokens, no tokenizer inside
+    long = "a man " * 37 + "with a hat. She wears a red necklace."
+    lost = scorer.lost_texts(["a hat.", long])
+    assert lost == {long: "a hat . she wears a red necklace ."}
+    kept = "a man " * 37 + "with"
+    assert torch.equal(scorer.tokenizer([long]), scorer.tokenizer([kept]))

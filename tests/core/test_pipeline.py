@@ -169,6 +169,72 @@ def test_mask_forms_agree(pipe, label_map, tmp_path):
         assert torch.equal(draw(pipe, mask=form), expected)
 
 
+def test_masks_of_other_programs_agree(pipe, label_map, tmp_path):
+    """Our colours in another order, 16 bits, three equal channels, an open image: one picture."""
+    ids = label_map.numpy().astype(np.uint8)
+    order = np.random.default_rng(0).permutation(19)
+    shuffled = Image.fromarray(np.argsort(order)[ids].astype(np.uint8))
+    shuffled.putpalette(np.array(PALETTE, np.uint8)[order].ravel().tolist())
+    shuffled.save(tmp_path / "shuffled.png")
+    Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "deep.png")
+    forms = [
+        tmp_path / "shuffled.png", shuffled, tmp_path / "deep.png", ids.astype(">u2"),
+        np.dstack([ids] * 3), ids[::-1, ::-1][::-1, ::-1], ids[..., None],
+        np.array(PALETTE, np.uint8)[ids],
+    ]  # fmt: skip
+    expected = draw(pipe, mask=label_map)
+    for form in forms:
+        assert torch.equal(draw(pipe, mask=form), expected)
+
+
+def test_masks_that_would_mislead_are_refused(pipe, label_map, tmp_path):
+    ids = label_map.numpy().astype(np.uint8)
+    Image.fromarray(ids).save(tmp_path / "m.jpg")
+    with pytest.raises(ValueError, match=r"m\.jpg: mask is JPEG: its loss changes ids"):
+        pipe(mask=tmp_path / "m.jpg")
+    for mask, shown in ((ids[:1], "32x1"), (ids[:, :16], "16x32"), (ids[:24], "32x24")):
+        with pytest.raises(ValueError, match=f"a mask of {shown} would be stretched"):
+            pipe(mask=mask)
+    with pytest.raises(ValueError, match="one channel per class"):
+        pipe(mask=torch.nn.functional.one_hot(label_map, 19).permute(2, 0, 1))
+    with pytest.raises(ValueError, match="transparent"):
+        pipe(mask=Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
+    with pytest.raises(ValueError, match="got bool"):
+        pipe(mask=label_map > 3)
+    with pytest.raises(ValueError, match="empty list"):
+        pipe(mask=np.zeros((0, 32, 32), np.uint8))
+
+
+def test_prompts_are_read_as_captions_are(pipe):
+    import unicodedata
+
+    expected = draw(pipe, "Café, she has wavy hair.")
+    other = unicodedata.normalize("NFD", "\ufeffCafé,\u2028she has wavy hair.\r\n")
+    assert torch.equal(draw(pipe, other), expected)
+    with pytest.raises(ValueError, match="control character"):
+        pipe("a\0b")
+
+
+def test_words_that_are_cut_are_told(pipe):
+    from ec2face_core.texts import LostWordsWarning
+
+    long = "she has wavy hair. " * 9 + "she wears a red hat."
+    with pytest.warns(LostWordsWarning, match=r"1 of 2 texts are longer than T5 .*red hat") as told:
+        long_images = pipe([long, CORPUS[0]], generator=seeded(1, 2), **FAST).images
+    assert len(told) == 1 and told[0].filename == __file__
+    with pytest.warns(LostWordsWarning):  # these words change nothing, which is why they are told
+        same_images = pipe([long[:-8], CORPUS[0]], generator=seeded(1, 2), **FAST).images
+    assert torch.equal(long_images, same_images)
+
+
+def test_a_lora_is_loaded_from_its_folder_or_file(pipe, label_map, tmp_path):
+    save_mask_lora(pipe.transformer, tmp_path / "lora", LORA, text_length=24)
+    expected = draw(pipe, mask=label_map)
+    for place in (tmp_path / "lora", tmp_path / "lora" / "pytorch_lora_weights.safetensors"):
+        pipe.load_mask_lora(place)
+        assert same(draw(pipe, mask=label_map), expected)
+
+
 def test_output_types_latents_and_sizes(pipe):
     noise = torch.randn(1, 8, 8, 8, generator=seeded(4)[0])
     images = draw(pipe, latents=noise)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ec2face_core.data import MANIFEST_COLUMNS, DataError, Row, open_dataset
+from ec2face_core.data import open_dataset
+from ec2face_core.report import DataError
+from ec2face_core.texts import MANIFEST_COLUMNS, Row
 from ec2face_lab.__main__ import main
 from ec2face_lab.baselines.official import LAYOUTS, adopt, find_pictures
 

@@ -10,8 +10,9 @@ import torch
 from face_files import canonical_points, coloured, detect, label_map, save_colour_parser
 from PIL import Image
 
-from ec2face_core.data import DataError
+from ec2face_core.data import FaceDataset
 from ec2face_core.perception import FaceParser, WeightsError
+from ec2face_core.report import DataError
 from ec2face_lab.prepare import photos
 from ec2face_lab.prepare.validate import validate
 
@@ -104,6 +105,25 @@ def test_photos_report_all_that_is_wrong_then_resume(source, tmp_path, parser):
     assert not validate(out).problems
     assert sorted(p.name for p in out.iterdir()) == ["image", "manifest.csv", "mask", "text"]
     assert not (tmp_path / ".out.parsed").exists()
+
+
+def test_a_photo_of_a_phone_is_parsed_upright(source, tmp_path, parser):
+    """Its pixels lie, its EXIF says so; a portrait is neither lost nor learned sideways."""
+    good = Image.open(source / "good.png").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    phone = source / "phone.png"
+    good.transpose(Image.Transpose.ROTATE_90).save(phone, exif=exif)
+    out = tmp_path / "out"
+    shots = {"good": source / "good.png", "phone": phone}
+    texts = dict.fromkeys(shots, source / "good.txt")
+    photos.from_photos(shots, texts, out, parser, detect, SIZE, progress=False)
+    upright, turned = FaceDataset(out, "test")
+    assert torch.equal(turned.label_map, upright.label_map)
+    assert torch.equal(turned.image, upright.image)
+    assert (turned.label_map.numpy() == label_map(SIZE)).mean() > 0.8
+    with Image.open(out / "image" / "phone.png") as written:
+        assert not written.getexif()
 
 
 def test_the_detector_is_opened_from_tensors_only(tmp_path):

@@ -91,3 +91,20 @@ def test_f1_stands_beside_recall_and_the_rest_below(config):
 def test_other_tables_have_no_paper_columns(config):
     text = save_table(some_rows(), "ablation_differences", config).read_text()
     assert text.startswith("**Ablation differences.**") and "paper" not in text
+
+
+HOSTILE = r"a|b_$x$ <script> \input{/etc/passwd} ~^#&% [link](http://x)"
+
+
+def test_names_of_folders_are_data(config):
+    """The method of `evaluate --images DIR` is a folder's name."""
+    rows = some_rows().head(3).assign(method=HOSTILE, source="ours")
+    path = save_table(rows, "evaluation", config)
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert len(columns) == 1
+    markdown = path.read_text()
+    assert r"a\|b\_" in markdown and r"\<script\>" in markdown and r"\[link\](" in markdown
+    latex = path.with_suffix(".tex").read_text()
+    assert r"\textbackslash{}input\{/etc/passwd\}" in latex and r"\input{" not in latex
+    assert r"\$x\$" in latex and r"\textasciitilde{}\textasciicircum{}\#\&\%" in latex

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ec2face_core.config import ConfigError, load_profile
+from ec2face_lab.study import scores as scoring
 from ec2face_lab.study.scores import Lpips, Niqe
 
 
@@ -84,3 +85,13 @@ def test_niqe_refuses_images_and_sets_that_are_too_small(mini):
         Niqe(mini.replace(evaluation={"niqe_block": 96}), pristine=torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError, match="more images"):
         Niqe(mini, pristine=textures(2, seed=0))
+
+
+def test_ids_of_kept_scores_are_text(mini, tmp_path, monkeypatch):
+    """A face called 0012, 1e5 or NA keeps its name; an empty score stays an empty score."""
+    names = ["0012", "1e5", "NA", "nan", "7"]
+    file = tmp_path / "scores.csv"
+    file.write_text("id,niqe\n" + "".join(f"{name},\n" for name in names))
+    monkeypatch.setattr(scoring, "_scored", lambda *arguments: file)
+    table = scoring.score_folder(tmp_path, None, mini)
+    assert list(table["id"]) == names and table["niqe"].isna().all()

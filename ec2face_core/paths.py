@@ -1,0 +1,56 @@
+"""Where relative paths begin: settings at `ROOT`, command lines where their user stands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CODE = Path(__file__).resolve().parent.parent  # the clone, or where the package is installed
+NAMED = os.environ.get("EC2FACE_ROOT", "")
+ROOT = Path(NAMED).expanduser().absolute() if NAMED else CODE
+
+
+class PathError(FileNotFoundError, ValueError):
+    """A path that leads nowhere; the message names the remedy."""
+
+
+def resolve(path: str | Path) -> Path:
+    """A configured path: absolute, or relative to `ROOT`; `~` is expanded.
+
+    Raises:
+        PathError: it is relative, but there is no clone and EC2FACE_ROOT names no folder.
+    """
+    own = _at_home(path)
+    there = ROOT.is_dir() if NAMED else (ROOT / "pyproject.toml").is_file()
+    if not own.is_absolute() and not there:
+        raise PathError(
+            f"{own} is relative to a clone of the repository, but {ROOT} is none: name one in the "
+            "environment variable EC2FACE_ROOT, or give an absolute path"
+        )
+    return ROOT / own  # an absolute right-hand side wins
+
+
+def user_path(text: str | Path) -> Path:
+    """A path on a command line or of a call: relative to the working directory; `~` is expanded.
+
+    Raises:
+        PathError: it is empty, or names a home that does not exist.
+    """
+    if not str(text):
+        raise PathError("an empty path")
+    return _at_home(text).absolute()
+
+
+def user_setting(value: object) -> object:
+    """A setting of a command line, in which `./faces` and `../faces` mean the working directory."""
+    prefix, separator, path = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if prefix in ("", "local-dir") and path.startswith(("./", "../")):
+        return f"{prefix}{separator}{user_path(path)}"
+    return value
+
+
+def _at_home(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise PathError(f"{path}: {error}") from error
