@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from .backbone import decode_latents, encode_text, load_backbone, warn_of_lost_words
-from .checks import NotFiniteError, check_floats, check_number
+from .checks import NotFiniteError, check_floats, check_number, check_texts
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
 from .mask_branch import (
     ADAPTER,
