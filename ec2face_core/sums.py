@@ -76,7 +76,7 @@ def weights_digest(path: Path) -> str:
 
 def _weights(path: Path) -> Iterator[Path]:
     for file in _files(path):
-        if file.suffix in LISTED and file.name != "provenance.json":
+        if (file == path or file.suffix in LISTED) and file.name != "provenance.json":
             yield file
 
 
