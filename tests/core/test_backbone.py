@@ -26,6 +26,7 @@ from ec2face_core.mask_branch import (
     read_mask_lora,
     save_mask_lora,
 )
+from ec2face_core.sums import DamagedError
 from ec2face_lab.world.networks import tiny_backbone
 
 CORPUS = [
@@ -120,6 +121,9 @@ def test_missing_and_damaged_weights_name_the_setting(folder, tmp_path):
     shutil.copytree(folder, broken)
     weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(DamagedError, match=r"diffusion_pytorch_model\.safetensors is damaged"):
+        load_backbone(BackboneConfig(path=str(broken)), parts=("vae",))
+    (broken / "SHA256SUMS").unlink()  # nobody listed what the weights were
     with pytest.raises(FileNotFoundError, match=r"backbone\.path.*prepare --dry-run"):
         load_backbone(BackboneConfig(path=str(broken)), parts=("vae",))
     weights.rename(weights.with_suffix(".bin"))
