@@ -20,6 +20,7 @@ from ec2face_core.backbone import (
 )
 from ec2face_core.config import BackboneConfig, LoraConfig
 from ec2face_core.mask_branch import (
+    LORA_FILE,
     add_mask_lora,
     load_mask_lora,
     predict_velocity,
@@ -157,7 +158,7 @@ def test_lora_file_round_trip(tiny, tmp_path):
     for p in add_mask_lora(transformer, config):
         torch.nn.init.normal_(p, std=0.2)
     save_mask_lora(transformer, tmp_path, config, text_length=24)
-    assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert {p.name for p in tmp_path.iterdir()} == {LORA_FILE, "SHA256SUMS"}
     assert read_mask_lora(tmp_path) == (config, 24)
 
     z, z_mask = torch.randn(2, 1, 8, 16, 16)
