@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import Config, ConfigError, digest_values, resolve
-from .runs import content_key, file_sha256, path_digest, remove, whole_folder
+from .runs import content_key, file_sha256, remove, whole_folder
+from .sums import weights_digest
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
@@ -226,7 +227,7 @@ def training_content(config: Config) -> dict[str, str]:
     }
     for key, name in paths.items():
         if name and resolve(name).exists():
-            content[key] = path_digest(resolve(name))
+            content[key] = weights_digest(resolve(name))
     root = resolve(config.data.root)
     if root.exists():
         faces = FaceDataset(root, "train", config.data.size)

@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -169,6 +170,7 @@ def content_key(parts: Any, digits: int = 12) -> str:
 
 SUMS = "SHA256SUMS"  # lists of hashes, see `sums.py`
 LARGE = 32 * 2**20  # bytes above which a file is known by samples of its content
+FRESH = 2 * 10**9  # nanoseconds in which a second change of a file might not show in its times
 SAMPLES = 33  # of 1 MB each, the first and the last among them
 
 
@@ -193,9 +195,15 @@ def path_digest(path: Path) -> str:
 
 
 def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file; read again only when its size or one of its times changes."""
+    """SHA-256 of a file; read again only when its size or one of its times changes.
+
+    Times advance in small steps, so a file that has just been written is read each time.
+    """
     stat = path.stat()
-    return _digest_of(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < FRESH:
+        return bytes.fromhex(file_sha256(path))
+    state = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return _digest_of(path.absolute(), *state)
 
 
 @functools.lru_cache(maxsize=500_000)

@@ -8,7 +8,6 @@ are opened as they are, and those above 1 GB are left to the hub, which compares
 from __future__ import annotations
 
 import fcntl
-import functools
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .config import UserError
-from .runs import SUMS, file_digest, whole_file
+from .runs import SUMS, content_key, file_digest, path_digest, whole_file
 
 FOLDERS = 3  # of a file and above it, in which a list may lie
 LARGEST = 2**30  # bytes of a file that is compared
@@ -59,13 +58,26 @@ def list_sums(path: Path) -> None:
         if path.is_dir():
             prefix = "" if inside == "." else f"{inside}/"
             listed = {k: v for k, v in listed.items() if not k.startswith(prefix)}
-        for file in _files(path):
-            if file.suffix in LISTED and file.name != "provenance.json":
-                listed[file.absolute().relative_to(sums.parent).as_posix()] = file_digest(
-                    file
-                ).hex()
+        for file in _weights(path):
+            listed[file.absolute().relative_to(sums.parent).as_posix()] = file_digest(file).hex()
         with whole_file(sums) as part:
             part.write_text("".join(f"{listed[k]}  {k}\n" for k in sorted(listed)))
+
+
+def weights_digest(path: Path) -> str:
+    """Sixteen hex digits of a file of weights, or of the weights and settings below a folder.
+
+    Notes, such as provenance.json, do not count. Large files: see `runs.path_digest`.
+    """
+    base = path if path.is_dir() else path.parent
+    parts = [[file.relative_to(base).as_posix(), path_digest(file)] for file in _weights(path)]
+    return content_key(parts, 16)
+
+
+def _weights(path: Path) -> Iterator[Path]:
+    for file in _files(path):
+        if (file == path or file.suffix in LISTED) and file.name != "provenance.json":
+            yield file
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -82,12 +94,6 @@ def _nearest(file: Path) -> Path | None:
 
 
 def _read(sums: Path) -> dict[str, str]:
-    stat = sums.stat()
-    return _parse(sums, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
-
-
-@functools.lru_cache(maxsize=256)
-def _parse(sums: Path, *_: int) -> dict[str, str]:
     """Relative path -> SHA-256; a broken line lists nothing."""
     lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
     matches = (re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in lines)

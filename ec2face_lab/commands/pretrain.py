@@ -101,9 +101,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 default=RATE[name],
                 help="peak learning rate",
             )
-            stage.add_argument(
-                "--compile", action="store_true", help="compile the transformer's blocks"
-            )
         if name == "captions":
             stage.add_argument(
                 "--processes", type=number(1), default=1, help="that tokenise captions"
@@ -157,7 +154,7 @@ def _foundation(options: argparse.Namespace, source: DataSource) -> None:
     if options.stage == "vae":
         pretrain.train_vae(source, work, samples, batch, options.seconds)
         return
-    plan = (samples, batch, options.lr, options.seconds, options.compile)
+    plan = (samples, batch, options.lr, options.seconds)
     if options.stage == "flux":
         pretrain_flux.train_flux(source, work, *plan)
     else:

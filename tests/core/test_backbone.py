@@ -20,12 +20,14 @@ from ec2face_core.backbone import (
 )
 from ec2face_core.config import BackboneConfig, LoraConfig
 from ec2face_core.mask_branch import (
+    LORA_FILE,
     add_mask_lora,
     load_mask_lora,
     predict_velocity,
     read_mask_lora,
     save_mask_lora,
 )
+from ec2face_core.sums import DamagedError
 from ec2face_lab.world.networks import tiny_backbone
 
 CORPUS = [
@@ -120,6 +122,9 @@ def test_missing_and_damaged_weights_name_the_setting(folder, tmp_path):
     shutil.copytree(folder, broken)
     weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(DamagedError, match=r"diffusion_pytorch_model\.safetensors is damaged"):
+        load_backbone(BackboneConfig(path=str(broken)), parts=("vae",))
+    (broken / "SHA256SUMS").unlink()  # nobody listed what the weights were
     with pytest.raises(FileNotFoundError, match=r"backbone\.path.*prepare --dry-run"):
         load_backbone(BackboneConfig(path=str(broken)), parts=("vae",))
     weights.rename(weights.with_suffix(".bin"))
@@ -153,7 +158,7 @@ def test_lora_file_round_trip(tiny, tmp_path):
     for p in add_mask_lora(transformer, config):
         torch.nn.init.normal_(p, std=0.2)
     save_mask_lora(transformer, tmp_path, config, text_length=24)
-    assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert {p.name for p in tmp_path.iterdir()} == {LORA_FILE, "SHA256SUMS"}
     assert read_mask_lora(tmp_path) == (config, 24)
 
     z, z_mask = torch.randn(2, 1, 8, 16, 16)

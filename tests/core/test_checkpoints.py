@@ -176,6 +176,12 @@ def test_what_may_change(tmp_path):
         seed=config.seed, profile="other", adapters="elsewhere",
     )  # fmt: skip
     compare_identities(before, training_identity(free), tmp_path)
+    former = before | {
+        "data.test": 3000,
+        "data.zero_shot_root": "x",
+        "perception.scoring_clip": "y",
+    }
+    compare_identities(former, training_identity(free), tmp_path)  # recorded by former versions
     for change in ({"seed": 7}, {"data.size": 128}, {"loss.clip": 1.0}, {"lora.rank": 2}):
         with pytest.raises(ConfigError, match=next(iter(change)).replace(".", r"\.")):
             compare_identities(before, training_identity(config.replace(**change)), tmp_path)

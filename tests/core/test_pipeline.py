@@ -313,3 +313,24 @@ def test_errors_name_what_is_wrong(pipe, label_map, tmp_path):
         pipe(latents=torch.randn(1, 8, 4, 4))
     with pytest.raises(FileNotFoundError):
         pipe(mask=tmp_path / "no.png")
+
+
+def test_pickles_of_the_hub_are_not_opened(monkeypatch, tmp_path):
+    """Nor is a folder whose weights are others than its list says."""
+    from diffusers import DiffusionPipeline
+
+    from ec2face_core.sums import DamagedError, list_sums
+
+    seen = []
+    monkeypatch.setattr(
+        DiffusionPipeline, "from_pretrained", lambda *_, **words: seen.append(words)
+    )
+    EC2FacePipeline.from_pretrained("owner/model", torch_dtype=torch.float32)
+    assert seen == [{"torch_dtype": torch.float32, "use_safetensors": True}]
+    weights = tmp_path / "vae" / "w.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("whole")
+    list_sums(tmp_path)
+    weights.write_text("other")
+    with pytest.raises(DamagedError, match=r"w\.safetensors is damaged"):
+        EC2FacePipeline.from_pretrained(tmp_path)

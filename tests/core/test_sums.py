@@ -20,7 +20,7 @@ from ec2face_core.runs import (
     remove_leftovers,
     write_tensors,
 )
-from ec2face_core.sums import DamagedError, check_sums, list_sums
+from ec2face_core.sums import DamagedError, check_sums, list_sums, weights_digest
 
 
 @pytest.fixture
@@ -58,6 +58,16 @@ def test_a_changed_file_is_refused_by_name(bundle, name):
             check_sums(what)
     list_sums(path)  # written anew on purpose
     check_sums(bundle)
+
+
+def test_notes_beside_weights_are_no_content(bundle):
+    before = [weights_digest(bundle), weights_digest(bundle / "p.pt")]
+    (bundle / "flux" / "provenance.json").write_text('{"other": 1}')
+    (bundle / "README.md").write_text("notes")
+    assert [weights_digest(bundle), weights_digest(bundle / "p.pt")] == before
+    (bundle / "p.pt").write_text("P.pt")  # of equal size, at once
+    after = [weights_digest(bundle), weights_digest(bundle / "p.pt")]
+    assert after[0] != before[0] and after[1] != before[1]
 
 
 def test_what_is_not_listed_passes(bundle, tmp_path):
