@@ -140,14 +140,15 @@ def image_ids(image: Image.Image, snap_edges: bool = False) -> np.ndarray:
         if image.mode == "LA":
             _refuse_transparency(image)
             image = image.getchannel(0)
-        ids = np.asarray(image).astype(np.int64)
-        ids = ids // scale
+        ids = np.asarray(image)
+        if scale > 1:
+            ids = ids // scale
         if ids.max() >= NUM_CLASSES and image.mode.startswith("I;16") and not (ids % 257).any():
             ids = ids // 257  # 8-bit ids that were stretched to 16 bits
     else:
         raise DataError(f"mask is {image.mode}: ids are a palette or grey image")
     _check_range(ids)
-    return ids.astype(np.uint8)
+    return ids.astype(np.uint8)  # a copy, which may be written to
 
 
 def labels_from_palette(
@@ -293,7 +294,7 @@ def _palette_ids(image: Image.Image, snap_edges: bool) -> np.ndarray:
     """Ids of a palette image: its indices where its palette is ours or grey, else its colours."""
     indices = np.asarray(image)
     colours = np.array(image.getpalette("RGB") or [], np.int64).reshape(-1, 3)
-    used = np.unique(indices)
+    used = np.flatnonzero(image.histogram())
     used = used[used < len(colours)]
     shown = colours[used]
     grey = (shown == used[:, None]).all()
