@@ -363,7 +363,7 @@ def _scored(folder: Path, dataset: FaceDataset, config: Config, limit: int, prog
     columns = _columns(models)
     table = pd.DataFrame(torch.cat([scores for scores, _ in parts]).numpy(), columns=columns)
     table = table.astype({name: int for name in columns if is_count(name)})
-    table.insert(0, "id", ids)
+    table = pd.concat([pd.Series(ids, name="id"), table], axis=1)
     features = {role: torch.cat([rows[role] for _, rows in parts]).numpy() for role in ROLES}
     with whole_file(cache.with_suffix(".npz")) as part, part.open("wb") as file:
         np.savez(file, **features)

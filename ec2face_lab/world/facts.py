@@ -55,7 +55,7 @@ class FactNet(nn.Module):
 
     Args:
         names: of the facts.
-        widths: channels at 1/2, 1/4, 1/8 ... of the side; multiples of 8.
+        widths: channels at 1/2, 1/4, 1/8 ... of the side.
         size: side in pixels, a multiple of 4 * 2 ** len(widths); other images are resized.
     """
 
@@ -69,14 +69,19 @@ class FactNet(nn.Module):
         last = widths[-1]
         stages: list[nn.Module] = []
         for inputs, outputs in zip((3, *widths), widths, strict=False):
-            stages += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), _Residual(outputs)]
+            stages += [
+                nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+                _Residual(outputs),
+            ]
         self.stages = nn.Sequential(*stages)
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(4),  # faces are aligned: places matter
             nn.Flatten(),
-            nn.LayerNorm(16 * last),
-            nn.Linear(16 * last, last),
-            nn.GELU(),
+            nn.Linear(16 * last, last, bias=False),
+            nn.BatchNorm1d(last),
+            nn.ReLU(),
             nn.Linear(last, len(self.names)),
         )
         self.register_buffer("thresholds", torch.zeros(len(self.names)))
@@ -113,19 +118,20 @@ class FactNet(nn.Module):
 
 
 class _Residual(nn.Module):
-    """x + a bottleneck of x; the normalisation stands before the convolutions."""
+    """x and two convolutions of x."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.GroupNorm(8, width),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(width, width, 1),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        return F.relu(x + self.body(x))
 
 
 def balanced_accuracy(predicted: Tensor, truth: Tensor) -> Tensor:
@@ -144,7 +150,10 @@ def save_facts(net: FactNet, path: Path) -> None:
     from safetensors.torch import save_file
 
     header = {"names": net.names, "widths": net.widths, "size": net.size}
-    state = {key: value.half().contiguous() for key, value in net.state_dict().items()}
+    state = {
+        key: value.half().contiguous() if value.is_floating_point() else value
+        for key, value in net.state_dict().items()
+    }
     with whole_file(path) as part:
         save_file(state, part, {key: json.dumps(value) for key, value in header.items()})
 
@@ -161,5 +170,5 @@ def load_facts(path: str | Path, device: torch.device | str = "cpu") -> FactNet:
     with safe_open(path, "pt") as file:
         header = {key: json.loads(value) for key, value in file.metadata().items()}
     net = FactNet(**header)
-    net.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    net.load_state_dict(load_file(path))
     return net.to(device).eval().requires_grad_(False)

@@ -13,11 +13,13 @@ from ec2face_core.metrics import OVERLAP, accuracy_from_counts
 from ec2face_core.report import DataError
 from ec2face_lab.__main__ import main
 from ec2face_lab.plots.save import COLUMNS
+from ec2face_lab.prepare.captions import caption_facts
 from ec2face_lab.study import scores as scoring
 from ec2face_lab.study.pictures import PictureSet
 from ec2face_lab.study.png import load_pictures
 from ec2face_lab.study.scores import folder_features, score_folder
 from ec2face_lab.study.summary import summarise, summarise_difference
+from ec2face_lab.world.facts import FactNet, load_facts, save_facts
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +134,32 @@ def test_summaries_pool_over_images(config, faces, pictures):
     assert np.allclose(nothing[["value", "ci_low", "ci_high"]].fillna(0), 0)
     with pytest.raises(ValueError, match="same faces"):
         summarise_difference([table], [table.iloc[::-1]], "d", "x", "faces", config)
+
+
+def test_facts_that_captions_mention_are_looked_for(config, faces, pictures, tmp_path):
+    """100 or 0 where a caption mentions a fact, NaN elsewhere; absent without the setting."""
+    captions = {name: faces.manifest_caption(name) for name in faces.ids}
+    mentioned = {name: set(caption_facts(text)) for name, text in captions.items()}
+    names = sorted(set().union(*mentioned.values(), ["hat"]))
+    torch.manual_seed(0)
+    net = FactNet(names, widths=(8, 16), size=32)
+    save_facts(net, tmp_path / "facts.safetensors")
+    net = load_facts(tmp_path / "facts.safetensors")
+    other = config.replace(perception={"scoring_facts": str(tmp_path / "facts.safetensors")})
+    table = score_folder(pictures, faces, other, progress=False).set_index("id")
+    holds = net.holds(load_pictures(pictures, faces.ids))
+    for i, name in enumerate(faces.ids):
+        for j, fact in enumerate(names):
+            value = table.loc[name, f"fact_{fact}"]
+            if fact in mentioned[name]:
+                assert value == 100 * bool(holds[i, j])
+            else:
+                assert np.isnan(value)
+    rows = summarise([table.reset_index()], "t", "EC2Face", "faces", other)
+    found = [table.loc[name, f"fact_{fact}"] for name in faces.ids for fact in mentioned[name]]
+    facts = rows.set_index("metric")["value"]
+    assert facts["Facts"] == pytest.approx(np.mean(found))
+    without = score_folder(pictures, faces, config, progress=False)
+    assert not any(name.startswith("fact_") for name in without)
+    assert config.digest() != other.digest()
+    assert config.replace(perception={"scoring_facts": ""}).digest() == config.digest()

@@ -264,7 +264,7 @@ def _brow(canvas: Canvas, g: Geometry, p: Parameters, side: int) -> None:
     y = g.v - p["eye_y"] + p["brow_y"]
     t = x / 0.066  # -1 at the nose, 1 at the temple
     past = t - 0.25
-    arched = 0.020 * (past * past + 0.02).sqrt() + 0.024 * past.clamp(min=0) - 0.018
+    arched = 0.022 * (past * past + 0.02).sqrt() + 0.026 * past.clamp(min=0) - 0.020
     flat = 0.010 * (t - 0.1) ** 2 - 0.004 * t
     y = y - torch.lerp(flat, arched, p["brow_arch"])
     taper = (

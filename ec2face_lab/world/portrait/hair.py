@@ -101,7 +101,7 @@ def comb(g: Geometry, p: Parameters) -> tuple[Tensor, Tensor, Tensor]:
     curly = p["curl"]
     bright, bulge = _curls(g, p, along, across)
     tone = 1 + 0.15 * fine * (1 - 0.4 * curly) + curly * bright
-    tone = tone + 9.0 * p["wave"] * torch.cos(33 * along + p["wave_phase"] + 2.5 * across)
+    tone = tone + 11.0 * p["wave"] * torch.cos(33 * along + p["wave_phase"] + 2.5 * across)
     band = torch.exp(-(((along - 0.165 - 0.04 * fine) / 0.045) ** 2)) * (1 - 0.6 * curly)
     mean = p["hair_rgb"].mean(1, keepdim=True)
     gloss = (0.018 + 0.06 * mean) + (0.027 / mean + 0.09) * p["hair_rgb"]  # half white
@@ -156,7 +156,7 @@ def _hairline(g: Geometry, p: Parameters) -> Tensor:
     parted = start + 1.25 * (x.abs() + 1e-4) ** 1.5
     swept = start + 0.9 * g.x**2 + bend
     receding = start + 0.055 * torch.exp(-((g.x / 0.055) ** 2)) - 0.35 * g.x**2
-    fringe = 0.372 + 0.6 * g.x**2 + 0.008 * torch.sin(88 * g.x + p["wave_phase"])
+    fringe = 0.350 + 0.6 * g.x**2 + 0.008 * torch.sin(88 * g.x + p["wave_phase"])
     line = torch.where(p["hair_parted"] > 0, parted, swept)
     line = torch.where(p["receding_hairline"] > 0, receding, line)
     return torch.where(p["bangs"] > 0, fringe, line)

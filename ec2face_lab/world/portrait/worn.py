@@ -23,7 +23,7 @@ def glasses(canvas: Canvas, g: Geometry, p: Parameters) -> None:
     temple = torch.maximum((y + 0.012).abs() - width * 0.9, 0.175 - g.u.abs())
     temple = torch.maximum(temple, g.head - 0.012)
     frame = torch.minimum(torch.minimum(bridge, temple), lens.abs() - width)
-    canvas.shade(frame + 0.0 - 0.006, 0.86, 0.02)
+    canvas.shade(frame - 0.006, 0.86, 0.02)
     clear = torch.maximum(lens, -frame)
     skin = p["skin_rgb"]
     canvas.paint(clear, skin * 0.90 + 0.085, "eye_g", opacity=0.45)
