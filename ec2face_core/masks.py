@@ -51,7 +51,7 @@ def read_mask(path: Path, colours: bool = False, snap_edges: bool = False) -> np
 
 def read_part(path: Path) -> np.ndarray:
     """Where a part mask of CelebAMask-HQ is not zero, `(h, w)` bool."""
-    image = decoded(open_header(path, "part"), "part")
+    image = upright(decoded(open_header(path, "part"), "part"))
     _refuse_loss(image)
     if image.mode in ("L", "1") or image.mode.startswith("I"):
         return np.asarray(image) != 0
@@ -372,8 +372,16 @@ def _check_range(ids: np.ndarray) -> None:
 
 
 def _scale(image: Image.Image) -> int:
-    """By which factor Pillow will scale the grey values of an image that is not yet decoded."""
-    for tile in getattr(image, "tile", ()):
+    """By which factor Pillow scales, or has scaled, the grey values of an image."""
+    tiles = getattr(image, "tile", ())
+    file = getattr(image, "filename", "")
+    if not tiles and file and image.format == "PNG" and image.mode == "L":  # decoded already
+        try:
+            with Image.open(file) as again:
+                tiles = again.tile
+        except OSError:  # it is gone
+            pass
+    for tile in tiles:
         mode = tile[3] if isinstance(tile[3], str) else next(iter(tile[3] or ()), "")
         if mode in LEVELS:
             return LEVELS[mode]

@@ -128,6 +128,9 @@ def test_grey_and_palette_pngs_of_few_bits(tmp_path, bits):
     small = label_map() % 2**bits
     (tmp_path / "0.png").write_bytes(small_png(small, bits))
     assert (both(tmp_path / "0.png") == small).all()
+    with Image.open(tmp_path / "0.png") as image:
+        image.load()  # Pillow has scaled its values by now
+        assert (mask_ids(image) == small).all()
     assert (both(written(tmp_path, palette_image(small, FLAT), bits=bits)) == small).all()
 
 
