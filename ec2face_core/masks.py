@@ -42,6 +42,7 @@ def read_mask(path: Path, colours: bool = False, snap_edges: bool = False) -> np
         DataError: it cannot be read, holds other ids, or shows one class only.
     """
     image = open_header(path, "mask")
+    _scale(image)  # refuses what Pillow would halve
     if not colours and image.mode in ("RGB", "RGBA"):
         raise DataError(f"mask is {image.mode}, not ids: `convert-merged` turns colours into ids")
     ids = image_ids(image, snap_edges)
@@ -302,6 +303,8 @@ def _palette_ids(image: Image.Image, snap_edges: bool) -> np.ndarray:
         return indices
     _refuse_transparency(image)
     rgb = np.asarray(image.convert("RGB"))
+    if shown.max(initial=0) < NUM_CLASSES and (shown == shown[:, :1]).all():
+        return rgb[..., 0]  # a grey image of ids that became a palette image
     if snap_edges:
         return labels_from_palette(rgb, snap_edges=True)
     distance = np.linalg.norm(shown[:, None].astype(float) - np.array(PALETTE)[None], axis=-1)
