@@ -303,7 +303,8 @@ def _palette_ids(image: Image.Image, snap_edges: bool) -> np.ndarray:
         return indices
     _refuse_transparency(image)
     rgb = np.asarray(image.convert("RGB"))
-    if shown.max(initial=0) < NUM_CLASSES and (shown == shown[:, :1]).all():
+    low = shown.max(initial=0) < NUM_CLASSES and len(np.unique(shown[:, 0])) == len(shown)
+    if low and (shown == shown[:, :1]).all():
         return rgb[..., 0]  # a grey image of ids that became a palette image
     if snap_edges:
         return labels_from_palette(rgb, snap_edges=True)
