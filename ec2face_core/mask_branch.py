@@ -144,8 +144,9 @@ def predict_velocity(
     if branch:
         options["mask_tokens"] = len(ids) - noise_tokens
     if module.config.guidance_embeds:
-        one = isinstance(guidance, Tensor)
-        options["guidance"] = guidance if one else torch.full((b,), guidance, device=device)
+        if not isinstance(guidance, Tensor):
+            guidance = torch.full((b,), guidance, device=device)
+        options["guidance"] = guidance
     attention = _attention_mask(
         keep_mask, mask_strength, text_tokens + noise_tokens, mask_tokens, decoupled, like=tokens
     )
@@ -260,9 +261,7 @@ def _attention_mask(
     The keys are `others` text and noise tokens, then the mask tokens. The queries are the same, but
     without the mask tokens in decoupled attention. None leaves flash attention available.
     """
-    dropped = None
-    if keep_mask is not None and not bool(keep_mask.all()):
-        dropped = ~keep_mask.cpu()
+    dropped = None if keep_mask is None or bool(keep_mask.all()) else ~keep_mask.cpu()
     if mask_tokens == 0 or (dropped is None and strength == 1):
         return None
     rows = 1 if dropped is None else len(dropped)

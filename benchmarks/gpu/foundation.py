@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from ec2face_core.config import resolve
-from ec2face_lab.world import pool, pretrain, pretrain_flux
+from ec2face_lab.world import pool, pretrain, pretrain_flux, training
 from ec2face_lab.world.sources import Portraits
 
-BATCH = 768
+BATCH = 512
 PART = 15_000_000  # bytes of a packed file
 
 
@@ -35,6 +35,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     source = Portraits(device)
 
+    training.CHECKPOINT_SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "60"))
     began = time.monotonic()
     if not (work / "vae.json").exists():
         pretrain.train_vae(source, work, 0, 64, vae)

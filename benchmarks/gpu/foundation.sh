@@ -4,7 +4,7 @@
 #
 #   [VAE=105] [PERCEPTION=150] [FLUX=285] [DISTILL=35] [POOL=57344] bash benchmarks/gpu/foundation.sh
 #
-# The autoencoder has the GPU for itself; guides and evaluators are trained beside the transformer.
+# PERCEPTION=0 leaves guides and evaluators out. The autoencoder has the GPU for itself; guides and evaluators are trained beside the transformer.
 # Results are packed into OUT as soon as they are there: vae.tar, base.tar, flux.tar.*,
 # perception.tar, logs.tar.
 set -u
@@ -35,6 +35,7 @@ perceive() { # perceive LOG ARGUMENTS...: train a perception model
 run foundation benchmarks/gpu/foundation.py "$VAE" "$FLUX" "$DISTILL" "$POOL" &
 foundation=$!
 run captions -m ec2face_lab pretrain captions --samples "$POOL" --processes 10
+[ "$PERCEPTION" = 0 ] && wait $foundation && exit
 while [ ! -e "$work/vae.json" ] && kill -0 $foundation 2>/dev/null; do sleep 0.5; done
 models=()
 for role in guiding scoring; do

@@ -89,9 +89,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
         if name in RATE:
             stage.add_argument("--lr", type=float, default=RATE[name], help="peak learning rate")
-            stage.add_argument(
-                "--compile", action="store_true", help="compile the transformer's blocks"
-            )
         if name == "captions":
             stage.add_argument("--processes", type=int, default=1, help="that tokenise captions")
         if name == "latents":
@@ -141,7 +138,7 @@ def _foundation(options: argparse.Namespace, source: DataSource) -> None:
     if options.stage == "vae":
         pretrain.train_vae(source, work, samples, batch, options.seconds)
         return
-    plan = (samples, batch, options.lr, options.seconds, options.compile)
+    plan = (samples, batch, options.lr, options.seconds)
     if options.stage == "flux":
         pretrain_flux.train_flux(source, work, *plan)
     else:

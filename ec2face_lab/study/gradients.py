@@ -3,13 +3,14 @@
 The norm of the gradient of a training step's mean loss, by term of Eq. 12: flow matching (Eq. 11),
 and alpha_1 L_text, alpha_2 L_mask with and without beta(t). Most of a batch's gradient is noise,
 which averages out over steps: what moves the LoRA is the systematic part, the norm of the mean
-gradient. So the terms are compared by it, too, over all t and many batches.
+gradient. So the terms are compared by it, too, over batches with the t of training.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,12 +36,10 @@ FLOW = "flow matching (Eq. 11)"
 TEXT = "text consistency"
 MASK = "mask consistency"
 
-BATCHES = 16  # over which gradients are averaged
-
 CODE = ("ec2face_lab.study.gradients", "ec2face_core.consistency", "ec2face_core.losses")
 
 
-def gradient_norms(config: Config, method: str = "both", batches: int = BATCHES) -> DataFrame:
+def gradient_norms(config: Config, method: str = "both", batches: int = 2) -> DataFrame:
     """Gradient norms over the LoRA of a variant, on batches of training faces.
 
     Every batch has the profile's batch size and one t. Kept in `runs/<profile>/reliability/`.
@@ -53,90 +52,133 @@ def gradient_norms(config: Config, method: str = "both", batches: int = BATCHES)
     Returns:
         Rows t, loss (`FLOW`, `TEXT`, `MASK`), modulated (with beta(t)?), norm (mean of batches).
     """
-    return _kept(config, method, batches)[0]
+    return _kept(config, f"gradients-{method}", method, batches, _norms)
 
 
-def systematic_gradients(config: Config, method: str = "both", batches: int = BATCHES) -> DataFrame:
-    """What remains of the gradients in the mean over batches; t is uniform over `TIMES`.
+def systematic_gradients(config: Config, method: str = "both", batches: int = 24) -> DataFrame:
+    """What remains of the gradients in the mean over batches as training draws them.
 
-    Arguments as for `gradient_norms`, with which the measurement is shared.
+    Each face of a batch has a t of its own, uniform in [0, 1], and beta(t) as configured. Kept in
+    `runs/<profile>/reliability/`.
+
+    Args:
+        config: weights, losses and perception models.
+        method: one of `VARIANTS`.
+        batches: of the profile's batch size.
 
     Returns:
-        Rows loss, modulated, batch_norm (root mean square over batches), systematic, ci_low and
-        ci_high: `systematic_part`.
+        Rows loss, batch_norm (root mean square over batches), systematic, ci_low and ci_high:
+        `systematic_part`.
     """
-    return _kept(config, method, batches)[1]
+    return _kept(config, f"systematic-{method}", method, batches, _systematic)
 
 
-def _kept(config: Config, method: str, batches: int) -> tuple[DataFrame, DataFrame]:
-    """The norms and the systematic parts; measured if they are not kept."""
+def _kept(
+    config: Config,
+    name: str,
+    method: str,
+    batches: int,
+    measure: Callable[[Terms, int], DataFrame],
+) -> DataFrame:
+    """A table of measurements, from its file if it is kept."""
     import pandas as pd
 
     dataset = open_dataset(config, "train")
     parts = [batches, config.trainer.batch_size, dataclasses.asdict(config.loss), code_digest(CODE)]
-    names = (f"gradients-{method}", f"systematic-{method}")
-    files = [reliability_file(config, name, method, dataset, parts) for name in names]
-    if not all(file.is_file() for file in files):
-        for file, table in zip(files, _measure(config, method, dataset, batches), strict=True):
-            write_frame(file, table)
-    norms, systematic = (pd.read_csv(file) for file in files)
-    return norms, systematic
+    file = reliability_file(config, name, method, dataset, parts)
+    if not file.is_file():
+        write_frame(file, measure(Terms(config, method, dataset), batches))
+    return pd.read_csv(file)
 
 
-def _measure(
-    config: Config, method: str, dataset: FaceDataset, batches: int
-) -> tuple[DataFrame, DataFrame]:
-    import pandas as pd
+class Terms:
+    """The terms of Eq. 12 on batches of training faces, and their gradients at the LoRA.
 
-    size = config.trainer.batch_size
-    c = config.loss
-    model = Estimator(config, method, dataset)
-    counts = dataset.label_counts()
-    trainable = [p for n, p in model.backbone.transformer.named_parameters() if ".lora_" in n]
-    clip = ClipScorer.from_config(config.perception, device=model.device)
-    parser = FaceParser.from_config(config.perception, device=model.device)
-    consistency = PixelConsistency(model.backbone.vae, clip, parser, c)
-    rows = []
-    gradients: dict[tuple[str, bool], list[Tensor]] = {}  # of each batch, the mean over t
-    for p in trainable:
-        p.requires_grad_(True)
-    for k in range(batches):
-        ids = dataset.ids[k * size : (k + 1) * size]
-        batch = model.batch(ids)
-        captions = [dataset.manifest_caption(name) for name in ids]
+    Args:
+        config: weights, losses and perception models.
+        method: one of `VARIANTS`.
+        dataset: the training faces.
+    """
+
+    def __init__(self, config: Config, method: str, dataset: FaceDataset) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.model = Estimator(config, method, dataset)
+        self.counts = dataset.label_counts().to(self.model.device)
+        parameters = self.model.backbone.transformer.named_parameters()
+        self.trainable = [p for name, p in parameters if ".lora_" in name]
+        for p in self.trainable:
+            p.requires_grad_(True)
+        clip = ClipScorer.from_config(config.perception, device=self.model.device)
+        parser = FaceParser.from_config(config.perception, device=self.model.device)
+        vae = self.model.backbone.vae
+        self.consistency = PixelConsistency(vae, clip, parser, config.loss)
+
+    def batch(self, k: int) -> dict[str, Any]:
+        """The k-th batch of faces, around the end if need be, and captions, noise and times."""
+        size = self.config.trainer.batch_size
+        ids = [self.dataset.ids[i % len(self.dataset.ids)] for i in range(k * size, (k + 1) * size)]
+        batch = self.model.batch(ids)
+        generator = torch.Generator().manual_seed(self.config.seed + k)
+        batch["noise"] = torch.randn(batch["z"].shape, generator=generator).to(batch["z"])
+        batch["t"] = torch.rand(size, generator=generator).to(batch["z"])
+        batch["captions"] = [self.dataset.manifest_caption(name) for name in ids]
+        return batch
+
+    def losses(self, batch: dict[str, Any], t: Tensor) -> dict[str, Tensor]:
+        """Flow matching, alpha_1 L_text and alpha_2 L_mask without beta, each `(b,)`."""
+        c = self.config.loss
         z = batch["z"]
-        maps = batch["label_map"]
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(config.seed + k))
-        noise = noise.to(z)
         weights = None
         if c.long_tail:
-            weights = latent_weights(maps, counts.to(maps.device), z.shape[-1], c)
-        means = {}  # of this batch, over t
+            weights = latent_weights(batch["label_map"], self.counts, z.shape[-1], c)
+        z_t = interpolate(z, batch["noise"], t)
+        v = self.model.velocity(z_t, t, batch)
+        flow = flow_matching_loss(v, target_velocity(z, batch["noise"]), weights)
+        z_hat = reverse_estimate(z_t, v, t)
+        text, mask = self.consistency.losses(z_hat, batch["captions"], batch["label_map"])
+        return {FLOW: flow, TEXT: c.alpha_text * text, MASK: c.alpha_mask * mask}
+
+    def gradient(self, loss: Tensor, last: bool) -> Tensor:
+        """The gradient of a scalar at the LoRA, flat; `last`: the graph is needed no more."""
+        parts = torch.autograd.grad(loss, self.trainable, retain_graph=not last)
+        return torch.cat([part.flatten() for part in parts])
+
+
+def _norms(terms: Terms, batches: int) -> DataFrame:
+    """The rows of `gradient_norms`."""
+    import pandas as pd
+
+    c = terms.config.loss
+    rows = []
+    for k in range(batches):
+        batch = terms.batch(k)
         for time in TIMES:
-            t = torch.full((len(ids),), time, device=z.device)
-            z_t = interpolate(z, noise, t)
-            v = model.velocity(z_t, t, batch)
-            flow = flow_matching_loss(v, target_velocity(z, noise), weights).mean()
-            text, mask = consistency.losses(reverse_estimate(z_t, v, t), captions, maps)
+            t = torch.full_like(batch["t"], time)
             modulation = float(beta(t[:1], c.steepness, c.center))
-            terms = {FLOW: flow, TEXT: c.alpha_text * text.mean(), MASK: c.alpha_mask * mask.mean()}
-            for name, loss in terms.items():
-                parts = torch.autograd.grad(loss, trainable, retain_graph=name != MASK)
-                gradient = torch.cat([part.flatten() for part in parts])
-                for modulated in (False,) if name == FLOW else (False, True):
-                    factor = modulation if modulated else 1.0
-                    row = {"t": time, "loss": name, "modulated": modulated}
-                    rows.append(row | {"norm": factor * float(gradient.norm())})
-                    share = factor * gradient / len(TIMES)
-                    means[name, modulated] = means.get((name, modulated), 0) + share
-        for key, mean in means.items():
-            gradients.setdefault(key, []).append(mean.cpu())
-    norms = pd.DataFrame(rows).groupby(["t", "loss", "modulated"], as_index=False).mean()
-    systematic = [
-        {"loss": name, "modulated": modulated, **systematic_part(torch.stack(parts))}
-        for (name, modulated), parts in gradients.items()
-    ]
-    return norms, pd.DataFrame(systematic)
+            for name, loss in terms.losses(batch, t).items():
+                norm = float(terms.gradient(loss.mean(), last=name == MASK).norm())
+                row = {"t": time, "loss": name, "modulated": False, "norm": norm}
+                rows.append(row)
+                if name != FLOW:
+                    rows.append(row | {"modulated": True, "norm": modulation * norm})
+    return pd.DataFrame(rows).groupby(["t", "loss", "modulated"], as_index=False).mean()
+
+
+def _systematic(terms: Terms, batches: int) -> DataFrame:
+    """The rows of `systematic_gradients`."""
+    import pandas as pd
+
+    c = terms.config.loss
+    gradients: dict[str, list[Tensor]] = {name: [] for name in (FLOW, TEXT, MASK)}
+    for k in range(batches):
+        batch = terms.batch(k)
+        modulation = beta(batch["t"], c.steepness, c.center)
+        for name, loss in terms.losses(batch, batch["t"]).items():
+            whole = (loss if name == FLOW else modulation * loss).mean()
+            gradients[name].append(terms.gradient(whole, last=name == MASK).cpu())
+    rows = [{"loss": name, **systematic_part(torch.stack(x))} for name, x in gradients.items()]
+    return pd.DataFrame(rows)
 
 
 def systematic_part(gradients: Tensor) -> dict[str, float]:
@@ -165,13 +207,13 @@ def systematic_part(gradients: Tensor) -> dict[str, float]:
 
 
 def describe_systematic(table: DataFrame) -> str:
-    """The norm of each term's gradient over all t, in one batch and in the mean."""
-    rows = table.set_index(["loss", "modulated"])
+    """The norm of each term's gradient, in one batch of training and in the mean of batches."""
+    rows = table.set_index("loss")
     lines = []
-    for name, modulated in ((FLOW, False), (TEXT, True), (MASK, True)):
-        row = rows.loc[name, modulated]
+    for name in (FLOW, TEXT, MASK):
+        row = rows.loc[name]
         lines.append(
-            f"{name}{', with β(t)' if modulated else ''}: {row['batch_norm']:.2g} in one batch, "
+            f"{name}{'' if name == FLOW else ', with β(t)'}: {row['batch_norm']:.2g} in one batch, "
             f"of which {row['systematic']:.2g} [{row['ci_low']:.2g}, {row['ci_high']:.2g}] is "
             "systematic"
         )

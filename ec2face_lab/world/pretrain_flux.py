@@ -13,7 +13,8 @@ import copy
 import functools
 import json
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 
 from ec2face_core.backbone import Backbone, TextEmbedding, load_backbone, save_backbone
 from ec2face_core.config import BackboneConfig, load_profile
@@ -32,7 +34,9 @@ from ec2face_core.runs import provenance, write_json
 from .pool import Pool
 from .pretrain import SEED, WARMUP, autocast, device_name, steps_done, with_trained_vae
 from .sources import DataSource
-from .training import blend, descend, set_learning_rates, train
+from .training import Bf16Twin, blend, descend, set_learning_rates, train
+
+Precision = Callable[[torch.device], AbstractContextManager]
 
 GUIDANCE = (1.0, 6.0)  # range of the guidance that is distilled
 
@@ -47,6 +51,11 @@ def attention(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel(SDPBackend.MATH if device.type == "cpu" else gpu)
 
 
+def _exact_times(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Times and guidance in float32: a bf16 transformer would round 700 to 696."""
+    return (*module.exact, *inputs[2:])
+
+
 class TextToVelocity(nn.Module):
     """Transformer and text encoders as one module."""
 
@@ -55,6 +64,7 @@ class TextToVelocity(nn.Module):
         self.transformer = backbone.transformer
         self.clip = backbone.text_encoder
         self.t5 = backbone.text_encoder_2
+        self.transformer.time_text_embed.register_forward_pre_hook(_exact_times)
 
     def forward(
         self,
@@ -80,7 +90,8 @@ class TextToVelocity(nn.Module):
         velocities = []
         for rows, z_c in ((slice(alone), None), (slice(alone, None), z_condition[alone:])):
             if len(z_t[rows]):
-                g = guidance[rows] if isinstance(guidance, Tensor) else guidance
+                g = torch.as_tensor(guidance).expand(len(z_t))[rows].to(z_t.device)
+                self.transformer.time_text_embed.exact = (1000 * t[rows], 1000 * g)
                 velocities.append(
                     predict_velocity(self.transformer, z_t[rows], t[rows], text[rows], z_c, None, g)
                 )
@@ -112,6 +123,22 @@ def local_attention_init(transformer: nn.Module) -> None:
                 norm.weight[pairs] = 2.0
 
 
+def _fastest(
+    model: TextToVelocity, device: torch.device
+) -> tuple[Callable[..., Tensor], Callable[[Optimizer, Tensor, float], None], Precision]:
+    """Forward pass, optimiser step and precision that suit the device.
+
+    Returns:
+        net: with the arguments of `model`.
+        learn: (optimiser, loss, clip) makes one step.
+        precision: device -> context of the forward pass.
+    """
+    if device.type == "cuda":
+        twin = Bf16Twin(model)
+        return twin, twin.descend, lambda _: nullcontext()
+    return model, descend, autocast
+
+
 def _alone(number: int, batch: int) -> int:
     """Samples without condition tokens: all in three of ten steps, for one pass is fastest."""
     return batch if number % 10 in {0, 3, 6} else 0
@@ -129,7 +156,6 @@ def train_flux(
     batch: int,
     lr: float,
     seconds: float = 0.0,
-    compiled: bool = False,
 ) -> None:
     """Flow matching with captions (10 % dropped) and condition tokens (30 % dropped).
 
@@ -143,7 +169,6 @@ def train_flux(
         batch: samples of a step.
         lr: peak learning rate.
         seconds: limit in place of `samples`, see `training.train`; 0: none.
-        compiled: whether the transformer's blocks are compiled.
     """
     device = source.device
     backbone = with_trained_vae(source, work)
@@ -154,18 +179,17 @@ def train_flux(
         model.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True
     )
     pool = Pool(work, device)
-    if compiled:
-        model.transformer.compile_repeated_blocks(dynamic=False)
+    net, learn, precision = _fastest(model, device)
 
     def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         set_learning_rates(optimizer, progress, WARMUP)
         x0, z_c, ids = pool.sample(batch, 0.1, generator)
         noise = torch.randn(x0.shape, generator=generator, device=device)
         t = sample_times(batch, generator, device)
-        with autocast(device), attention(device):
-            v = model(interpolate(x0, noise, t), t, ids, z_c, _alone(number, batch))
+        with precision(device), attention(device):
+            v = net(interpolate(x0, noise, t), t, ids, z_c, _alone(number, batch))
         loss = F.mse_loss(v.float(), target_velocity(x0, noise))
-        descend(optimizer, loss, clip=1.0)
+        learn(optimizer, loss, 1.0)
         blend(average, model, max(0.002, 9 / (number + 11)))
         return {"loss": loss}
 
@@ -230,7 +254,6 @@ def distill_guidance(
     batch: int,
     lr: float,
     seconds: float = 0.0,
-    compiled: bool = False,
 ) -> None:
     """Distil classifier-free guidance into the guidance embedding (arXiv 2210.03142, stage one).
 
@@ -246,7 +269,6 @@ def distill_guidance(
         batch: samples of a step.
         lr: peak learning rate.
         seconds: limit in place of `samples`, see `training.train`; 0: none.
-        compiled: whether the transformer's blocks are compiled.
     """
     device = source.device
     backbone = load_backbone(BackboneConfig(path=str(work / "base"), dtype="float32"))
@@ -257,9 +279,9 @@ def distill_guidance(
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
     pool = Pool(work, device)
-    if compiled:
-        model.transformer.compile_repeated_blocks(dynamic=False)
-        teacher.transformer.compile_repeated_blocks(dynamic=False)
+    net, learn, precision = _fastest(model, device)
+    if device.type == "cuda":
+        teacher.to(torch.bfloat16)
 
     def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         set_learning_rates(optimizer, progress, WARMUP)
@@ -273,14 +295,14 @@ def distill_guidance(
         g = low + (high - low) * torch.rand(batch, **options)
         g = torch.where(torch.rand(batch, **options) < 0.25, low, g)
         alone = _alone(number, batch)
-        with autocast(device), attention(device):
+        with precision(device), attention(device):
             with torch.no_grad():
                 v_text = teacher(z_t, t, ids, z_c, alone).float()
                 v_null = teacher(z_t, t, null, z_c, alone).float()
-            v = model(z_t, t, ids, z_c, alone, g)
+            v = net(z_t, t, ids, z_c, alone, g)
         target = v_null + g.view(-1, 1, 1, 1) * (v_text - v_null)
         loss = F.mse_loss(v.float(), target)
-        descend(optimizer, loss, clip=1.0)
+        learn(optimizer, loss, 1.0)
         blend(average, model, max(0.005, 9 / (number + 11)))
         return {"loss": loss}
 

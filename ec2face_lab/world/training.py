@@ -10,11 +10,13 @@ the learning rate does not depend on the time.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +168,39 @@ def moving_average(net: nn.Module, decay: Callable[[int], float]) -> AveragedMod
     decay: number of updates so far, from 1 -> weight of the average so far. Update 0 copies.
     """
     return AveragedModel(net, avg_fn=lambda old, new, n: old.lerp(new, 1 - decay(int(n))))
+
+
+class Bf16Twin:
+    """A bf16 copy of a network, whose gradients train the float32 original.
+
+    A GPU computes it faster than autocast does, which keeps normalisations in float32 and casts
+    every weight at every step.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.twin = copy.deepcopy(net).to(torch.bfloat16)
+
+    def __call__(self, *args: Any) -> Any:
+        """The copy's forward pass."""
+        return self.twin(*args)
+
+    def descend(self, optimizer: Optimizer, loss: Tensor, clip: float) -> None:
+        """One step of the original's optimiser down the copy's gradient; the copy follows."""
+        self.twin.zero_grad(set_to_none=True)
+        loss.backward()
+        pairs = [
+            (p, q.grad)
+            for p, q in zip(self.net.parameters(), self.twin.parameters(), strict=True)
+            if q.grad is not None
+        ]
+        optimizer.zero_grad(set_to_none=True)
+        for p, gradient in pairs:
+            p.grad = gradient.float()
+        nn.utils.clip_grad_norm_([p for p, _ in pairs], clip)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.twin.parameters()), list(self.net.parameters()))
 
 
 @torch.no_grad()
