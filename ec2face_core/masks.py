@@ -42,6 +42,7 @@ def read_mask(path: Path, colours: bool = False, snap_edges: bool = False) -> np
         DataError: it cannot be read, holds other ids, or shows one class only.
     """
     image = open_header(path, "mask")
+    _scale(image)  # refuses what Pillow would halve
     if not colours and image.mode in ("RGB", "RGBA"):
         raise DataError(f"mask is {image.mode}, not ids: `convert-merged` turns colours into ids")
     ids = image_ids(image, snap_edges)
@@ -51,7 +52,7 @@ def read_mask(path: Path, colours: bool = False, snap_edges: bool = False) -> np
 
 def read_part(path: Path) -> np.ndarray:
     """Where a part mask of CelebAMask-HQ is not zero, `(h, w)` bool."""
-    image = decoded(open_header(path, "part"), "part")
+    image = upright(decoded(open_header(path, "part"), "part"))
     _refuse_loss(image)
     if image.mode in ("L", "1") or image.mode.startswith("I"):
         return np.asarray(image) != 0
@@ -140,14 +141,15 @@ def image_ids(image: Image.Image, snap_edges: bool = False) -> np.ndarray:
         if image.mode == "LA":
             _refuse_transparency(image)
             image = image.getchannel(0)
-        ids = np.asarray(image).astype(np.int64)
-        ids = ids // scale
+        ids = np.asarray(image)
+        if scale > 1:
+            ids = ids // scale
         if ids.max() >= NUM_CLASSES and image.mode.startswith("I;16") and not (ids % 257).any():
             ids = ids // 257  # 8-bit ids that were stretched to 16 bits
     else:
         raise DataError(f"mask is {image.mode}: ids are a palette or grey image")
     _check_range(ids)
-    return ids.astype(np.uint8)
+    return ids.astype(np.uint8)  # a copy, which may be written to
 
 
 def labels_from_palette(
@@ -293,7 +295,7 @@ def _palette_ids(image: Image.Image, snap_edges: bool) -> np.ndarray:
     """Ids of a palette image: its indices where its palette is ours or grey, else its colours."""
     indices = np.asarray(image)
     colours = np.array(image.getpalette("RGB") or [], np.int64).reshape(-1, 3)
-    used = np.unique(indices)
+    used = np.flatnonzero(image.histogram())
     used = used[used < len(colours)]
     shown = colours[used]
     grey = (shown == used[:, None]).all()
@@ -301,6 +303,9 @@ def _palette_ids(image: Image.Image, snap_edges: bool) -> np.ndarray:
         return indices
     _refuse_transparency(image)
     rgb = np.asarray(image.convert("RGB"))
+    low = shown.max(initial=0) < NUM_CLASSES and len(np.unique(shown[:, 0])) == len(shown)
+    if low and (shown == shown[:, :1]).all():
+        return rgb[..., 0]  # a grey image of ids that became a palette image
     if snap_edges:
         return labels_from_palette(rgb, snap_edges=True)
     distance = np.linalg.norm(shown[:, None].astype(float) - np.array(PALETTE)[None], axis=-1)
@@ -371,8 +376,16 @@ def _check_range(ids: np.ndarray) -> None:
 
 
 def _scale(image: Image.Image) -> int:
-    """By which factor Pillow will scale the grey values of an image that is not yet decoded."""
-    for tile in getattr(image, "tile", ()):
+    """By which factor Pillow scales, or has scaled, the grey values of an image."""
+    tiles = getattr(image, "tile", ())
+    file = getattr(image, "filename", "")
+    if not tiles and file and image.format == "PNG" and image.mode == "L":  # decoded already
+        try:
+            with Image.open(file) as again:
+                tiles = again.tile
+        except OSError:  # it is gone
+            pass
+    for tile in tiles:
         mode = tile[3] if isinstance(tile[3], str) else next(iter(tile[3] or ()), "")
         if mode in LEVELS:
             return LEVELS[mode]

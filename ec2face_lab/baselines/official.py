@@ -20,13 +20,14 @@ another size than the profile's are resized once, all alike, bicubic.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from ec2face_core.data import is_dropping
+from ec2face_core.data import is_dropping, without_padding
 from ec2face_core.pictures import IMAGE_SUFFIXES, open_picture, read_image
 from ec2face_core.report import DataError, Report
 from ec2face_core.runs import content_key, parallel, path_digest, whole_file
@@ -52,6 +53,9 @@ class Naming:
     def __init__(self, rows: Mapping[str, Row], split: str) -> None:
         self.rows = rows
         self.fed = {name: row for name, row in rows.items() if row.split == split}
+        self.padded: dict[str, list[str]] = {}  # names by what they are without leading zeros
+        for name in self.fed:
+            self.padded.setdefault(without_padding(name), []).append(name)
 
     def identify(self, path: PurePosixPath) -> str | None:
         """Id of a file; "" for a picture that is left out; None for no picture.
@@ -78,7 +82,11 @@ class Naming:
         return ""
 
     def known(self, name: str) -> str:
-        """The id itself, if it is of the split."""
+        """The id itself, if it is of the split, or the only one that differs by leading zeros."""
+        name = unicodedata.normalize("NFC", name)
+        near = self.padded.get(without_padding(name), [])
+        if name not in self.fed and len(near) == 1:
+            return near[0]
         if name not in self.fed:
             raise UnknownFaceError(f"no face {name} of this split")
         return name

@@ -60,6 +60,7 @@ class _Source:
     missing: tuple[tuple[Path, str], ...] = ()  # files that are not there, and why
 
 
+SMALLEST = 16  # pixels of the side, as data.size has it
 LEFT_OUT = "left_out.csv"  # where, reason: what `skip_bad` left out
 
 
@@ -231,6 +232,8 @@ def _convert(
         raise DataError(f"{out} exists already: remove it to convert again")
     if not sources:
         raise DataError(f"{report.root}: no faces found")
+    if size < SMALLEST:
+        raise DataError(f"size {size}: faces have {SMALLEST} pixels or more")
     report.faces = len(sources)
     part = out.with_name(f".{out.name}.partial")
     clear_others(part, ("image", "mask", "text"), splits)

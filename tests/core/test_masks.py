@@ -93,6 +93,11 @@ def test_a_grey_palette_holds_ids(ids, tmp_path):
     assert (both(written(tmp_path, palette_image(ids, ramp))) == ids).all()
 
 
+def test_grey_ids_in_a_palette_of_any_order(ids, tmp_path):
+    quantized = Image.fromarray(ids).quantize(NUM_CLASSES)
+    assert (both(written(tmp_path, quantized)) == ids).all()
+
+
 def test_a_palette_that_ends_before_the_ids(ids):
     bare = Image.new("P", ids.shape)
     bare.frombytes(ids.tobytes())
@@ -128,22 +133,30 @@ def test_grey_and_palette_pngs_of_few_bits(tmp_path, bits):
     small = label_map() % 2**bits
     (tmp_path / "0.png").write_bytes(small_png(small, bits))
     assert (both(tmp_path / "0.png") == small).all()
+    with Image.open(tmp_path / "0.png") as image:
+        image.load()  # Pillow has scaled its values by now
+        assert (mask_ids(image) == small).all()
     assert (both(written(tmp_path, palette_image(small, FLAT), bits=bits)) == small).all()
 
 
-def small_png(levels: np.ndarray, bits: int) -> bytes:
-    """A grey PNG of 1, 2 or 4 bits, which Pillow cannot write."""
+def whole_png(header: bytes, rows: bytes) -> bytes:
+    """A PNG of a kind that Pillow cannot write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         crc = struct.pack(">I", zlib.crc32(kind + data))
         return struct.pack(">I", len(data)) + kind + data + crc
 
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return pictures.PNG_START + body
+
+
+def small_png(levels: np.ndarray, bits: int) -> bytes:
+    """A grey PNG of 1, 2 or 4 bits."""
     shifts = np.arange(8 // bits - 1, -1, -1) * bits
     packed = (levels.reshape(len(levels), -1, 8 // bits).astype(int) << shifts).sum(-1)
     rows = b"".join(b"\0" + bytes(row) for row in packed.astype(np.uint8))
     header = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], bits, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return pictures.PNG_START + body
+    return whole_png(header, rows)
 
 
 def test_sixteen_and_thirty_two_bits(ids, tmp_path):
@@ -166,6 +179,17 @@ def test_grey_with_transparency(ids, tmp_path):
     layer.putalpha(Image.fromarray((ids > 0).astype(np.uint8) * 255))
     with pytest.raises(DataError, match="transparent"):
         read_mask(written(tmp_path, layer))
+
+
+def test_sixteen_bit_grey_with_transparency_is_refused(ids, tmp_path):
+    """Pillow would keep the upper halves of the values, that is, background everywhere."""
+    pairs = np.dstack([ids, np.full_like(ids, 255)]).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pairs)
+    header = struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], 16, 4, 0, 0, 0)
+    (tmp_path / "0.png").write_bytes(whole_png(header, rows))
+    for read in (read_mask, mask_ids):
+        with pytest.raises(DataError, match="16-bit grey with transparency"):
+            read(tmp_path / "0.png")
 
 
 def test_transparent_pixels_of_colour_masks_are_refused(ids, tmp_path):

@@ -377,3 +377,31 @@ def test_a_report_shows_twenty_lines_and_a_count(tmp_path):
     assert len(lines) == 22 and "30,000 problem(s), 30,000 faces" in lines[0]
     assert lines[1] == "  00000.png: missing mask" and lines[-1] == "  ... and 29,980 more"
     assert len(caught.value.report.problems) == 30_000
+
+
+@pytest.mark.filterwarnings("ignore:Tag data", "ignore:Corrupt EXIF")
+def test_any_bytes_are_read_or_refused(smooth, tmp_path):
+    """300 damaged files: `DataError` or a picture; never another exception."""
+    exif = Image.Exif()
+    exif[pictures.ORIENTATION] = 6
+    kinds = {"PNG": {}, "JPEG": {}, "WEBP": {"lossless": True}, "BMP": {}, "GIF": {}}
+    whole = []
+    for kind, options in kinds.items():
+        buffer = io.BytesIO()
+        smooth.save(buffer, kind, exif=exif, **options)
+        whole.append(buffer.getvalue())
+    rng = np.random.default_rng(0)
+    path = tmp_path / "0.png"
+    refused = 0
+    for i in range(300):
+        data = bytearray(whole[i % len(whole)])
+        for place in rng.integers(0, len(data), 3):
+            data[place : place + int(rng.integers(4))] = bytes(rng.integers(0, 256, 2, np.uint8))
+        path.write_bytes(data)
+        try:
+            picture = read_image(path)
+        except DataError:
+            refused += 1
+        else:
+            assert picture.mode == "RGB" and picture.width == picture.height
+    assert 100 < refused < 300

@@ -93,7 +93,7 @@ def test_provenance_names_everything_that_made_a_result(monkeypatch):
 
 
 def test_only_changes_outside_figures_make_a_tree_dirty(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "CODE", tmp_path)
     assert runs._git_state() == (None, None)  # no repository: unknown, not clean
 
     def git(*command):

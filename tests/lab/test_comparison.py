@@ -11,8 +11,7 @@ import pytest
 import torch
 from figure_checks import texts
 
-from ec2face_core import config as settings
-from ec2face_core import runs
+from ec2face_core import paths, runs
 from ec2face_core.backbone import load_backbone
 from ec2face_core.config import Config, ConfigError, adapter_dir, resolve
 from ec2face_core.data import open_dataset
@@ -147,7 +146,8 @@ def test_half_and_double_are_other_runs_of_other_lengths(config):
 
 @pytest.mark.slow
 def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch, tmp_path_factory):
-    for module in (settings, runs):  # files go on record by their paths below the root
+    monkeypatch.setattr(paths, "NAMED", "by this test")
+    for module in (paths, runs):  # files go on record by their paths below the root
         monkeypatch.setattr(module, "ROOT", tmp_path_factory.getbasetemp())
     monkeypatch.setattr(fairness, "OURS", "real")  # EC²Face has no LoRA here
     monkeypatch.setattr(fairness, "adapter_dir", lambda config, method: adapter_dir(config, "both"))
@@ -179,7 +179,7 @@ def test_budgets_are_scored_on_validation_faces(config, kept, monkeypatch, tmp_p
     assert more == {f"{minus}PixelFace+, {PUBLISHED}" for minus in ("", "EC²Face - ")}
 
     half = weights_dir(varied(config, "half"), NAME) / WEIGHTS
-    on_record = half.relative_to(settings.ROOT).as_posix()
+    on_record = half.relative_to(paths.ROOT).as_posix()
     digest = path_digest(half)
     half.unlink()
     for _ in range(2):  # also what was gone before is known

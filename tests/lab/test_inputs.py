@@ -16,6 +16,7 @@ from ec2face_core.data import FaceDataset
 from ec2face_core.masks import read_mask
 from ec2face_core.pictures import ORIENTATION
 from ec2face_core.report import DataError, Report
+from ec2face_core.texts import Row, read_manifest
 from ec2face_lab.__main__ import main
 from ec2face_lab.baselines.official import adopt, find_pictures
 from ec2face_lab.prepare.captions import celeba_attributes
@@ -130,8 +131,6 @@ def test_droppings_among_the_parts_and_photos(tmp_path):
 
 def test_droppings_in_a_scored_folder(tmp_path):
     root = write_root(tmp_path / "faces")
-    from ec2face_core.texts import read_manifest
-
     rows = read_manifest(root)
     (root / "image" / "._4.png").write_bytes(b"\0")
     (root / "image" / ".DS_Store").write_bytes(b"\0")
@@ -408,3 +407,20 @@ def test_validate_counts_captions_that_are_cut(tmp_path, length, told):
     note_long_captions(
         root, config.replace(**{"backbone.path": str(tmp_path)}), report
     )  # none there
+
+
+@pytest.mark.parametrize("size", [0, -5, 1])
+def test_a_size_without_pixels_is_refused(source, size):
+    with pytest.raises(DataError, match=f"size {size}: faces have 16 pixels or more"):
+        from_merged(source, source.parent / "out", size=size, progress=False)
+
+
+def test_scored_pictures_may_be_padded(tmp_path):
+    rows = {"4": Row("test", 0, "A."), "5": Row("test", 0, "B."), "05": Row("test", 0, "C.")}
+    for name in ("0004", "5", "05", "005"):
+        save_image(tmp_path / f"{name}.png", SIZE, 0)
+    files, report = find_pictures(tmp_path, "plain", rows, ["4", "5", "05"])
+    assert {name: path.name for name, path in files.items()} == {
+        "4": "0004.png", "5": "5.png", "05": "05.png",
+    }  # fmt: skip
+    assert report.problems == [("005.png", "no face 005 of this split")]
