@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import numbers
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -171,9 +172,13 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, kind):
         expected = "a whole number" if whole else "a number"
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if not math.isfinite(value) or not low <= value <= high:
+    try:
+        real = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        real = math.inf
+    if not math.isfinite(real) or not low <= real <= high:
         bounds = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be finite and {bounds}, got {value!r}")
+        raise ValueError(f"{name} must be finite and {bounds}, got {reprlib.repr(value)}")
 
 
 def check_texts(texts: Any, name: str = "prompt") -> list[str]:

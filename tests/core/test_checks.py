@@ -265,6 +265,8 @@ def test_numbers_and_texts():
     for wrong in (True, "1", None, 1j, [1]):
         with pytest.raises(TypeError, match="x: expected a number"):
             check_number(wrong, "x")
+    with pytest.raises(ValueError, match="x must be finite"):
+        check_number(10**400, "x")
     with pytest.raises(TypeError, match="whole"):
         check_number(2.0, "x", whole=True)
     assert check_texts("a") == ["a"] and check_texts(("a", "")) == ["a", ""]
