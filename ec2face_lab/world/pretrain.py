@@ -38,6 +38,8 @@ WARMUP = 0.03  # of the steps
 
 VOCABULARY = 10**7  # number of the first face whose captions make the vocabularies
 
+LOG_VARIANCE = -6.0  # of the latents' noise when the training of the autoencoder begins
+
 PLANS = {plan.side: plan for plan in (Plan(), SECOND)}
 
 
@@ -111,6 +113,10 @@ def train_vae(
 
     device = source.device
     vae = untrained(source).vae.train().to(device)
+    channels = vae.config.latent_channels
+    with torch.no_grad():  # at a noise of 1, as it would begin, latents say little for long
+        vae.encoder.conv_out.weight[channels:] *= 0.1
+        vae.encoder.conv_out.bias[channels:] = LOG_VARIANCE
     optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=1e-4, fused=True)
     held_out = source.held_out_scenes(SEED, 128).image
     # Weights of small parts (eyes, lips, jewellery) replace the perceptual loss of a large model.
@@ -166,10 +172,13 @@ def train_vae(
 
 
 def _in_bf16(net: nn.Module, x: Tensor) -> Tensor:
-    """All of a network in bf16, also its normalisations, which autocast would leave in float32.
+    """A network's forward pass in bf16; its weights and their gradients stay in float32.
 
-    Weights stay in float32, as do their gradients. Returns float32.
+    On a GPU that holds for normalisations, too, which autocast would leave in float32.
     """
+    if x.device.type == "cpu":
+        with autocast(x.device):
+            return net(x).float()
     weights = {name: p.to(torch.bfloat16) for name, p in net.named_parameters()}
     return torch.func.functional_call(net, weights, (x.to(torch.bfloat16),)).float()
 

@@ -11,7 +11,7 @@ from face_files import label_map, save_mask, write_root
 from PIL import Image
 
 from ec2face_core.attributes import CLASS_ID, PALETTE, pixel_counts
-from ec2face_core.config import load_profile
+from ec2face_core.config import ConfigError, load_profile
 from ec2face_core.data import FaceDataset, collate, open_dataset
 from ec2face_core.masks import labels_from_palette
 from ec2face_core.report import DataError
@@ -116,8 +116,12 @@ def test_open_dataset(tmp_path):
     validation = open_dataset(config, "validation")
     assert len(validation) == 2 and not validation[0].image.equal(train[0].image)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "first-validation", "second"]
+    four = config.replace(**{"data.train": 4})
+    with pytest.raises(ConfigError, match=r"another recipe \(splits .*'train': 3.*'train': 4"):
+        open_dataset(four, "train")
+    (tmp_path / "first" / "faces.json").unlink()  # as former versions made it
     with pytest.raises(DataError, match=r"data\.train asks for 4"):
-        open_dataset(config.replace(**{"data.train": 4}), "train")
+        open_dataset(four, "train")
     with pytest.raises(DataError, match=r"--help.*data\.root"):
         open_dataset(load_profile("paper", **{"data.root": str(tmp_path / "none")}), "train")
     with pytest.raises(DataError, match="'val'"):
