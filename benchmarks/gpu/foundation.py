@@ -38,7 +38,7 @@ def main() -> None:
     training.CHECKPOINT_SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "60"))
     began = time.monotonic()
     if not (work / "vae.json").exists():
-        pretrain.train_vae(source, work, 0, 64, vae)
+        pretrain.train_vae(source, work, 0, 128, vae)
     pack("vae", work, ["vae.pt", "vae.json"])
     say(began, "autoencoder")
     pool.encode_pool(source, work, faces)

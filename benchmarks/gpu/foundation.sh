@@ -2,14 +2,16 @@
 # Train the foundation of the second miniature on one GPU: every stage of `make foundation`, with
 # seconds instead of samples. Run it in the root of the repository.
 #
-#   [VAE=105] [PERCEPTION=150] [FLUX=285] [DISTILL=35] [POOL=57344] bash benchmarks/gpu/foundation.sh
+#   [VAE=120] [FLUX=300] [DISTILL=40] [POOL=57344] [PERCEPTION=170] [MODELS="parser_guiding ..."]
+#     bash benchmarks/gpu/foundation.sh
 #
-# PERCEPTION=0 leaves guides and evaluators out. The autoencoder has the GPU for itself; guides and evaluators are trained beside the transformer.
+# MODELS="" leaves guides and evaluators out. The autoencoder has the GPU for itself; guides and evaluators are trained beside the transformer.
 # Results are packed into OUT as soon as they are there: vae.tar, base.tar, flux.tar.*,
 # perception.tar, logs.tar.
 set -u
 . "$(dirname "$0")/environment.sh"
-: "${VAE:=105}" "${PERCEPTION:=150}" "${FLUX:=285}" "${DISTILL:=35}" "${POOL:=57344}"
+: "${VAE:=120}" "${FLUX:=300}" "${DISTILL:=40}" "${POOL:=57344}" "${PERCEPTION:=170}"
+: "${MODELS=parser_guiding parser_scoring clip_guiding clip_scoring facts}"
 export OUT OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false
 
 bundle=data/mini128
@@ -35,17 +37,12 @@ perceive() { # perceive LOG ARGUMENTS...: train a perception model
 run foundation benchmarks/gpu/foundation.py "$VAE" "$FLUX" "$DISTILL" "$POOL" &
 foundation=$!
 run captions -m ec2face_lab pretrain captions --samples "$POOL" --processes 10
-[ "$PERCEPTION" = 0 ] && wait $foundation && exit
 while [ ! -e "$work/vae.json" ] && kill -0 $foundation 2>/dev/null; do sleep 0.5; done
 models=()
-for role in guiding scoring; do
-  perceive "parser_$role" parser --role "$role" &
-  models+=($!)
-  perceive "clip_$role" clip --role "$role" &
+for model in $MODELS; do
+  role=${model#*_}
+  perceive "$model" "${model%%_*}" $([ "$role" = "$model" ] || echo --role "$role") &
   models+=($!)
 done
-perceive facts facts &
-models+=($!)
-wait "${models[@]}"
-tar -C "$bundle" -cf "$OUT/perception.tar" --exclude=./flux .
+[ -z "$MODELS" ] || { wait "${models[@]}" && tar -C "$bundle" -cf "$OUT/perception.tar" --exclude=./flux .; }
 wait $foundation

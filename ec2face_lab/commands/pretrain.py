@@ -48,7 +48,7 @@ SAMPLES = {
 }
 BATCH = {
     "cpu": {"vae": 16, "flux": 32, "distill": 32},
-    "cuda": {"vae": 64, "flux": 512, "distill": 512},
+    "cuda": {"vae": 128, "flux": 512, "distill": 512},
 }
 RATE = {"flux": 1.2e-3, "distill": 3e-4}
 BUNDLE = ROOT / "data" / "mini128"

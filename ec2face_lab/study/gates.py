@@ -1,7 +1,8 @@
 """The gates of a bundle: what its networks must be able to do before anything stands on them.
 
 Every gate is a row of `<bundle>/gates.csv`: gate, value, wanted, holds. All are measured on faces
-that no network was trained on, by the evaluators, which guide nothing.
+that no network was trained on, by the evaluators, which guide nothing. While a bundle has no base
+yet, the gates of autoencoder and base have no value and do not hold.
 """
 
 from __future__ import annotations
@@ -75,16 +76,17 @@ def measure_gates(
         "scoring": FaceParser.from_config(config.perception, True, device),
     }
     net = load_facts(resolve(config.perception.scoring_facts), device)
-    pipeline = EC2FacePipeline.from_config(config, None).to(device)
-    pipeline.set_progress_bar_config(disable=True)
     shown = [source.faces(SEED, i, CHUNK, (("first", "natural", 1.0),)) for i in _starts(faces)]
     values = _perception(shown, parsers, net)
-    values |= _round_trip(shown, parsers["scoring"], pipeline)
     values |= _retrieval(source, config, device)
-    values |= _base(source, pipeline, parsers["scoring"], net, prompts)
+    if resolve(config.backbone.path).is_dir():
+        pipeline = EC2FacePipeline.from_config(config, None).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        values |= _round_trip(shown, parsers["scoring"], pipeline)
+        values |= _base(source, pipeline, parsers["scoring"], net, prompts)
     rows = []
     for gate, wanted in WANTED.items():
-        value = round(values[gate], 2)
+        value = round(values.get(gate, float("nan")), 2)
         holds = value <= wanted if "at most" in gate else value >= wanted
         rows.append({"gate": gate, "value": value, "wanted": wanted, "holds": holds})
     return pd.DataFrame(rows)
