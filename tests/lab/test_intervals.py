@@ -163,7 +163,7 @@ def test_two_level_accuracy_equals_pooling_the_drawn_pictures_again():
         methods.append([count.reshape(2, 10, NUM_CLASSES) for count in counts])
 
     def accuracies(parsed: torch.Tensor, t=slice(None), f=slice(None)) -> dict[str, float]:
-        accuracy = mask_accuracy(parsed[t][:, f].flatten(), masks[t][:, f].flatten())
+        accuracy = mask_accuracy(parsed[t][:, f].flatten(0, -2), masks[t][:, f].flatten(0, -2))
         return accuracy.as_dict() | accuracy.overlap_dict()
 
     single = two_level_accuracy(methods[0], resamples=100, seed=2).set_index("metric")

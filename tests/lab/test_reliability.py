@@ -76,7 +76,7 @@ def test_perception_models_see_the_estimate(batches):
     for batch in batches:
         batch["image"] = torch.stack([batch["label_map"] / 10 - 1] * 3, 1)
         batch["z"] = batch["image"].clone()
-    parser = SimpleNamespace(parse=lambda x: ((x[:, 0] + 1) * 10).round().long())
+    parser = SimpleNamespace(parse=lambda x: ((x[:, 0] + 1) * 10).round().long().clamp(0, 18))
     clip = SimpleNamespace(
         image_features=lambda x: torch.nn.functional.normalize(x.flatten(1), dim=1)
     )
@@ -100,7 +100,9 @@ def test_perception_models_see_the_estimate(batches):
         assert ((curve.ci_low <= curve.value) & (curve.value <= curve.ci_high)).all()
     assert (curve_of(table, "lpips").value.diff().dropna() > 0).all()
 
-    z_tilde, x_tilde = reverse_estimation(batches[0], 0.0, torch.zeros(()), model(noisy))
+    z_tilde, x_tilde = reverse_estimation(
+        batches[0], 0.0, torch.zeros_like(batches[0]["z"]), model(noisy)
+    )
     assert torch.equal(z_tilde, batches[0]["z"]) and torch.equal(x_tilde, z_tilde.clamp(-1, 1))
 
 
