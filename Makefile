@@ -9,7 +9,8 @@ SWEEPS ?=
 DATA ?=
 OUT ?=
 DEVICE ?= cpu
-BUNDLE = --device $(DEVICE) $(if $(DATA),--data $(DATA) --out $(OUT))
+SIZE ?= 128
+BUNDLE = --device $(DEVICE) $(if $(DATA),--data $(DATA) --out $(OUT) --size $(SIZE))
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.up-to-date
@@ -31,7 +32,7 @@ help:
 	@echo "make lab         JupyterLab on the notebooks"
 	@echo "make foundation  retrain the bundle data/mini128 from nothing (a day on two cores,"
 	@echo "                 ten minutes of a GPU with DEVICE=cuda);"
-	@echo "                 DATA=ROOT OUT=DIR trains one on the faces of a folder instead"
+	@echo "                 DATA=ROOT OUT=DIR SIZE=64 trains one on the faces of a folder instead"
 	@echo "make lint        ruff check and format; mypy on ec2face_core"
 	@echo "make clean       remove .venv, runs/, data/cache and caches (never data/raw)"
 
