@@ -52,7 +52,8 @@ def kept(config, tmp_path_factory):
 @pytest.mark.slow
 def test_a_system_is_trained_in_a_child_and_kept(config, kept):
     assert {p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()} == {
-        f"mm2latent/{WEIGHTS}", "mm2latent/provenance.json", "shared/style.safetensors",
+        f"mm2latent/{WEIGHTS}", "mm2latent/provenance.json", "mm2latent/SHA256SUMS",
+        "shared/style.safetensors", "shared/SHA256SUMS",
     }  # fmt: skip
     made = json.loads((kept / "mm2latent" / "provenance.json").read_text())["parameters"]
     assert made["budget"] == pytest.approx(0.1) and set(made["stages"]) == {"masks", "mapping"}
