@@ -32,6 +32,11 @@ STYLES: tuple[str, ...] = ("mm-celeba-hq", "ffhq-text")
 HAIR_COLOURS: tuple[str, ...] = ("black", "brown", "blond", "red", "gray")
 HAIR_STYLES: tuple[str, ...] = ("straight", "wavy", "curly")
 HAIR_LENGTHS: tuple[str, ...] = ("short", "medium", "long")
+HAIR_WORDS: dict[str, tuple[str, ...]] = {
+    "hair_colour": HAIR_COLOURS,
+    "hair_style": HAIR_STYLES,
+    "hair_length": HAIR_LENGTHS,
+}
 MAX_FACTS = 6
 
 

@@ -21,7 +21,7 @@ from ec2face_core.pipeline import EC2FacePipeline
 
 from ..prepare.captions import caption_facts, captions
 from ..world.facts import FactNet, balanced_accuracy, fact_targets, facts, load_facts
-from ..world.pretrain_perception import retrieval
+from ..world.retrieval import retrieval
 from ..world.sources import STYLE, FaceBatch, Portraits
 
 if TYPE_CHECKING:

@@ -64,7 +64,7 @@ class Canvas:
 class Geometry:
     """Coordinates of the pixel centres: of the picture, of the head, and of the turned face."""
 
-    def __init__(self, p: dict[str, Tensor], size: int, device: str) -> None:
+    def __init__(self, p: dict[str, Tensor], size: int, device: str | torch.device) -> None:
         line = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size
         self.page_x = (line - 0.5)[None, None, :]
         self.page_y = line[None, :, None]

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from ec2face_core.runs import write_tensors
 from ec2face_core.sums import check_sums, list_sums
 
-from ..prepare.captions import HAIR_COLOURS, HAIR_LENGTHS, HAIR_STYLES, fact_name
+from ..prepare.captions import HAIR_WORDS, fact_name
 
 Attributes = dict[str, "bool | str"]
-
-WORDS = {"hair_colour": HAIR_COLOURS, "hair_style": HAIR_STYLES, "hair_length": HAIR_LENGTHS}
 
 
 def facts(rows: Sequence[Attributes]) -> list[Attributes]:
@@ -30,7 +28,7 @@ def facts(rows: Sequence[Attributes]) -> list[Attributes]:
     kinds = {key: isinstance(value, bool) for row in rows for key, value in row.items()}
     flags: list[Attributes] = [{key: True} for key in sorted(kinds) if kinds[key]]
     either: list[Attributes] = [{key: False} for key in ("male", "young") if key in kinds]
-    known = {key: words for key, words in WORDS.items() if key in kinds}
+    known = {key: words for key, words in HAIR_WORDS.items() if key in kinds}
     words: list[Attributes] = [
         {key: word} for key, values in known.items() for word in values if word != "medium"
     ]

@@ -29,6 +29,8 @@ from ec2face_core.texts import MANIFEST_COLUMNS
 
 from ..prepare.captions import attributes_from_mask, captions
 from . import rendering, scenes
+from .portrait import rendering as portrait_rendering
+from .portrait import scenes as portrait_scenes
 from .rendering import Rendered
 
 SIZE = 64  # pixels of the first miniature
@@ -138,6 +140,8 @@ class ProceduralFaces:
 
     name = "procedural faces"
     size = SIZE
+    sample = staticmethod(scenes.sample_scenes)
+    render = staticmethod(rendering.render)
     styles = tuple(STYLE.values())
     condition_shares: ClassVar = dict(
         zip(CONDITIONS, (0.40, 0.15, 0.15, 0.10, 0.10, 0.10), strict=True)
@@ -151,16 +155,6 @@ class ProceduralFaces:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-
-    @staticmethod
-    def sample(*args: Any, **options: Any) -> scenes.Scenes:
-        """As `scenes.sample_scenes`."""
-        return scenes.sample_scenes(*args, **options)
-
-    @staticmethod
-    def render(*args: Any, **options: Any) -> Rendered:
-        """As `rendering.render`."""
-        return rendering.render(*args, **options)
 
     def corpus(self, seed: int, start: int) -> list[str]:
         """Captions in both styles of a thousand faces from number `start` on."""
@@ -227,20 +221,8 @@ class Portraits(ProceduralFaces):
     size = 128
     mixture = (("first", "balanced", 0.6), ("first", "natural", 0.4))
     batches: ClassVar = (("first", ""), ("first", "balanced"))
-
-    @staticmethod
-    def sample(*args: Any, **options: Any) -> scenes.Scenes:
-        """As `portrait.scenes.sample_scenes`."""
-        from .portrait.scenes import sample_scenes
-
-        return sample_scenes(*args, **options)
-
-    @staticmethod
-    def render(*args: Any, **options: Any) -> Rendered:
-        """As `portrait.rendering.render`."""
-        from .portrait.rendering import render
-
-        return render(*args, **options)
+    sample = staticmethod(portrait_scenes.sample_scenes)
+    render = staticmethod(portrait_rendering.render)
 
 
 class FolderFaces:

@@ -146,16 +146,20 @@ def judge(name: str, function: Callable[..., Any], arguments: tuple) -> str:
     return "right"
 
 
+def randomly(examples: int, *strategies: st.SearchStrategy) -> Callable[[Callable], Callable]:
+    """Calls the function with so many random arguments, the same in every run."""
+    options = settings(
+        max_examples=examples, deadline=None, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    return lambda function: seed(20261126)(options(given(*strategies)(function)))
+
+
 def fuzz_functions(examples: int) -> dict[str, int]:
     """Random calls of all of `CALLS`; how many were right and how many were refused."""
     seen = {"right": 0, "refused": 0}
 
-    @seed(20261126)
-    @settings(
-        max_examples=examples, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(st.sampled_from(sorted(CALLS)), st.data())
+    @randomly(examples, st.sampled_from(sorted(CALLS)), st.data())
     def call(name: str, data: st.DataObject) -> None:
         function, strategies = CALLS[name]
         arguments = tuple(data.draw(strategy) for strategy in strategies)
@@ -194,12 +198,7 @@ def fuzz_settings(examples: int) -> dict[str, int]:
     """Random values of random settings: refused, or a configuration that is kept exactly."""
     seen = {"right": 0, "refused": 0}
 
-    @seed(20261126)
-    @settings(
-        max_examples=examples, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(st.sampled_from(sorted(SETTINGS)), VALUES)
+    @randomly(examples, st.sampled_from(sorted(SETTINGS)), VALUES)
     def configure(key: str, value: Any) -> None:
         try:
             config = load_config({}, **{key: value})

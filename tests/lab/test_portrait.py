@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from ec2face_core.attributes import CLASS_ID, pixel_counts
-from ec2face_lab.prepare.captions import captions
+from ec2face_lab.prepare.captions import HAIR_WORDS, captions
 from ec2face_lab.world.portrait import canvas, rendering
 from ec2face_lab.world.portrait.rendering import render
-from ec2face_lab.world.portrait.scenes import FLAGS, HAIR_WORDS, sample_scenes
+from ec2face_lab.world.portrait.scenes import sample_scenes
 from ec2face_lab.world.portrait.uniforms import Uniforms
+from ec2face_lab.world.scenes import FLAGS
 
 WORN = (("earrings", "ear_r"), ("necklace", "neck_l"), ("eyeglasses", "eye_g"), ("hat", "hat"),
         ("mouth_open", "mouth"))  # fmt: skip

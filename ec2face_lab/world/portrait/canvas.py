@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID
 
+from .. import canvas
+
 Parameters = dict[str, Tensor]  # of `Scenes`, `b 1 1`, colours `b 3 1 1`
 
 Box = tuple[float, float, float, float]  # top, bottom, left, right, in units of the image side
@@ -100,23 +102,13 @@ class Canvas:
             getattr(self, name)[faces] = getattr(part, name)
 
 
-class Geometry:
-    """Coordinates of the pixel centres: of the picture, of the head, and of the turned face."""
+class Geometry(canvas.Geometry):
+    """Coordinates of the pixel centres, and the signed distance of the head."""
 
     def __init__(self, p: Parameters, size: int, device: str | torch.device) -> None:
-        line = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size
-        self.page_x = (line - 0.5)[None, None, :].expand(1, size, size)
-        self.page_y = line[None, :, None].expand(1, size, size)
-        x = self.page_x - p["shift_x"]
-        y = self.page_y - 0.5 - p["shift_y"]
-        cos = torch.cos(p["roll"])
-        sin = torch.sin(p["roll"])
-        self.x = (x * cos + y * sin) / p["scale"]  # head coordinates, unrolled
-        self.y = (y * cos - x * sin) / p["scale"] + 0.5
-        # A turned face: features move with the yaw and the far side narrows.
-        d = self.x - 0.035 * p["yaw"]
-        self.u = d + 0.55 * p["yaw"] * d * d.abs().clamp(max=0.4) + 0.6 * p["yaw"] * d * d
-        self.v = self.y - p["pitch"]
+        super().__init__(p, size, device)
+        self.page_x = self.page_x.expand(1, size, size)
+        self.page_y = self.page_y.expand(1, size, size)
         self.head = head_shape(self.x, self.y, p)
         self.hair: tuple[Tensor, ...] = ()  # what the back hair leaves to the front hair
 

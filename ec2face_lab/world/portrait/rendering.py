@@ -8,30 +8,18 @@ picture is flat colour times light; a height field that is painted along gives d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ..rendering import Rendered
 from . import clothes, features, hair, jewellery, worn
 from .backdrop import backdrop
 from .canvas import Box, Canvas, Geometry, Parameters
 
 if TYPE_CHECKING:
     from .scenes import Scenes
-
-
-@dataclass
-class Rendered:
-    """Pictures of a batch of faces, in [-1, 1]."""
-
-    image: Tensor  # b 3 h w
-    label_map: Tensor  # b h w, int64 ids
-    albedo: Tensor  # b 3 h w, flat colours without light
-    normals: Tensor  # b 3 h w
-    depth: Tensor  # b 1 h w, near is 1
 
 
 class _Part(NamedTuple):

@@ -10,12 +10,13 @@ there or clearly absent: between a big nose and another lies a gap.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ...prepare.captions import HAIR_COLOURS, HAIR_LENGTHS, HAIR_STYLES
+from ...prepare.captions import HAIR_WORDS
+from .. import scenes
+from ..scenes import FLAGS, FREQUENCIES, Values
 from .palettes import (
     BACKDROPS,
     BRIGHT_FRAMES,
@@ -32,47 +33,11 @@ from .palettes import (
 )
 from .uniforms import Uniforms
 
-FLAGS = (
-    "male", "young", "bald", "bangs", "receding_hairline", "smiling", "mouth_open", "eyeglasses",
-    "hat", "earrings", "necklace", "beard", "mustache", "lipstick", "heavy_makeup",
-    "arched_eyebrows", "bushy_eyebrows", "big_nose", "big_lips", "narrow_eyes", "bags_under_eyes",
-    "pale_skin", "rosy_cheeks", "chubby", "oval_face",
-)  # fmt: skip
-
-HAIR_WORDS = {
-    "hair_colour": HAIR_COLOURS,
-    "hair_style": HAIR_STYLES,
-    "hair_length": HAIR_LENGTHS,
-}
-
 LOOKS = ("first", "second")
 
-# Probabilities of the accessories: (women, men). Balanced ones train the perception models.
-FREQUENCIES = {
-    "natural": {"earrings": (0.355, 0.03), "necklace": (0.066, 0.01), "eyeglasses": (0.042, 0.086),
-                "hat": (0.042, 0.072), "male": 0.37},
-    "second": {"earrings": (0.34, 0.05), "necklace": (0.10, 0.01), "eyeglasses": (0.11, 0.11),
-               "hat": (0.08, 0.08), "male": 0.06},
-    "balanced": {"earrings": (0.6, 0.4), "necklace": (0.5, 0.4), "eyeglasses": (0.25, 0.25),
-                 "hat": (0.22, 0.22), "male": 0.45},
-}  # fmt: skip
 
-
-Values = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """Parameters of a batch of faces: name -> float64 array `(b,)` or `(b, 3)` for colours."""
-
-    look: str  # first | second
-    values: Values
-
-    def __len__(self) -> int:
-        return len(self.values["male"])
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.values[name]
+class Scenes(scenes.Scenes):
+    """Parameters of a batch of portraits, and what of them can be seen."""
 
     @property
     def facts(self) -> dict[str, np.ndarray]:
