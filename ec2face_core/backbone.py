@@ -23,10 +23,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .config import BackboneConfig, ConfigError, resolve
+from .config import BackboneConfig, ConfigError
 from .fast.transfer import send
-from .sums import check_sums, list_sums
-from .texts import LostWordsWarning, describe_loss, lost_texts
+from .io.paths import resolve
+from .io.sums import check_sums, list_sums
+from .io.texts import LostWordsWarning, describe_loss, lost_texts
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
@@ -111,7 +112,7 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
 
     Raises:
         FileNotFoundError: the weights are missing, incomplete or not accessible.
-        DamagedError: they are not those that were kept (`sums.py`).
+        DamagedError: they are not those that were kept (`io/sums.py`).
     """
     from diffusers import FluxPipeline
 

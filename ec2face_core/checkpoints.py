@@ -19,9 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .config import Config, ConfigError, digest_values, resolve
+from .config import Config, ConfigError, digest_values
+from .io.paths import resolve
+from .io.sums import weights_digest
 from .runs import content_key, file_sha256, remove, whole_folder
-from .sums import weights_digest
 
 TENSORS = "state.safetensors"
 STATE = "state.json"

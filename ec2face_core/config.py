@@ -3,7 +3,7 @@
 A profile (`ec2face_core/profiles/*.yaml`) holds only what differs from the defaults. Each field has
 a type with bounds, checked by pydantic whenever a configuration is built, so an impossible value
 never reaches a training. Paths inside a configuration are relative to `ROOT`, paths on a command
-line to the working directory: see `paths.py`.
+line to the working directory: see `io/paths.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from .bounds import (
+from .guards.bounds import (
     Count,
     CountOrZero,
     Flag,
@@ -40,7 +40,7 @@ from .bounds import (
     Size,
     Text,
 )
-from .paths import ROOT, resolve, user_path, user_setting
+from .io.paths import ROOT, resolve, user_path, user_setting
 
 PROFILES = Path(__file__).resolve().parent / "profiles"
 

@@ -3,9 +3,9 @@
 The data contract is `root/{image,mask,text}/{id}.*` and `root/manifest.csv` with the columns
 `id,split,caption_index,caption`, one row per face. Images are square RGB (png, jpg or webp), masks
 are palette or grey PNGs of the same size with ids 0-18, texts are UTF-8 with one caption per line.
-`pictures.py`, `masks.py` and `texts.py` read single files. `ec2face_lab.prepare` converts downloads
-to this layout and validates whole folders. Items are read lazily; with a size, images are resized
-bicubically with antialiasing and label maps to the nearest pixel.
+The modules of `io` read single files. `ec2face_lab.prepare` converts downloads to this layout and
+validates whole folders. Items are read lazily; with a size, images are resized bicubically with
+antialiasing and label maps to the nearest pixel.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .attributes import NUM_CLASSES
-from .config import Config, resolve
-from .masks import read_mask
-from .pictures import IMAGE_SUFFIXES, read_image
-from .procedural import check_recipe, make_faces, recipe
-from .report import DataError, Report
+from .config import Config
+from .io.masks import read_mask
+from .io.paths import resolve
+from .io.pictures import IMAGE_SUFFIXES, read_image
+from .io.procedural import check_recipe, make_faces, recipe
+from .io.report import DataError, Report
+from .io.texts import read_captions, read_manifest
 from .runs import content_key, file_digest, parallel
-from .texts import read_captions, read_manifest
 
 T = TypeVar("T")
 

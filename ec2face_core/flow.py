@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_floats, check_same_shape, check_times
+from .guards.checks import check_floats, check_same_shape, check_times
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ from .backbone import (
     load_backbone,
     warn_of_lost_words,
 )
-from .config import BackboneConfig, Config, UserError, resolve
+from .config import BackboneConfig, Config, UserError
+from .io.paths import resolve
 from .mask_branch import mask_latents_of
 from .runs import content_key, parallel, path_digest, remove_leftovers, write_tensors
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attributes import NUM_CLASSES, one_hot, pixel_counts
-from .checks import (
+from .config import LossConfig
+from .guards.checks import (
     check_broadcasts,
     check_floats,
     check_labels,
@@ -30,7 +31,6 @@ from .checks import (
     check_tensor,
     check_times,
 )
-from .config import LossConfig
 
 ROUNDING = 1e-3  # by which a probability may exceed [0, 1]
 

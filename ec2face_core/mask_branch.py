@@ -40,8 +40,8 @@ from .attributes import palette_image
 from .backbone import TextEmbedding, encode_images, pack, position_ids, unpack
 from .config import LoraConfig
 from .fast.transfer import send
+from .io.sums import check_sums, list_sums
 from .runs import write_tensors
-from .sums import check_sums, list_sums
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -459,7 +459,7 @@ def read_mask_lora(folder: Path | str) -> tuple[LoraConfig, int]:
 
     Raises:
         FileNotFoundError: there is no LoRA.
-        DamagedError: the file is not the one that was kept (`sums.py`).
+        DamagedError: the file is not the one that was kept (`io/sums.py`).
         ValueError: the file is damaged, or no mask LoRA.
     """
     from safetensors import SafetensorError, safe_open

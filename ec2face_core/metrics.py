@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .attributes import CLASSES, GROUPS, NUM_CLASSES, pixel_counts
-from .checks import check_floats, check_labels, check_same_shape, check_tensor
+from .guards.checks import check_floats, check_labels, check_same_shape, check_tensor
 
 RECALL = ("OAA", "HFA", "NFA", "RFA")
 

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attributes import FACER_TO_CELEBAMASK
-from .config import PerceptionConfig, UserError, resolve
+from .config import PerceptionConfig, UserError
 from .fast.transfer import send
-from .sums import DamagedError, check_sums
-from .texts import lost_texts
+from .io.paths import resolve
+from .io.sums import DamagedError, check_sums
+from .io.texts import lost_texts
 
 # our channel c = facer channel FACER_CHANNEL[c]: the inverse of FACER_TO_CELEBAMASK
 FACER_CHANNEL = torch.tensor(FACER_TO_CELEBAMASK).argsort()

@@ -27,8 +27,12 @@ from PIL import Image
 from torch import Tensor
 
 from .backbone import decode_latents, encode_text, load_backbone, warn_of_lost_words
-from .checks import NotFiniteError, check_floats, check_number, check_texts
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
+from .guards.checks import NotFiniteError, check_floats, check_number, check_texts
+from .io.masks import mask_ids, split_masks
+from .io.paths import user_path
+from .io.sums import check_sums
+from .io.texts import clean
 from .mask_branch import (
     ADAPTER,
     MaskKVCache,
@@ -40,10 +44,6 @@ from .mask_branch import (
     read_mask_lora,
     save_mask_lora,
 )
-from .masks import mask_ids, split_masks
-from .paths import user_path
-from .sums import check_sums
-from .texts import clean
 
 MaskLike = Tensor | np.ndarray | Image.Image | str | Path
 
@@ -192,8 +192,8 @@ class EC2FacePipeline(DiffusionPipeline):
             mask: one mask or one per picture (None in the list: no mask for that picture). A mask
                 is a label map (int tensor or array `h w`; `b h w` is b masks), a PIL image or a
                 path: a palette or grey image of label ids, or an RGB image in the palette's
-                colours (`masks.py` has the rules). It has the picture's shape and is resized to its
-                size by the nearest pixel.
+                colours (`io/masks.py`). It has the picture's shape and is resized to its size by
+                the nearest pixel.
             num_inference_steps: Euler steps.
             guidance_scale: value of the guidance embedding; default: the model's own.
             text_guidance: classifier-free guidance scale `s_t` of the text (see

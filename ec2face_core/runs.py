@@ -31,9 +31,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .config import ROOT, Config, resolve, user_path
-from .parent import tie_to
-from .paths import CODE
+from .config import Config
+from .guards.parent import tie_to
+from .io.paths import CODE, ROOT, resolve, user_path
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -168,7 +168,7 @@ def content_key(parts: Any, digits: int = 12) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:digits]
 
 
-SUMS = "SHA256SUMS"  # lists of hashes, see `sums.py`
+SUMS = "SHA256SUMS"  # lists of hashes, see `io/sums.py`
 LARGE = 32 * 2**20  # bytes above which a file is known by samples of its content
 FRESH = 2 * 10**9  # nanoseconds in which a second change of a file might not show in its times
 SAMPLES = 33  # of 1 MB each, the first and the last among them

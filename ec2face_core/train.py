@@ -18,9 +18,10 @@ from collections.abc import Sequence
 
 from torch import distributed
 
-from .checks import number
-from .config import VARIANTS, add_config_options, cli, config_from_args, user_path
-from .parent import end_with_parent
+from .config import VARIANTS, add_config_options, cli, config_from_args
+from .guards.checks import number
+from .guards.parent import end_with_parent
+from .io.paths import user_path
 
 
 @cli

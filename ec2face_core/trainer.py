@@ -36,8 +36,7 @@ from .checkpoints import (
     training_identity,
     training_tensors,
 )
-from .checks import NotFiniteError
-from .config import VARIANTS, Config, ConfigError, adapter_name, user_path
+from .config import VARIANTS, Config, ConfigError, adapter_name
 from .consistency import PixelConsistency
 from .data import open_dataset
 from .fast.blocks import attention_kernel, prepare_blocks
@@ -45,6 +44,9 @@ from .fast.importance import pixel_loss_probability
 from .fast.sharding import average_gradients, shard_base
 from .fast.transfer import send
 from .flow import interpolate, reverse_estimate, target_velocity
+from .guards.checks import NotFiniteError
+from .guards.ranks import agree, locked, make_accelerator
+from .io.paths import user_path
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
 from .losses import flow_matching_loss, latent_weights, total_loss
 from .mask_branch import (
@@ -55,7 +57,6 @@ from .mask_branch import (
     save_mask_lora,
 )
 from .perception import ClipScorer, FaceParser
-from .ranks import agree, locked, make_accelerator
 from .runs import (
     add_metrics,
     cut_metrics,

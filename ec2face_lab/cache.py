@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ec2face_core.config import Config, ConfigError, resolve
+from ec2face_core.config import Config, ConfigError
 from ec2face_core.data import FaceDataset
+from ec2face_core.io.paths import resolve
 from ec2face_core.runs import content_key, file_sha256, remove_leftovers, whole_file, write_json
 
 if TYPE_CHECKING:

@@ -22,9 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from ec2face_core.config import ROOT
-from ec2face_core.parent import END_WITH_PARENT, tie_to
-from ec2face_core.paths import CODE
+from ec2face_core.guards.parent import END_WITH_PARENT, tie_to
+from ec2face_core.io.paths import CODE, ROOT
 
 LAST_LINES = 30
 LOGS = ROOT / "runs" / "logs"

@@ -26,7 +26,9 @@ from typing import Any
 
 import ec2face_core
 import ec2face_lab
-from ec2face_core.config import ROOT, Config, ConfigError, resolve
+from ec2face_core.config import Config, ConfigError
+from ec2face_core.data import open_dataset
+from ec2face_core.io.paths import ROOT, resolve
 from ec2face_core.runs import content_key, path_digest, provenance, remove_leftovers, write_json
 
 from .cache import code_digest
@@ -68,6 +70,7 @@ def run_notebooks(
     out = config.run_dir / "notebooks"
     print(f"{len(assigned)} notebooks, profile {config.profile}; logs in {_shown(out)}", flush=True)
     started = time.monotonic()
+    make_data(config)
     failed: list[str] = []
     width = max(len(notebook.stem) for notebook in assigned)
     for notebook, parameters in assigned.items():
@@ -85,6 +88,13 @@ def run_notebooks(
     verdict = f"FAILED: {', '.join(failed)}" if failed else "all up to date"
     print(f"{verdict} after {time.monotonic() - started:.0f} s", flush=True)
     return not failed
+
+
+def make_data(config: Config) -> None:
+    """Make the procedural faces of a profile, which are part of every notebook's identity."""
+    if config.data.procedural:
+        for split in ("test", "zero_shot"):
+            open_dataset(config, split)
 
 
 def select(folder: Path, only: Iterable[str] = ()) -> list[Path]:

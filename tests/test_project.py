@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import ec2face_core
-from ec2face_core.config import ROOT
+from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import path_digest
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ec2face_core.config import resolve
+from ec2face_core.io.paths import resolve
 from ec2face_lab.world import pool, pretrain, pretrain_flux, training
 from ec2face_lab.world.sources import Portraits
 

@@ -13,7 +13,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ec2face_core.config import Config, ConfigError, resolve
+from ec2face_core.config import Config, ConfigError
+from ec2face_core.io.paths import resolve
 
 if TYPE_CHECKING:
     import torch

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ec2face_core.backbone import TextEmbedding, decode_latents, encode_text, load_backbone
-from ec2face_core.config import Config, resolve
+from ec2face_core.config import Config
 from ec2face_core.flow import interpolate, sample_timesteps, target_velocity
+from ec2face_core.io.paths import resolve
 from ec2face_core.losses import flow_matching_loss
 from ec2face_core.mask_branch import (
     MaskKVCache,

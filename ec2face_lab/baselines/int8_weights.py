@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ec2face_core.io.sums import DamagedError, check_sums, list_sums
 from ec2face_core.runs import write_tensors
-from ec2face_core.sums import DamagedError, check_sums, list_sums
 
 SMALLEST = 1024  # elements of a tensor that is kept in 8 bits
 

@@ -28,10 +28,10 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from ec2face_core.data import is_dropping, without_padding
-from ec2face_core.pictures import IMAGE_SUFFIXES, open_picture, read_image
-from ec2face_core.report import DataError, Report
+from ec2face_core.io.pictures import IMAGE_SUFFIXES, open_picture, read_image
+from ec2face_core.io.report import DataError, Report
+from ec2face_core.io.texts import Row
 from ec2face_core.runs import content_key, parallel, path_digest, whole_file
-from ec2face_core.texts import Row
 
 CAPTIONS = 10  # of a face in MM-CelebA-HQ; the keys of PixelFace+ count them
 

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from ec2face_core.attributes import one_hot, palette_image
-from ec2face_core.config import Config, ConfigError, resolve
+from ec2face_core.config import Config, ConfigError
 from ec2face_core.data import FaceDataset
+from ec2face_core.io.paths import resolve
 from ec2face_core.perception import ClipScorer
 from ec2face_core.runs import path_digest
 

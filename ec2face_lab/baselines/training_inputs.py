@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ec2face_core.config import Config, ConfigError, resolve
+from ec2face_core.config import Config, ConfigError
 from ec2face_core.data import open_dataset
+from ec2face_core.io.paths import resolve
 from ec2face_core.perception import LOCAL_DIR
 from ec2face_core.runs import path_digest, write_json
 

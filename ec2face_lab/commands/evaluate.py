@@ -13,10 +13,11 @@ import argparse
 import os
 from pathlib import Path
 
-from ec2face_core.config import VARIANTS, Config, ConfigError, config_from_args, user_path
+from ec2face_core.config import VARIANTS, Config, ConfigError, config_from_args
 from ec2face_core.data import FaceDataset, open_dataset
-from ec2face_core.report import Report
-from ec2face_core.texts import read_manifest
+from ec2face_core.io.paths import user_path
+from ec2face_core.io.report import Report
+from ec2face_core.io.texts import read_manifest
 
 from ..baselines.official import LAYOUTS, SYSTEM_OF, adopt
 from ..cache import write_frame

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from ec2face_core.checks import number
-from ec2face_core.config import Config, add_config_options, config_from_args, user_path
+from ec2face_core.config import Config, add_config_options, config_from_args
+from ec2face_core.guards.checks import number
+from ec2face_core.io.paths import user_path
 from ec2face_core.train import leave_group
 
 from ..study.painters import METHODS

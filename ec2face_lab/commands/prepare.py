@@ -21,17 +21,11 @@ from pathlib import Path
 
 import torch
 
-from ec2face_core.checks import number
-from ec2face_core.config import (
-    ROOT,
-    Config,
-    add_config_options,
-    config_from_args,
-    resolve,
-    user_path,
-)
+from ec2face_core.config import Config, add_config_options, config_from_args
+from ec2face_core.guards.checks import number
+from ec2face_core.io.paths import ROOT, resolve, user_path
+from ec2face_core.io.texts import read_manifest
 from ec2face_core.perception import FaceParser
-from ec2face_core.texts import read_manifest
 
 from ..prepare.convert import from_celebamask_hq, from_merged
 from ..prepare.inventory import (

@@ -20,8 +20,9 @@ import argparse
 
 import torch
 
-from ec2face_core.checks import number
-from ec2face_core.config import ROOT, UserError, load_profile, user_path
+from ec2face_core.config import UserError, load_profile
+from ec2face_core.guards.checks import number
+from ec2face_core.io.paths import ROOT, user_path
 from ec2face_core.runs import whole_file
 
 from ..world import pool, pretrain, pretrain_flux, pretrain_perception

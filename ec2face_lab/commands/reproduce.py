@@ -13,8 +13,9 @@ import argparse
 import signal
 import sys
 
-from ec2face_core.checks import number
-from ec2face_core.config import ROOT, ConfigError, load_profile, user_path
+from ec2face_core.config import ConfigError, load_profile
+from ec2face_core.guards.checks import number
+from ec2face_core.io.paths import ROOT, user_path
 
 from ..reproduce import assign, run_notebooks, select
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ec2face_core.config import ROOT, Config
+from ec2face_core.config import Config
+from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import provenance, whole_file, write_json
 
 from .render_tables import render_latex, render_markdown

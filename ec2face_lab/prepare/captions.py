@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID
-from ec2face_core.report import DataError
-from ec2face_core.texts import LINE_END, read_text
+from ec2face_core.io.report import DataError
+from ec2face_core.io.texts import LINE_END, read_text
 
 T = TypeVar("T")
 FaceAttributes = Mapping[str, "bool | str"]

@@ -31,11 +31,11 @@ from ec2face_core.data import (
     paired,
     report_missing,
 )
-from ec2face_core.masks import check_ids, read_mask, read_part
-from ec2face_core.pictures import IMAGE_SUFFIXES, is_plain, read_image
-from ec2face_core.report import DataError, Report
+from ec2face_core.io.masks import check_ids, read_mask, read_part
+from ec2face_core.io.pictures import IMAGE_SUFFIXES, is_plain, read_image
+from ec2face_core.io.report import DataError, Report
+from ec2face_core.io.texts import MANIFEST_COLUMNS, read_captions
 from ec2face_core.runs import parallel, whole_file
-from ec2face_core.texts import MANIFEST_COLUMNS, read_captions
 
 from .captions import FaceAttributes, captions_from_mask, celeba_attributes
 from .captions import captions as compose

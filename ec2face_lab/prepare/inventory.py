@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from ec2face_core.backbone import is_hub_id
-from ec2face_core.config import Config, resolve
+from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset, file_id, files_by_id, is_dropping, open_dataset, paired
+from ec2face_core.io.paths import resolve
+from ec2face_core.io.pictures import IMAGE_SUFFIXES, read_image
+from ec2face_core.io.report import DataError, Report
 from ec2face_core.perception import LOCAL_DIR, FaceParser, WeightsError, check_torchscript
-from ec2face_core.pictures import IMAGE_SUFFIXES, read_image
-from ec2face_core.report import DataError, Report
 
 from . import weights
 from .convert import PART_FOLDERS, celebamask_files, paint_parts

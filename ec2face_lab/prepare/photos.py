@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, CLASSES, FLIP_PAIRS, NUM_CLASSES
-from ec2face_core.masks import read_mask
+from ec2face_core.io.masks import read_mask
+from ec2face_core.io.pictures import is_plain, open_picture, to_rgb
+from ec2face_core.io.report import DataError, Report
 from ec2face_core.perception import FaceParser, WeightsError
-from ec2face_core.pictures import is_plain, open_picture, to_rgb
-from ec2face_core.report import DataError, Report
 from ec2face_core.runs import whole_file
 
 from .convert import clear_others, from_merged

@@ -17,11 +17,11 @@ import numpy as np
 from ec2face_core.attributes import CLASS_ID, FLIP_PAIRS
 from ec2face_core.config import Config
 from ec2face_core.data import SUFFIXES, files_by_id, report_missing
-from ec2face_core.masks import read_mask
-from ec2face_core.pictures import read_image
-from ec2face_core.report import DataError, Report
+from ec2face_core.io.masks import read_mask
+from ec2face_core.io.pictures import read_image
+from ec2face_core.io.report import DataError, Report
+from ec2face_core.io.texts import Row, describe_loss, lost_texts, read_captions, read_manifest
 from ec2face_core.runs import parallel
-from ec2face_core.texts import Row, describe_loss, lost_texts, read_captions, read_manifest
 
 from .weights import local_folder
 

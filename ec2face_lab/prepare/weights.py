@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ec2face_core.backbone import is_hub_id
-from ec2face_core.config import resolve
+from ec2face_core.io.paths import resolve
 from ec2face_core.perception import WeightsError, first_bytes
 from ec2face_core.runs import file_sha256
 

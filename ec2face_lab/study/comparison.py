@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ec2face_core.config import Config, ConfigError, adapter_dir, resolve
+from ec2face_core.config import Config, ConfigError, adapter_dir
 from ec2face_core.data import open_dataset
+from ec2face_core.io.paths import resolve
+from ec2face_core.io.sums import list_sums
 from ec2face_core.mask_branch import LORA_FILE
 from ec2face_core.runs import path_digest
-from ec2face_core.sums import list_sums
 
 from ..baselines import NEWER, PAPER, SYSTEMS, WEIGHTS, systems, trained, weights_dir
 from ..baselines.int8_weights import shared_file

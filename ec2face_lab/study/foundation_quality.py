@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, display_name
-from ec2face_core.config import Config, resolve
+from ec2face_core.config import Config
 from ec2face_core.data import open_dataset
+from ec2face_core.io.paths import resolve
 from ec2face_core.metrics import psnr
 
 from .intervals import bootstrap_interval

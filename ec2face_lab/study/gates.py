@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, pixel_counts
 from ec2face_core.backbone import decode_latents, encode_images
-from ec2face_core.config import Config, resolve
+from ec2face_core.config import Config
+from ec2face_core.io.paths import resolve
 from ec2face_core.metrics import MaskAccuracy, mask_accuracy
 from ec2face_core.perception import ClipScorer, FaceParser
 from ec2face_core.pipeline import EC2FacePipeline

@@ -22,7 +22,8 @@ from ec2face_core.attributes import (
     display_name,
     pixel_counts,
 )
-from ec2face_core.config import Config, resolve
+from ec2face_core.config import Config
+from ec2face_core.io.paths import resolve
 from ec2face_core.losses import class_weights, latent_weights, long_tail_weights
 from ec2face_core.runs import parallel
 

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ec2face_core.config import VARIANTS, BackboneConfig, Config, ConfigError, adapter_dir, resolve
+from ec2face_core.config import VARIANTS, BackboneConfig, Config, ConfigError, adapter_dir
 from ec2face_core.data import FaceDataset
+from ec2face_core.io.paths import resolve
+from ec2face_core.io.texts import LostWordsWarning
 from ec2face_core.mask_branch import ADAPTER, LORA_FILE
 from ec2face_core.perception import LOCAL_DIR
 from ec2face_core.runs import path_digest
-from ec2face_core.texts import LostWordsWarning
 
 from ..baselines import SYSTEMS, WEIGHTS, load, systems, weights_dir
 from ..baselines.int8_weights import shared_file

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ec2face_core.checks import NotFiniteError
-from ec2face_core.pictures import read_image
-from ec2face_core.report import DataError
+from ec2face_core.guards.checks import NotFiniteError
+from ec2face_core.io.pictures import read_image
+from ec2face_core.io.report import DataError
 from ec2face_core.runs import parallel, whole_file
 
 

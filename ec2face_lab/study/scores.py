@@ -21,15 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ec2face_core.attributes import CLASSES, pixel_counts
-from ec2face_core.checks import check_number, check_same_shape
-from ec2face_core.config import Config, ConfigError, resolve
+from ec2face_core.config import Config, ConfigError
 from ec2face_core.data import FaceDataset, files_by_id, open_dataset, paired, report_missing
+from ec2face_core.guards.checks import check_number, check_same_shape
+from ec2face_core.io.paths import resolve
+from ec2face_core.io.pictures import IMAGE_SUFFIXES, read_image
+from ec2face_core.io.report import DataError, Report
+from ec2face_core.io.texts import LostWordsWarning, describe_loss
 from ec2face_core.metrics import mask_counts
 from ec2face_core.perception import LOCAL_DIR, ClipScorer, FaceParser
-from ec2face_core.pictures import IMAGE_SUFFIXES, read_image
-from ec2face_core.report import DataError, Report
 from ec2face_core.runs import content_key, parallel, path_digest, whole_file
-from ec2face_core.texts import LostWordsWarning, describe_loss
 
 from ..cache import code_digest, data_digest, is_whole, record_hash, write_frame
 from .png import read_picture

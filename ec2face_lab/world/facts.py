@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ec2face_core.io.sums import check_sums, list_sums
 from ec2face_core.runs import write_tensors
-from ec2face_core.sums import check_sums, list_sums
 
 from ..prepare.captions import HAIR_WORDS, fact_name
 

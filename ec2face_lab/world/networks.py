@@ -24,9 +24,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ec2face_core.attributes import NUM_CLASSES
 from ec2face_core.backbone import Backbone
+from ec2face_core.io.sums import list_sums
 from ec2face_core.perception import CLIP_MEAN, CLIP_STD
 from ec2face_core.runs import whole_file, write_json, write_tensors
-from ec2face_core.sums import list_sums
 
 # ------------------------------------------------------------------------------------ the FLUX
 

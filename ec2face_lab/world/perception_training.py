@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ec2face_core.config import ROOT, load_profile
+from ec2face_core.config import load_profile
+from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import content_key, provenance
 
 from .networks import MiniParserNet, ParserNet

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ec2face_core.attributes import pixel_counts
 from ec2face_core.backbone import Backbone
-from ec2face_core.config import ROOT, resolve
+from ec2face_core.io.paths import ROOT, resolve
 from ec2face_core.losses import class_weights
 from ec2face_core.metrics import psnr
 from ec2face_core.runs import read_metrics, whole_file, write_json

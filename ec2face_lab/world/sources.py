@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ec2face_core.attributes import NUM_CLASSES, PALETTE, flip_labels
 from ec2face_core.data import FaceDataset
+from ec2face_core.io.texts import MANIFEST_COLUMNS
 from ec2face_core.runs import part_name, remove, remove_leftovers
-from ec2face_core.texts import MANIFEST_COLUMNS
 
 from ..prepare.captions import attributes_from_mask, captions
 from . import rendering, scenes

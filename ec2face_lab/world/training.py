@@ -29,7 +29,7 @@ from ec2face_core.checkpoints import (
     save_checkpoint,
     training_tensors,
 )
-from ec2face_core.ranks import locked
+from ec2face_core.guards.ranks import locked
 from ec2face_core.runs import add_metrics, cut_metrics
 from ec2face_core.trainer import learning_rate
 

@@ -19,6 +19,7 @@ from ec2face_core.backbone import (
     unpack,
 )
 from ec2face_core.config import BackboneConfig, LoraConfig
+from ec2face_core.io.sums import DamagedError
 from ec2face_core.mask_branch import (
     LORA_FILE,
     add_mask_lora,
@@ -27,7 +28,6 @@ from ec2face_core.mask_branch import (
     read_mask_lora,
     save_mask_lora,
 )
-from ec2face_core.sums import DamagedError
 from ec2face_lab.world.networks import tiny_backbone
 
 CORPUS = [

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from ec2face_core import attributes, losses
-from ec2face_core.checks import check_labels, check_number, check_texts, number
 from ec2face_core.config import (
     Config,
     ConfigError,
@@ -20,6 +19,7 @@ from ec2face_core.config import (
     parse_override,
 )
 from ec2face_core.flow import interpolate, reverse_estimate, target_velocity
+from ec2face_core.guards.checks import check_labels, check_number, check_texts, number
 from ec2face_core.metrics import accuracy_from_counts, mask_accuracy, psnr
 
 B, SIDE = 2, 8
@@ -327,7 +327,7 @@ def test_the_pipeline_refuses_nonsense(pipe, arguments, error, message):
 
 def test_a_picture_that_is_not_finite_is_never_returned(pipe, monkeypatch):
     from ec2face_core import pipeline
-    from ec2face_core.checks import NotFiniteError
+    from ec2face_core.guards.checks import NotFiniteError
 
     decode = pipeline.decode_latents
     monkeypatch.setattr(pipeline, "decode_latents", lambda vae, z: decode(vae, z) * NAN)

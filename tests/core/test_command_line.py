@@ -5,17 +5,11 @@ import subprocess
 
 import pytest
 
-from ec2face_core.config import (
-    ConfigError,
-    add_config_options,
-    cli,
-    config_from_args,
-    load_profile,
-    user_path,
-)
+from ec2face_core.config import ConfigError, add_config_options, cli, config_from_args, load_profile
+from ec2face_core.io.paths import user_path
+from ec2face_core.io.report import DataError
 from ec2face_core.latents import CacheError
 from ec2face_core.perception import WeightsError
-from ec2face_core.report import DataError
 
 
 def options(*arguments):

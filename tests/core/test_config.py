@@ -10,7 +10,6 @@ import yaml
 
 from ec2face_core.config import (
     PROFILES,
-    ROOT,
     VARIANTS,
     Config,
     ConfigError,
@@ -18,9 +17,8 @@ from ec2face_core.config import (
     load_config,
     load_profile,
     parse_override,
-    resolve,
-    user_path,
 )
+from ec2face_core.io.paths import ROOT, resolve, user_path
 
 
 def test_the_paper_profile_has_the_values_of_the_paper():

@@ -13,8 +13,8 @@ from PIL import Image
 from ec2face_core.attributes import CLASS_ID, PALETTE, pixel_counts
 from ec2face_core.config import ConfigError, load_profile
 from ec2face_core.data import FaceDataset, collate, open_dataset
-from ec2face_core.masks import labels_from_palette
-from ec2face_core.report import DataError
+from ec2face_core.io.masks import labels_from_palette
+from ec2face_core.io.report import DataError
 from ec2face_lab.prepare.validate import validate
 
 

@@ -12,9 +12,9 @@ import torch
 from face_files import label_map
 from PIL import Image
 
-from ec2face_core import pictures
 from ec2face_core.attributes import NUM_CLASSES, PALETTE
-from ec2face_core.masks import (
+from ec2face_core.io import pictures
+from ec2face_core.io.masks import (
     image_ids,
     labels_from_palette,
     mask_ids,
@@ -22,7 +22,7 @@ from ec2face_core.masks import (
     read_part,
     split_masks,
 )
-from ec2face_core.report import DataError
+from ec2face_core.io.report import DataError
 
 FLAT = [value for rgb in PALETTE for value in rgb]
 COLOURS = np.array(PALETTE, np.uint8)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ec2face_core.config import add_config_options, config_from_args, load_profile
-from ec2face_core.paths import CODE, ROOT, PathError, resolve, user_path, user_setting
+from ec2face_core.io.paths import CODE, ROOT, PathError, resolve, user_path, user_setting
 from ec2face_core.runs import read_metrics
 
 
@@ -85,9 +85,9 @@ def test_a_run_folder_is_the_users(monkeypatch, tmp_path):
 def paths_of(folder: Path, monkeypatch, root: str = "") -> dict:
     """The names of `paths.py` in a package that lies elsewhere, with this EC2FACE_ROOT."""
     monkeypatch.setenv("EC2FACE_ROOT", root)
-    target = folder / "ec2face_core"
+    target = folder / "ec2face_core" / "io"
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copy(CODE / "ec2face_core" / "paths.py", target)
+    shutil.copy(CODE / "ec2face_core" / "io" / "paths.py", target)
     return runpy.run_path(str(target / "paths.py"))
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from ec2face_core import pictures
 from ec2face_core.data import files_by_id, is_dropping, paired, visible_files
-from ec2face_core.pictures import is_plain, open_picture, read_image
-from ec2face_core.report import DataError, Report
+from ec2face_core.io import pictures
+from ec2face_core.io.pictures import is_plain, open_picture, read_image
+from ec2face_core.io.report import DataError, Report
 
 SIDE = 16
 JPEG_ERROR = 6  # levels on smooth pictures at quality 100

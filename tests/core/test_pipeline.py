@@ -216,7 +216,7 @@ def test_prompts_are_read_as_captions_are(pipe):
 
 
 def test_words_that_are_cut_are_told(pipe):
-    from ec2face_core.texts import LostWordsWarning
+    from ec2face_core.io.texts import LostWordsWarning
 
     long = "she has wavy hair. " * 9 + "she wears a red hat."
     with pytest.warns(LostWordsWarning, match=r"1 of 2 texts are longer than T5 .*red hat") as told:
@@ -319,7 +319,7 @@ def test_pickles_of_the_hub_are_not_opened(monkeypatch, tmp_path):
     """Nor is a folder whose weights are others than its list says."""
     from diffusers import DiffusionPipeline
 
-    from ec2face_core.sums import DamagedError, list_sums
+    from ec2face_core.io.sums import DamagedError, list_sums
 
     seen = []
     monkeypatch.setattr(

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ec2face_core.config import ROOT, ConfigError
-from ec2face_core.ranks import agree, locked
+from ec2face_core.config import ConfigError
+from ec2face_core.guards.ranks import agree, locked
+from ec2face_core.io.paths import ROOT
 
 
 def test_a_second_training_is_refused_with_the_name_of_the_first(tmp_path):
@@ -28,7 +29,7 @@ def test_a_second_training_is_refused_with_the_name_of_the_first(tmp_path):
 
 def test_the_lock_of_a_killed_training_is_lifted(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from ec2face_core.ranks import locked\n"
+        "import sys, time; from pathlib import Path; from ec2face_core.guards.ranks import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(
@@ -55,7 +56,7 @@ def test_ranks_that_see_different_checkpoints_do_not_begin(monkeypatch):
 
 
 CHILD = (
-    "import time; from ec2face_core.parent import end_with_parent\n"
+    "import time; from ec2face_core.guards.parent import end_with_parent\n"
     "end_with_parent(); print('up', flush=True); time.sleep(60)"
 )
 

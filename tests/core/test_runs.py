@@ -11,7 +11,8 @@ import torch
 
 from ec2face_core import runs
 from ec2face_core.checkpoints import newest_checkpoint, save_checkpoint
-from ec2face_core.config import ROOT, load_profile
+from ec2face_core.config import load_profile
+from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import (
     content_key,
     path_digest,

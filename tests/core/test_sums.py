@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ec2face_core.config import ROOT
+from ec2face_core.io.paths import ROOT
+from ec2face_core.io.sums import DamagedError, check_sums, list_sums, weights_digest
 from ec2face_core.runs import (
     LARGE,
     part_name,
@@ -20,7 +21,6 @@ from ec2face_core.runs import (
     remove_leftovers,
     write_tensors,
 )
-from ec2face_core.sums import DamagedError, check_sums, list_sums, weights_digest
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from face_files import write_root
 
 from ec2face_core.backbone import warn_of_lost_words
 from ec2face_core.data import FaceDataset
-from ec2face_core.report import DataError, Report
-from ec2face_core.texts import (
+from ec2face_core.io.report import DataError, Report
+from ec2face_core.io.texts import (
     MANIFEST_COLUMNS,
     LostWordsWarning,
     Row,

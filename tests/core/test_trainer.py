@@ -19,7 +19,8 @@ from ec2face_core import train
 from ec2face_core import trainer as trainer_module
 from ec2face_core.backbone import load_backbone
 from ec2face_core.checkpoints import newest_checkpoint
-from ec2face_core.config import ROOT, Config, ConfigError, load_profile, resolve
+from ec2face_core.config import Config, ConfigError, load_profile
+from ec2face_core.io.paths import ROOT, resolve
 from ec2face_core.mask_branch import load_mask_lora, predict_velocity, read_mask_lora
 from ec2face_core.runs import read_metrics
 from ec2face_core.trainer import Trainer, learning_rate

@@ -11,8 +11,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads ruin sha
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ec2face_core.config import ROOT, Config, load_profile
+from ec2face_core.config import Config, load_profile
 from ec2face_core.data import open_dataset
+from ec2face_core.io.paths import ROOT
 
 
 def make_world(work: Path, steps: int = 8) -> Config:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from figure_checks import texts
 
-from ec2face_core import paths, runs
+from ec2face_core import runs
 from ec2face_core.backbone import load_backbone
-from ec2face_core.config import Config, ConfigError, adapter_dir, resolve
+from ec2face_core.config import Config, ConfigError, adapter_dir
 from ec2face_core.data import open_dataset
+from ec2face_core.io import paths
+from ec2face_core.io.paths import resolve
 from ec2face_core.runs import path_digest
 from ec2face_lab.__main__ import main
 from ec2face_lab.baselines import SYSTEMS, WEIGHTS, build, load, systems, weights_dir

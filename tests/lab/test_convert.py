@@ -12,7 +12,7 @@ from PIL import Image
 
 from ec2face_core.attributes import CLASS_ID, PALETTE
 from ec2face_core.data import FaceDataset
-from ec2face_core.report import DataError
+from ec2face_core.io.report import DataError
 from ec2face_lab.prepare.captions import celeba_attributes
 from ec2face_lab.prepare.convert import from_celebamask_hq, from_merged, paint_parts
 from ec2face_lab.prepare.validate import validate

@@ -9,8 +9,8 @@ from PIL import Image
 
 from ec2face_core.attributes import CLASSES, pixel_counts
 from ec2face_core.config import Config
+from ec2face_core.io.report import DataError
 from ec2face_core.metrics import OVERLAP, accuracy_from_counts
-from ec2face_core.report import DataError
 from ec2face_lab.__main__ import main
 from ec2face_lab.plots.save import COLUMNS
 from ec2face_lab.prepare.captions import caption_facts

@@ -13,10 +13,10 @@ from PIL import Image, PngImagePlugin
 
 from ec2face_core.attributes import NUM_CLASSES, PALETTE
 from ec2face_core.data import FaceDataset
-from ec2face_core.masks import read_mask
-from ec2face_core.pictures import ORIENTATION
-from ec2face_core.report import DataError, Report
-from ec2face_core.texts import Row, read_manifest
+from ec2face_core.io.masks import read_mask
+from ec2face_core.io.pictures import ORIENTATION
+from ec2face_core.io.report import DataError, Report
+from ec2face_core.io.texts import Row, read_manifest
 from ec2face_lab.__main__ import main
 from ec2face_lab.baselines.official import adopt, find_pictures
 from ec2face_lab.prepare.captions import celeba_attributes

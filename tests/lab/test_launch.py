@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ec2face_core.config import ROOT
+from ec2face_core.io.paths import ROOT
 from ec2face_lab import launch
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ec2face_core.config import ROOT
+from ec2face_core.io.paths import ROOT
 from ec2face_lab.__main__ import COMMANDS, main
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from ec2face_core.config import ROOT, load_profile
+from ec2face_core.config import load_profile
+from ec2face_core.io.paths import ROOT
 from ec2face_lab.__main__ import main
 
 FIGURES = [*(f"fig{i}" for i in range(1, 9)), "newer"]

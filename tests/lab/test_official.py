@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from ec2face_core.data import open_dataset
-from ec2face_core.report import DataError
-from ec2face_core.texts import MANIFEST_COLUMNS, Row
+from ec2face_core.io.report import DataError
+from ec2face_core.io.texts import MANIFEST_COLUMNS, Row
 from ec2face_lab.__main__ import main
 from ec2face_lab.baselines.official import LAYOUTS, adopt, find_pictures
 

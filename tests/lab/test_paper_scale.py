@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from ec2face_core.attributes import CLASSES
-from ec2face_core.config import ROOT, Config, load_profile
+from ec2face_core.config import Config, load_profile
 from ec2face_core.data import FaceDataset
+from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import read_metrics
 from ec2face_lab import launch
 from ec2face_lab.__main__ import main

@@ -11,8 +11,8 @@ from face_files import canonical_points, coloured, detect, label_map, save_colou
 from PIL import Image
 
 from ec2face_core.data import FaceDataset
+from ec2face_core.io.report import DataError
 from ec2face_core.perception import FaceParser, WeightsError
-from ec2face_core.report import DataError
 from ec2face_lab.prepare import photos
 from ec2face_lab.prepare.validate import validate
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ec2face_core.config import ROOT, resolve
+from ec2face_core.io.paths import ROOT, resolve
 from ec2face_lab.world import pool as pools
 from ec2face_lab.world.networks import tiny_backbone
 from ec2face_lab.world.pool import CAPTIONS, Pool, encode_captions

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from ec2face_core.attributes import CLASS_ID, NUM_CLASSES, flip_labels
-from ec2face_core.config import ROOT
 from ec2face_core.data import FaceDataset
-from ec2face_core.masks import read_mask
+from ec2face_core.io.masks import read_mask
+from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import parallel
 from ec2face_lab.prepare.convert import from_merged
 from ec2face_lab.prepare.validate import validate

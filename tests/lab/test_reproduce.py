@@ -9,7 +9,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ec2face_core.config import ROOT, ConfigError, load_profile
+from ec2face_core.config import ConfigError, load_profile
+from ec2face_core.io.paths import ROOT
 from ec2face_lab import reproduce
 from ec2face_lab.__main__ import main
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ec2face_core.config import ROOT
+from ec2face_core.io.paths import ROOT
 from ec2face_core.perception import WeightsError, check_torchscript
 
 

@@ -9,7 +9,7 @@ import pytest
 from face_files import label_map, save_image, save_mask, write_root
 from PIL import Image
 
-from ec2face_core.report import DataError
+from ec2face_core.io.report import DataError
 from ec2face_lab.prepare.validate import validate
 
 

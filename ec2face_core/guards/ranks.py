@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .config import ConfigError, TrainerConfig
+from ..config import ConfigError, TrainerConfig
 
 LOCK = ".lock"
 

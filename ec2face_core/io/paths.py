@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-CODE = Path(__file__).resolve().parent.parent  # the clone, or where the package is installed
+CODE = Path(__file__).resolve().parents[2]  # the clone, or where the package is installed
 NAMED = os.environ.get("EC2FACE_ROOT", "")
 ROOT = Path(NAMED).expanduser().absolute() if NAMED else CODE
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, DataConfig
-from .runs import part_name, remove, remove_leftovers, write_json
+from ..config import ConfigError, DataConfig
+from ..runs import part_name, remove, remove_leftovers, write_json
 
 RECIPE = "faces.json"
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .attributes import NUM_CLASSES, PALETTE
+from ..attributes import NUM_CLASSES, PALETTE
 from .pictures import decoded, open_header, upright
 from .report import DataError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import UserError
+from ..config import UserError
 
 SHOWN = 20  # lines of a report; the others are counted
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .config import UserError
-from .runs import SUMS, content_key, file_digest, path_digest, whole_file
+from ..config import UserError
+from ..runs import SUMS, content_key, file_digest, path_digest, whole_file
 
 FOLDERS = 3  # of a file and above it, in which a list may lie
 LARGEST = 2**30  # bytes of a file that is compared

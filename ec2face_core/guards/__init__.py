@@ -1,0 +1,1 @@
+"""Checks that refuse nonsense before it costs anything: settings, arguments, ranks, processes."""
