@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports missing CPU kernels otherwise
+# Norms keep float32 weights under autocast; torch then says that it takes the slower kernel.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 PARTS: dict[str, tuple[str, ...]] = {
     "transformer": ("transformer",),

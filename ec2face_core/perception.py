@@ -65,14 +65,14 @@ class FaceParser:
         check_sums(file)
         check_torchscript(file)
         _quiet()
-        import facer
-
         self.size = size
         self.device = torch.device(device)
         if self.device.type == "cuda":  # the script fuser fails on CUDA after a few calls
             torch._C._jit_set_texpr_fuser_enabled(False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # facer imports timm in an old manner
+            import facer
+
             # a str: facer iterates over a Path; float(): the miniature's file is half precision
             parser = facer.face_parser("farl/celebm/448", self.device, model_path=str(file)).float()
         self.net = parser.requires_grad_(False).eval().net
