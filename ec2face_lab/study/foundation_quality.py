@@ -1,4 +1,4 @@
-"""Notebook 00: the quality of the autoencoder, the parsers, the CLIPs and the base model."""
+"""Quality of the foundation: the autoencoder, the parsers, the CLIPs and the base model."""
 
 from __future__ import annotations
 

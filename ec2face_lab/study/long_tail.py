@@ -1,4 +1,4 @@
-"""Notebook 01: how often the classes occur (Fig. 5), and their weights (Eq. 10).
+"""The long tail: how often the classes occur (Fig. 5), and their weights (Eq. 10).
 
 Functions return numbers; `plots` shows them.
 """
