@@ -25,6 +25,7 @@ from .study.pages import PAGES, update
 from .study.verdicts import Results
 
 MANIFEST = "manifest.json"
+PLAIN = {"profile", "train", "seeds", "sweeps"}  # parameters that leave the experiment as it is
 GALLERY = ROOT / "docs" / "gallery"
 
 
@@ -84,6 +85,8 @@ def checked(notebooks: Sequence[Path], config: Config) -> dict[str, Outcome]:
             outcomes[notebook.stem] = outcome
             if outcome.dirty is not False:
                 reasons.append(f"{notebook.stem} ran with uncommitted changes")
+            if changed := sorted(set(outcome.parameters) - PLAIN):
+                reasons.append(f"{notebook.stem} ran with other parameters: {', '.join(changed)}")
     commits = sorted({str(outcome.commit)[:8] for outcome in outcomes.values()})
     if len(commits) > 1:
         reasons.append(f"the notebooks ran at several commits: {', '.join(commits)}")

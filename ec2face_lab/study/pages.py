@@ -62,11 +62,8 @@ def filled(text: str, config: Config) -> str:
 def six_claims(results: Results) -> str:
     """The claims that README shows: the paper's number, ours, the verdict."""
     answers = judged(results)
-    rows = [
-        (claim.statement, claim.paper, answers[claim.key].ours, answers[claim.key].verdict)
-        for claim in CLAIMS
-        if claim.key in SHOWN_CLAIMS
-    ]
+    claims = {claim.key: claim for claim in CLAIMS}
+    rows = [(claims[key].statement, claims[key].paper, *answers[key]) for key in SHOWN_CLAIMS]
     return markdown(("claim of the paper", "paper", "here", "verdict"), rows, "lrll")
 
 
