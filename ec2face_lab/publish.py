@@ -21,25 +21,32 @@ from ec2face_core.runs import git_state, write_json
 from .gallery import render
 from .reproduce import Outcome, up_to_date
 from .study.claims import judged
-from .study.pages import PAGES, update
+from .study.pages import PAGES, SHOWN, update
 from .study.verdicts import Results
 
 MANIFEST = "manifest.json"
 PLAIN = {"profile", "train", "seeds", "sweeps"}  # parameters that leave the experiment as it is
-GALLERY = ROOT / "docs" / "gallery"
+DOCS = ROOT / "docs"
+GALLERY = DOCS / "gallery"  # of the profile that the pages show
 
 
 class PublishError(UserError, ValueError):
     """Results that may not be published; the message names every reason."""
 
 
-def publish(notebooks: Sequence[Path], config: Config, gallery: Path = GALLERY) -> Path:
-    """Publish a run into `figures/<profile>`, the gallery and the pages; returns the manifest.
+def gallery_dir(config: Config) -> Path:
+    """Folder of a profile's rendered notebooks."""
+    return GALLERY if config.profile == SHOWN else DOCS / f"gallery-{config.profile}"
+
+
+def publish(notebooks: Sequence[Path], config: Config) -> Path:
+    """Publish a run into `figures/<profile>` and the gallery; returns the manifest.
+
+    The pages show profile `SHOWN`, so a run of it writes their numbers, too.
 
     Args:
         notebooks: all of them, in order.
         config: the profile.
-        gallery: folder of the rendered notebooks.
 
     Raises:
         PublishError: the tree is not clean, a notebook is not up to date, or they are not of one
@@ -58,8 +65,9 @@ def publish(notebooks: Sequence[Path], config: Config, gallery: Path = GALLERY) 
         os.replace(config.published_dir, old)
     os.replace(fresh, config.published_dir)
     shutil.rmtree(old, ignore_errors=True)
+    gallery = gallery_dir(config)
     _prune(gallery, make_gallery(notebooks, config, gallery))
-    for page in PAGES:
+    for page in PAGES if config.profile == SHOWN else ():
         update(ROOT / page, config)
     return config.published_dir / MANIFEST
 
@@ -123,7 +131,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def make_gallery(notebooks: Sequence[Path], config: Config, out: Path = GALLERY) -> list[Path]:
+def make_gallery(notebooks: Sequence[Path], config: Config, out: Path) -> list[Path]:
     """Render the executed copies of a run and return the written files.
 
     Args:

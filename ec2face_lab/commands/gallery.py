@@ -12,7 +12,7 @@ import argparse
 from ec2face_core.config import load_profile
 from ec2face_core.io.paths import ROOT, user_path
 
-from ..publish import GALLERY, make_gallery
+from ..publish import gallery_dir, make_gallery
 from ..reproduce import select
 
 
@@ -21,12 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--profile", default="mini", help="smoke, mini, paper or photos64")
     add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 05 06")
-    add("--out", type=user_path, default=GALLERY, metavar="DIR", help="folder of the pages")
+    add(
+        "--out",
+        type=user_path,
+        metavar="DIR",
+        help="folder of the pages; docs/gallery if not given",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the pages, and print how many and how large they are."""
     notebooks = select(ROOT / "notebooks", options.only)
-    files = make_gallery(notebooks, load_profile(options.profile), options.out)
+    config = load_profile(options.profile)
+    out = options.out or gallery_dir(config)
+    files = make_gallery(notebooks, config, out)
     size = sum(path.stat().st_size for path in files)
-    print(f"{options.out}: {len(notebooks)} pages, {len(files)} files, {size / 1e6:.1f} MB")
+    print(f"{out}: {len(notebooks)} pages, {len(files)} files, {size / 1e6:.1f} MB")

@@ -23,6 +23,7 @@ from .fairness import MARKS, kept_fairness
 from .summary import cell_of
 from .verdicts import EVALUATORS, HOLDS, Measured, Results, interval
 
+SHOWN = "mini"  # profile of the pages' numbers
 PAGES = ("README.md", "docs/results.md")
 PART = re.compile(r"(<!-- numbers: ([\w-]+) -->\n)(.*?)(<!-- end of numbers -->)", re.DOTALL)
 

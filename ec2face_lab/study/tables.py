@@ -36,8 +36,8 @@ from .summary import (
     per_face_row,
     summarise,
     summarise_difference,
-    verdict_of,
 )
+from .verdicts import verdict_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame

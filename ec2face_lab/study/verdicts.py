@@ -1,9 +1,10 @@
 """Verdicts on differences, and the words for intervals: the one place where both are made.
 
-A difference *holds* if its 95 % interval lies above a bound and the difference of every training
-does, too. One about attributes has to hold in recall, which is the paper's accuracy and rises with
-the painted area, and in F1. A difference from 0 has to survive Holm's adjustment over the claims of
-its table.
+`verdict` answers a claim; `verdict_of` says which side of a difference is higher. A claim *holds*
+if the 95 % interval of its difference lies above a bound and the difference of every training does,
+too. One about attributes has to hold in recall, which is the paper's accuracy and rises with the
+painted area, and in F1. A difference from 0 has to survive Holm's adjustment over the claims of its
+table.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ec2face_core.config import Config
 
 from ..plots.render_tables import SIGNIFICANT, decimals
 from ..plots.save import read_rows
-from .summary import F1_OF, shown_bounds
+from .summary import F1_OF, cell_of, shown_bounds
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -64,6 +65,30 @@ def _outcome(cell: Measured, bound: float) -> str:
     if cell.low > bound:
         return HOLDS if all(value > bound for value in cell.each) else "not for every seed"
     return FAILS if cell.high < bound else OPEN
+
+
+def verdict_of(rows: DataFrame, method: str, metric: str, critic: str = "independent") -> str:
+    """What a table of differences says of a method in a metric, and for attributes in its F1.
+
+    Returns:
+        higher, lower, not significant, or in which of recall and F1 alone it is so; followed by
+        `before Holm's adjustment` where the claim does not survive it.
+    """
+    found = []
+    p = nan
+    for name in (metric, F1_OF.get(metric)):
+        row = cell_of(rows, method, name, critic) if name else None
+        if row is not None:
+            found.append(int(row["ci_low"] > 0) - int(row["ci_high"] < 0))
+            p = float(row.get("p_holm", nan))
+    words = {1: "higher", -1: "lower"}
+    if not any(found):
+        return "not significant"
+    if len(found) == 2 and found[0] != found[1]:
+        parts = zip(found, ("recall", "F1"), strict=True)
+        said = [f"{words[sign]} in {name}" for sign, name in parts if sign]
+        return said[0] + " only" if len(said) == 1 else ", ".join(said)
+    return words[found[0]] + (" before Holm's adjustment" if p >= SIGNIFICANT else "")
 
 
 def interval(cell: Measured, sign: bool = True) -> str:

@@ -25,7 +25,7 @@ def config(tmp_path, monkeypatch):
     config = load_profile("smoke", profile=str(tmp_path / "run"))
     monkeypatch.setattr(type(config), "published_dir", tmp_path / "figures" / "smoke")
     monkeypatch.setattr(publish, "git_state", lambda: (COMMIT, False))
-    monkeypatch.setattr(publish, "PAGES", ())
+    monkeypatch.setattr(publish, "DOCS", tmp_path)
     return config
 
 
@@ -61,10 +61,10 @@ def test_publishing_copies_what_the_notebooks_made_and_lists_every_hash(tmp_path
     (config.figure_dir / "own_try.png").write_text("no notebook made this")
     config.published_dir.mkdir(parents=True)
     (config.published_dir / "older.png").write_text("of a notebook that is gone")
-    pages = tmp_path / "gallery"
-    pages.mkdir()
+    pages = publish.gallery_dir(config)
+    pages.mkdir(parents=True)
     (pages / "00_gone.md").write_text("old")
-    record = json.loads(publish.publish([first, second], config, pages).read_text())
+    record = json.loads(publish.publish([first, second], config).read_text())
     names = {path.name for path in config.published_dir.iterdir()}
     assert names == {"fig1.png", "table1.csv", "REPORT.md", "manifest.json"}
     assert (config.published_dir / "fig1.png").read_text() == "one"
@@ -78,32 +78,32 @@ def test_publishing_copies_what_the_notebooks_made_and_lists_every_hash(tmp_path
     assert not list(config.published_dir.parent.glob("*.part"))
 
 
-def refused(notebooks, config, tmp_path) -> str:
+def refused(notebooks, config) -> str:
     with pytest.raises(publish.PublishError) as error:
-        publish.publish(notebooks, config, tmp_path / "gallery")
-    assert not config.published_dir.exists() and not (tmp_path / "gallery").exists()
+        publish.publish(notebooks, config)
+    assert not config.published_dir.exists() and not publish.gallery_dir(config).exists()
     return str(error.value)
 
 
 def test_a_tree_with_changes_publishes_nothing(tmp_path, config, monkeypatch):
     notebook = ran(tmp_path, config, "01_a", {"fig1.png": "one"})
     monkeypatch.setattr(publish, "git_state", lambda: (COMMIT, True))
-    assert "uncommitted changes" in refused([notebook], config, tmp_path)
+    assert "uncommitted changes" in refused([notebook], config)
     monkeypatch.setattr(publish, "git_state", lambda: (None, None))
-    assert "no git repository" in refused([notebook], config, tmp_path)
+    assert "no git repository" in refused([notebook], config)
 
 
 def test_what_is_not_up_to_date_or_of_another_commit_is_not_published(tmp_path, config):
     first = ran(tmp_path, config, "01_a", {"fig1.png": "one"})
     second = ran(tmp_path, config, "02_b", {"fig2.png": "two"}, commit="b" * 40)
-    said = refused([first, second], config, tmp_path)
+    said = refused([first, second], config)
     assert "several commits: aaaaaaaa, bbbbbbbb" in said
     third = ran(tmp_path, config, "03_c", {"fig3.png": "three"}, dirty=True)
     fourth = ran(tmp_path, config, "04_d", {}, parameters={"profile": "smoke", "faces": 8})
     (config.figure_dir / "fig1.png").write_text("replaced by a run with other parameters")
     never = tmp_path / "notebooks" / "05_e.ipynb"
     never.write_bytes(first.read_bytes())
-    said = refused([first, third, fourth, never], config, tmp_path)
+    said = refused([first, third, fourth, never], config)
     assert "01_a is not up to date" in said and "05_e is not up to date" in said
     assert "03_c ran with uncommitted changes" in said and "FORCE=1" in said
     assert "04_d ran with other parameters: faces" in said
@@ -130,3 +130,21 @@ def test_a_failed_notebook_is_not_compared(monkeypatch, capsys):
     monkeypatch.setattr(command, "run_notebooks", lambda *_: False)
     assert main(["reproduce", "--profile", "smoke", "--only", "02"]) == 1
     assert "compared" not in capsys.readouterr().out
+
+
+def test_publishing_the_shown_profile_writes_the_pages_numbers(tmp_path, config, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- numbers: scores -->\nold\n<!-- end of numbers -->\nAfter.\n")
+    monkeypatch.setattr(publish, "PAGES", (str(page),))
+    monkeypatch.setattr(publish, "GALLERY", tmp_path / "gallery")
+    columns = "table,method,dataset,metric,source,critic,value,ci_low,ci_high,n,seeds\n"
+    row = "table1,EC2Face,faces,OAA,ours,independent,83.2,82.5,83.9,300,42\n"
+    notebook = ran(tmp_path, config, "01_a", {"table1.csv": columns + row})
+    publish.publish([notebook], config)
+    assert "old" in page.read_text()
+    monkeypatch.setattr(publish, "SHOWN", config.profile)
+    publish.publish([notebook], config)
+    text = page.read_text()
+    assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
+    assert "| **EC²Face (ours)** | – | 83.2 | – | – | – |" in text
+    assert (tmp_path / "gallery" / "01_a.md").is_file()
