@@ -120,10 +120,14 @@ def reduction_table(label_maps: Tensor, counts: Tensor, config: Config) -> DataF
 
 
 def reduced_weights(label_maps: Tensor, counts: Tensor, config: Config) -> dict[str, Tensor]:
-    """The pixel weights and their three reductions, by the headings of `grids.weights_map`."""
-    maps = {"pixels": long_tail_weights(label_maps, counts)}
+    """Eq. 10, its three reductions, and the weights of the training, by their headings.
+
+    The last ones are clipped and normalised as `config.loss` says; the others are as printed.
+    """
+    maps = {"Eq. 10": long_tail_weights(label_maps, counts)}
     for reduction in REDUCTIONS:
-        maps[f"latent, {reduction}"] = _reduced(label_maps, counts, config, reduction)
+        maps[f"cells: {reduction}"] = _reduced(label_maps, counts, config, reduction)
+    maps["as trained"] = latent_weights(label_maps, counts, latent_side(config), config.loss)
     return maps
 
 
@@ -213,7 +217,7 @@ def attribute_frequency(faces: Tensor | FaceDataset) -> DataFrame:
     if isinstance(faces, Tensor):
         counts = pixel_counts(faces)
     else:
-        rows = parallel(lambda name: pixel_counts(faces.label_map(name)[None]), faces.ids, "masks")
+        rows = parallel(lambda name: pixel_counts(faces.label_map(name)[None]), faces.ids)
         counts = torch.cat(list(rows))
     counts = counts.cpu().double()
     group = {i: name for name, ids in GROUPS.items() for i in ids}

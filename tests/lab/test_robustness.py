@@ -127,7 +127,7 @@ def test_sentences():
         in describe_conflicts(fights)
     )
     pairs = pd.DataFrame(
-        [{"class": "hat", "beside": "neck_l", "together": 0, "alone": 90.0, "value": 70.0}]
+        [{"class": "hat", "beside": "neck_l", "gain": -20.0, "ci_low": -31.0, "ci_high": -9.0}]
     )
-    assert "hat beside necklace -20" in describe_pairs(pairs)
+    assert "hat beside necklace -20 [-31, -9]" in describe_pairs(pairs)
     assert len(CLASSES) == 19
