@@ -9,7 +9,6 @@ Faces here are aligned already, so that this reduces to a resize, and `.net` is 
 from __future__ import annotations
 
 import functools
-import logging
 import re
 import warnings
 import zipfile
@@ -64,7 +63,6 @@ class FaceParser:
             )
         check_sums(file)
         check_torchscript(file)
-        _quiet()
         self.size = size
         self.device = torch.device(device)
         if self.device.type == "cuda":  # the script fuser fails on CUDA after a few calls
@@ -118,7 +116,6 @@ class ClipScorer:
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        _quiet()
         import open_clip
 
         self.device = torch.device(device)
@@ -218,11 +215,6 @@ def _clip_name(name: str) -> tuple[str, str | None]:
         return name, None
     architecture, _, tag = name.partition("/")
     return architecture, tag or None
-
-
-def _quiet() -> None:
-    """Silence bitsandbytes' message about missing CPU kernels."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class WeightsError(UserError, FileNotFoundError):

@@ -7,6 +7,7 @@ widget, no path of this machine. `render` writes a copy as Markdown with small p
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -24,6 +25,8 @@ LARGEST = 150_000  # bytes of a picture
 WIDEST = 1660  # pixels: twice the width at which GitHub shows a page
 SHORTENED = 60  # lines of printed text that are shown
 
+CELL_FILE = re.compile(r"\S*/ipykernel_\d+/\d+\.py")  # what tracebacks and warnings call a cell
+LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)\s]+)(\))")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -72,6 +75,7 @@ def last_states(text: str) -> str:
 
 def without_machine(text: str) -> str:
     """Text without the folders of this machine: paths begin at the repository root."""
+    text = CELL_FILE.sub("cell", text)
     folders = {str(ROOT): "", sys.prefix: ".venv", str(Path.home()): "~"}
     for folder in sorted(folders, key=len, reverse=True):
         if len(folder) > 1:
@@ -82,13 +86,13 @@ def without_machine(text: str) -> str:
     return text
 
 
-def render(copy: Path, out: Path, source: str = "") -> list[Path]:
+def render(copy: Path, out: Path, source: Path) -> list[Path]:
     """Write `<out>/<name>.md` and its pictures `<out>/<name>/*`; returns all of them.
 
     Args:
         copy: an executed notebook.
         out: the folder.
-        source: link to the notebook itself, relative to `out`.
+        source: the notebook itself; links in its text begin there.
 
     Raises:
         ValueError: a picture that cannot be made smaller than `LARGEST`.
@@ -101,6 +105,8 @@ def render(copy: Path, out: Path, source: str = "") -> list[Path]:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             _prepare(cell)
+        elif cell.cell_type == "markdown":
+            cell.source = _moved_links(cell.source, source.parent, out)
     notebook.cells = [cell for cell in notebook.cells if cell.source.strip()]
     resources = {"output_files_dir": copy.stem, "unique_key": "out"}
     text, resources = MarkdownExporter().from_notebook_node(notebook, resources)
@@ -109,8 +115,10 @@ def render(copy: Path, out: Path, source: str = "") -> list[Path]:
         path, data = _shrunk(out / name, content)
         text = text.replace(name, path.relative_to(out).as_posix())
         files.append(_write(path, data))
-    head = f"*Executed copy of [{copy.stem}]({source}).*\n\n" if source else ""
-    text = head + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    link = os.path.relpath(source, out)
+    head = f"*This is an executed copy of [{source.name}]({link}).*\n\n"
+    lines = [line.rstrip() for line in text.replace("![png]", "![figure]").splitlines()]
+    text = head + re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
     return [_write(out / f"{copy.stem}.md", text.encode()), *files]
 
 
@@ -126,6 +134,19 @@ def _prepare(cell: NotebookNode) -> None:
                     del data[kind]
         elif "text/html" in data and "<table" in data["text/html"]:
             data["text/html"] = re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.S)
+
+
+def _moved_links(text: str, here: Path, out: Path) -> str:
+    """Text whose relative links begin in `out`; those to other notebooks lead to their pages."""
+
+    def moved(match: re.Match) -> str:
+        target, mark, part = match[2].partition("#")
+        path = here / target
+        if path.suffix == ".ipynb" and path.parent == here:
+            return f"{match[1]}{path.stem}.md{match[3]}"
+        return f"{match[1]}{os.path.relpath(path, out)}{mark}{part}{match[3]}"
+
+    return LINK.sub(moved, text)
 
 
 def _shortened(text: str) -> str:

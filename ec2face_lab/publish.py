@@ -145,11 +145,7 @@ def make_gallery(notebooks: Sequence[Path], config: Config, out: Path) -> list[P
     copies = {notebook: config.run_dir / "notebooks" / notebook.name for notebook in notebooks}
     if missing := [notebook.stem for notebook, copy in copies.items() if not copy.is_file()]:
         raise PublishError(f"no executed copy of {', '.join(missing)}: `make reproduce` makes them")
-    return [
-        path
-        for notebook, copy in copies.items()
-        for path in render(copy, out, os.path.relpath(notebook, out))
-    ]
+    return [path for notebook, copy in copies.items() for path in render(copy, out, notebook)]
 
 
 def _prune(folder: Path, kept: Sequence[Path]) -> None:

@@ -35,7 +35,9 @@ def noise(height: int, width: int) -> np.ndarray:
 
 def saved(path, *outputs):
     cells = [
-        new_markdown_cell("# Title"),
+        new_markdown_cell(
+            "# Title\n[R](../README.md#a), [next](02_b.ipynb), [web](https://a.b/c.md), [up](#top)"
+        ),
         new_code_cell("run()", outputs=list(outputs)),
         new_code_cell(""),
     ]
@@ -48,6 +50,11 @@ def test_a_redrawn_line_keeps_its_last_state():
     text = "start\n\r  0%|  |\r 50%|# |\r100%|##|\nend\n\x1b[A\r   \rx\n"
     assert gallery.last_states(text) == "start\n100%|##|\nend\nx\n"
     assert gallery.last_states("a\n\nb\r\n") == "a\n\nb\n"
+
+
+def test_a_warning_names_its_cell_without_a_folder():
+    said = gallery.without_machine("/tmp/ipykernel_12/345.py:3: UserWarning: x\n")
+    assert said == "cell:3: UserWarning: x\n"
 
 
 def test_tidy_joins_streams_and_drops_widgets_and_machine_paths(tmp_path):
@@ -77,11 +84,15 @@ def test_a_page_shows_text_code_and_small_pictures(tmp_path):
     )
     flat = np.zeros((60, 80, 3), np.uint8)
     path = saved(
-        tmp_path / "01_a.ipynb", picture(flat), picture(noise(900, 1200)), stream(long), table
+        tmp_path / "01_a.ipynb", picture(flat), picture(noise(300, 400)), stream(long), table
     )
-    page, *pictures = gallery.render(path, tmp_path / "out", "../../notebooks/01_a.ipynb")
+    page, *pictures = gallery.render(
+        path, tmp_path / "docs" / "gallery", tmp_path / "notebooks" / "01_a.ipynb"
+    )
     text = page.read_text()
-    assert page.name == "01_a.md" and text.startswith("*Executed copy of [01_a](../../notebooks/")
+    assert page.name == "01_a.md"
+    assert text.startswith("*This is an executed copy of [01_a.ipynb](../../notebooks/01_a.ipynb)")
+    assert "[R](../../README.md#a), [next](02_b.md), [web](https://a.b/c.md), [up](#top)" in text
     assert "# Title" in text and "run()" in text and "<Figure>" not in text
     assert "line 0" in text and "line 499" in text and "line 250" not in text
     assert "<table>" in text and "<style>" not in text
@@ -94,6 +105,6 @@ def test_a_page_shows_text_code_and_small_pictures(tmp_path):
 
 def test_a_picture_that_cannot_be_small_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "LARGEST", 1000)
-    path = saved(tmp_path / "01_a.ipynb", picture(noise(900, 1200)))
+    path = saved(tmp_path / "01_a.ipynb", picture(noise(300, 400)))
     with pytest.raises(ValueError, match="cannot be made smaller than 1000 bytes"):
-        gallery.render(path, tmp_path / "out")
+        gallery.render(path, tmp_path / "out", path)
