@@ -84,7 +84,7 @@ def test_a_page_shows_text_code_and_small_pictures(tmp_path):
     )
     flat = np.zeros((60, 80, 3), np.uint8)
     path = saved(
-        tmp_path / "01_a.ipynb", picture(flat), picture(noise(300, 400)), stream(long), table
+        tmp_path / "01_a.ipynb", picture(flat), picture(noise(500, 600)), stream(long), table
     )
     page, *pictures = gallery.render(
         path, tmp_path / "docs" / "gallery", tmp_path / "notebooks" / "01_a.ipynb"
@@ -105,6 +105,6 @@ def test_a_page_shows_text_code_and_small_pictures(tmp_path):
 
 def test_a_picture_that_cannot_be_small_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "LARGEST", 1000)
-    path = saved(tmp_path / "01_a.ipynb", picture(noise(300, 400)))
+    path = saved(tmp_path / "01_a.ipynb", picture(noise(500, 600)))
     with pytest.raises(ValueError, match="cannot be made smaller than 1000 bytes"):
         gallery.render(path, tmp_path / "out", path)
