@@ -21,13 +21,10 @@ from ec2face_core.runs import git_state, write_json
 from .gallery import render
 from .reproduce import Outcome, up_to_date
 from .study.claims import judged
-from .study.pages import PAGES, SHOWN, update
+from .study.pages import DOCS, GALLERY, MANIFEST, PAGES, SHOWN, update
 from .study.verdicts import Results
 
-MANIFEST = "manifest.json"
 PLAIN = {"profile", "train", "seeds", "sweeps"}  # parameters that leave the experiment as it is
-DOCS = ROOT / "docs"
-GALLERY = DOCS / "gallery"  # of the profile that the pages show
 
 
 class PublishError(UserError, ValueError):
@@ -67,9 +64,14 @@ def publish(notebooks: Sequence[Path], config: Config) -> Path:
     shutil.rmtree(old, ignore_errors=True)
     gallery = gallery_dir(config)
     _prune(gallery, make_gallery(notebooks, config, gallery))
+    update_pages(config)
+    return config.published_dir / MANIFEST
+
+
+def update_pages(config: Config) -> None:
+    """Write the numbers in the pages anew, if they show this profile."""
     for page in PAGES if config.profile == SHOWN else ():
         update(ROOT / page, config)
-    return config.published_dir / MANIFEST
 
 
 def checked(notebooks: Sequence[Path], config: Config) -> dict[str, Outcome]:

@@ -14,8 +14,8 @@ import pytest
 
 from ec2face_core.config import load_profile
 from ec2face_core.io.paths import ROOT
-from ec2face_lab.publish import GALLERY, MANIFEST, sha256
-from ec2face_lab.study.pages import PAGES, PART, filled
+from ec2face_lab.publish import sha256
+from ec2face_lab.study.pages import GALLERY, MANIFEST, PAGES, PART, filled
 
 README = (ROOT / "README.md").read_text()
 OWN_PAGES = (
@@ -85,7 +85,7 @@ def test_readme_s_make_targets_exist():
 def test_numbers_in_the_pages_are_the_published_ones(page):
     text = (ROOT / page).read_text()
     assert PART.search(text)
-    assert filled(text, load_profile("mini")) == text, "`make publish` writes them anew"
+    assert filled(text, load_profile("mini")) == text, "`python -m ec2face_lab publish --pages`"
 
 
 def test_an_unknown_part_is_refused():

@@ -7,11 +7,13 @@ typed by hand.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ec2face_core.config import Config
+from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import whole_file
 
 from ..baselines import NEWER, PAPER
@@ -24,6 +26,9 @@ from .summary import cell_of
 from .verdicts import EVALUATORS, HOLDS, Measured, Results, interval
 
 SHOWN = "mini"  # profile of the pages' numbers
+DOCS = ROOT / "docs"
+GALLERY = DOCS / "gallery"  # of the profile that the pages show
+MANIFEST = "manifest.json"
 PAGES = ("README.md", "docs/results.md")
 PART = re.compile(r"(<!-- numbers: ([\w-]+) -->\n)(.*?)(<!-- end of numbers -->)", re.DOTALL)
 
@@ -58,6 +63,35 @@ def filled(text: str, config: Config) -> str:
 
 
 # ------------------------------------------------------------------------------------------- parts
+
+
+def notebooks(results: Results) -> str:
+    """Every notebook: its title, what it makes, and once published its minutes and its page."""
+    import nbformat
+
+    manifest = results.folder / MANIFEST
+    ran = json.loads(manifest.read_text())["notebooks"] if manifest.is_file() else {}
+    rows = []
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        title = cells[0].source.splitlines()[0].rpartition("·")[2].strip("# ")
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        saved = dict.fromkeys(re.findall(r"save_\w+\([^()]*?\"((?:fig|table)\d)\"", code))
+        makes = sorted(re.sub(r"(fig|table)(\d)", _numbered, name) for name in saved)
+        seconds = ran.get(path.stem, {}).get("seconds")
+        minutes = f"{seconds / 60:.0f}" if seconds and seconds > 90 else "1" if seconds else "–"
+        page = GALLERY / f"{path.stem}.md"
+        copy = f"[read]({page.relative_to(ROOT).as_posix()})" if page.is_file() else "–"
+        name = f"[{path.stem}](notebooks/{path.name})"
+        rows.append((name, title, ", ".join(makes), minutes, copy))
+    header = ("notebook", "shows", "makes", "minutes", "executed")
+    columns = [i for i in range(5) if i < 3 or any(row[i] != "–" for row in rows)]
+    cells = [[line[i] for i in columns] for line in (header, *rows)]
+    return markdown(cells[0], cells[1:], "".join("lllrl"[i] for i in columns))
+
+
+def _numbered(match: re.Match) -> str:
+    return f"{'Fig.' if match[1] == 'fig' else 'Table'} {match[2]}"
 
 
 def six_claims(results: Results) -> str:
@@ -184,6 +218,7 @@ def _scores(
 
 
 PARTS: Mapping[str, Callable[[Results], str]] = {
+    "notebooks": notebooks,
     "six-claims": six_claims,
     "scores": scores,
     "scores-beside-the-paper": scores_beside_the_paper,
