@@ -85,6 +85,9 @@ def reliability_figure(
     if "ci_low" in curves:
         plot = plot.add(so.Band(), ymin="ci_low", ymax="ci_high", legend=False)
     plot.on(bottom).plot()
+    settings = f"$\\gamma_s$ = {steepness:g}\n$t_c$ = {center:g}"
+    place = {"transform": bottom.axes[-1].transAxes, "ha": "right", "va": "top"}
+    bottom.axes[-1].text(0.97, 0.97, settings, fontsize=8.5, **place)
     shown = curves if beside is None else pd.concat([curves, beside], ignore_index=True)
     columns = shown.columns.intersection(["value", "ci_low", "ci_high"])
     for ax, metric in zip(bottom.axes, rows["metric"].unique(), strict=True):
