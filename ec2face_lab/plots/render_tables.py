@@ -75,8 +75,8 @@ TITLES = {
 }
 
 FOOTNOTES = {
-    "hand_drawn": "An edit may remove a class from every mask. OAA and RFA are then means over fewer "
-    "classes; REPORT.md compares the classes that every edit keeps.",
+    "hand_drawn": "An edit may remove a class from every mask. OAA and RFA are then means over "
+    "fewer classes; REPORT.md compares the classes that every edit keeps.",
     "table4": "The paper prints RFA 61.62 in the first row; its OAA and its Table 3 require 61.12.",
 }
 
