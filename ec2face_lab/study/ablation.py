@@ -28,6 +28,7 @@ from ..launch import run
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from torch import Tensor
 
     from ec2face_core.pipeline import EC2FacePipeline
 
@@ -83,14 +84,19 @@ def short_run(config: Config, steps: int, method: str = "both", processes: int =
 
 
 def flow_error(
-    pipe: EC2FacePipeline, batch: Mapping[str, Any], masked: bool = True, seed: int = 0
+    pipe: EC2FacePipeline,
+    batch: Mapping[str, Any],
+    masked: bool = True,
+    weights: Tensor | None = None,
+    seed: int = 0,
 ) -> float:
-    """Flow matching (Eq. 3, without weights) of a batch, the mean over nine fixed times.
+    """Flow matching (Eq. 3, with weights Eq. 11) of a batch, the mean over nine fixed times.
 
     Args:
         pipe: its transformer, with the LoRA that is loaded.
         batch: z, z_mask and text, as `reliability.Estimator.batch` gives them.
         masked: with the masks; otherwise from the text alone.
+        weights: Eq. 10 on the latent grid, `b h w`; None: Eq. 3.
         seed: of the noise.
     """
     import torch
@@ -104,7 +110,7 @@ def flow_error(
         z_t = interpolate(z, noise, t)
         with torch.no_grad():
             v = predict_velocity(pipe.transformer, z_t, t, batch["text"], mask)
-        errors.append(float(flow_matching_loss(v, target_velocity(z, noise)).mean()))
+        errors.append(float(flow_matching_loss(v, target_velocity(z, noise), weights).mean()))
     return float(np.mean(errors))
 
 
