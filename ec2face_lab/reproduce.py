@@ -32,7 +32,7 @@ from ec2face_core.io.paths import ROOT, resolve
 from ec2face_core.runs import content_key, path_digest, provenance, remove_leftovers, write_json
 
 from .cache import code_digest
-from .launch import child_environment, tied
+from .launch import child_environment, stop, tied
 
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # tags of cells that papermill adds
 
@@ -281,8 +281,7 @@ def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int,
                 memory = max(memory, _tree_memory(child.pid))
                 time.sleep(0.5)
         except BaseException:  # interrupted: a papermill that is terminated ends its kernel, too
-            child.terminate()
-            child.wait()
+            stop(child)
             raise
     return child.returncode, memory
 

@@ -21,8 +21,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from kill_matrix import PATIENCE, end_all, marked, start
+from kill_matrix import end_all, marked, start
 from world import ROOT
+
+PATIENCE = 30.0  # seconds in which everything has to end: 20 for papermill to end its kernel
 
 # a word of the command line of the process that a signal reaches; "": the one that was started
 KINDS = (
