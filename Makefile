@@ -26,7 +26,7 @@ export UV_SYSTEM_CERTS := 1
 
 help:
 	@echo "make setup       make .venv from requirements.lock"
-	@echo "make reproduce   every figure and table: PROFILE=mini|smoke|paper ONLY=\"05 06\" FORCE=1 TRAIN=1 SEEDS=3 SWEEPS=1"
+	@echo "make reproduce   every figure and table: PROFILE=mini|smoke|paper ONLY=\"06 07\" FORCE=1 TRAIN=1 SEEDS=3 SWEEPS=1"
 	@echo "make test        every test: first the fast ones (minutes), then those that train, launch"
 	@echo "                 processes or run all notebooks in PROFILE=smoke"
 	@echo "make lab         JupyterLab on the notebooks"

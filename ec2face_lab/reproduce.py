@@ -26,7 +26,7 @@ from typing import Any
 
 import ec2face_core
 import ec2face_lab
-from ec2face_core.config import Config, ConfigError
+from ec2face_core.config import Config, ConfigError, read_yaml
 from ec2face_core.data import open_dataset
 from ec2face_core.io.paths import ROOT, resolve
 from ec2face_core.runs import content_key, path_digest, provenance, remove_leftovers, write_json
@@ -147,11 +147,14 @@ def assign(notebooks: Sequence[Path], requested: Mapping[str, str]) -> dict[Path
 def _typed(name: str, text: str, kind: str) -> Any:
     """A command-line value as the type that the notebook declares (1e-4 is a float, not text)."""
     choices = {"true": True, "false": False, "1": True, "0": False}
+    value = read_yaml(text, name) if kind == "dict" else text
     try:
         if kind == "bool":
             return choices[text.lower()]
+        if kind == "dict":
+            return dict(value)
         return {"int": int, "float": float}.get(kind, str)(text)
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise ConfigError(f"parameter {name}: expected {kind}, got {text!r}") from None
 
 
@@ -269,7 +272,10 @@ def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int,
     command = [sys.executable, "-m", "papermill", str(notebook), str(copy), "--cwd"]
     command += [str(notebook.parent), "-k", "python3", "--no-progress-bar", "--log-output"]
     for name, value in parameters.items():
-        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
+        if isinstance(value, dict):
+            command += ["-y", json.dumps({name: value})]  # JSON is YAML
+        else:
+            command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
     environment = child_environment() | {"EC2FACE_NOTEBOOK": notebook.stem}
     with copy.with_suffix(".log").open("w") as log:
         child = subprocess.Popen(

@@ -1,6 +1,6 @@
 """Reproduce the paper: every numbered notebook in order, strict and resumable.
 
-    python -m ec2face_lab reproduce --profile mini [--only 05 06] [--force] [--train] [--sweeps]
+    python -m ec2face_lab reproduce --profile mini [--only 06 07] [--force] [--train] [--sweeps]
 
 A notebook is skipped while nothing that shapes it has changed and its figures and tables exist.
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which notebooks, and their parameters."""
     add = parser.add_argument
     add("--profile", default="mini", help="smoke, mini, paper or photos64")
-    add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 05 06")
+    add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 06 07")
     add("--force", action="store_true", help="run also what is up to date")
     add("--train", action="store_true", help="retrain every LoRA instead of using the kept ones")
     add("--seeds", type=number(0), default=0, metavar="N", help="trainings a method that count")

@@ -57,12 +57,12 @@ CLAIMS = (
 
 # sweep -> the question that it answers, and the notebooks
 SWEPT = {
-    "beta": ("Which β(t), and is it needed?", "03, 09"),
-    "weights": ("What do very large class weights do?", "01, 09"),
-    "lora": ("LoRA on mask tokens only, and of which rank?", "09"),
-    "attention": ("Is attention among mask tokens alone enough?", "09"),
-    "dropout": ("How often should a condition be dropped?", "09"),
-    "length": ("Would longer training give the gain of the weights, too?", "09"),
+    "beta": ("Which β(t), and is it needed?", "04, 11"),
+    "weights": ("What do very large class weights do?", "02, 11"),
+    "lora": ("LoRA on mask tokens only, and of which rank?", "11"),
+    "attention": ("Is attention among mask tokens alone enough?", "11"),
+    "dropout": ("How often should a condition be dropped?", "11"),
+    "length": ("Would longer training give the gain of the weights, too?", "11"),
 }
 
 HEAD = """# Claim by claim
@@ -350,6 +350,6 @@ def _table(config: Config, name: str) -> DataFrame:
     path = config.figure_dir / f"{name}.csv"
     if not path.is_file():
         raise FileNotFoundError(
-            f'{path} is missing: `make reproduce PROFILE={config.profile} ONLY="05 06 10"` makes it'
+            f'{path} is missing: `make reproduce PROFILE={config.profile} ONLY="06 07 12"` makes it'
         )
     return read_rows(path)

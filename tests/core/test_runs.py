@@ -78,7 +78,7 @@ def test_digests_name_the_content(tmp_path):
 
 
 def test_provenance_names_everything_that_made_a_result(monkeypatch):
-    monkeypatch.setenv("EC2FACE_NOTEBOOK", "05_quantitative")
+    monkeypatch.setenv("EC2FACE_NOTEBOOK", "06_comparison")
     config = load_profile("mini")
     table = ROOT / "data" / "paper" / "table1.csv"
     record = provenance(config, seconds=1.234, inputs=[table, "no/such/file"], faces=3)
@@ -86,7 +86,7 @@ def test_provenance_names_everything_that_made_a_result(monkeypatch):
         "notebook", "profile", "seeds", "parameters", "commit", "dirty", "config_hash", "inputs",
         "packages", "device", "seconds",
     }  # fmt: skip
-    assert record["notebook"] == "05_quantitative" and record["parameters"] == {"faces": 3}
+    assert record["notebook"] == "06_comparison" and record["parameters"] == {"faces": 3}
     assert record["config_hash"] == config.digest() and record["seconds"] == 1.23
     assert record["inputs"]["data/paper/table1.csv"] == path_digest(table)
     assert record["inputs"]["no/such/file"] == "absent"

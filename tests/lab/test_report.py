@@ -127,5 +127,5 @@ def test_accessories_that_are_found_stand_in_the_report(config):
 
 
 def test_a_table_that_is_missing_is_named(config):
-    with pytest.raises(FileNotFoundError, match=r'ablation_differences\.csv.*ONLY="05 06 10"'):
+    with pytest.raises(FileNotFoundError, match=r'ablation_differences\.csv.*ONLY="06 07 12"'):
         report.report(config)
