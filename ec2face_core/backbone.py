@@ -10,7 +10,6 @@ mask, as FluxPipeline does, so the length belongs to the model.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,7 +32,8 @@ from .io.texts import LostWordsWarning, describe_loss, lost_texts
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports missing CPU kernels otherwise
+# Norms keep float32 weights under autocast; torch then says that it takes the slower kernel.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 PARTS: dict[str, tuple[str, ...]] = {
     "transformer": ("transformer",),

@@ -9,7 +9,6 @@ Faces here are aligned already, so that this reduces to a resize, and `.net` is 
 from __future__ import annotations
 
 import functools
-import logging
 import re
 import warnings
 import zipfile
@@ -67,15 +66,14 @@ class FaceParser:
             )
         check_sums(file)
         check_torchscript(file)
-        _quiet()
-        import facer
-
         self.size = size
         self.device = torch.device(device)
         if self.device.type == "cuda":  # the script fuser fails on CUDA after a few calls
             torch._C._jit_set_texpr_fuser_enabled(False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # facer imports timm in an old manner
+            import facer
+
             # a str: facer iterates over a Path; float(): the miniature's file is half precision
             parser = facer.face_parser("farl/celebm/448", self.device, model_path=str(file)).float()
         self.net = parser.requires_grad_(False).eval().net
@@ -121,7 +119,6 @@ class ClipScorer:
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        _quiet()
         import open_clip
 
         self.device = torch.device(device)
@@ -232,11 +229,6 @@ def _hub_of(name: str, pretrained: str | None) -> AbstractContextManager[None]:
         return answering_hub(name.removeprefix(HUB), "open_clip_config.json")
     repo = open_clip.get_pretrained_cfg(name, pretrained or "").get("hf_hub", "").strip("/")
     return answering_hub(repo, "open_clip_model.safetensors") if repo else nullcontext()
-
-
-def _quiet() -> None:
-    """Silence bitsandbytes' message about missing CPU kernels."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class WeightsError(UserError, FileNotFoundError):
