@@ -14,6 +14,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from .attributes import FACER_TO_CELEBAMASK
 from .config import PerceptionConfig, UserError
 from .fast.transfer import send
+from .io.hub import HubError, answering_hub
 from .io.paths import resolve
 from .io.sums import DamagedError, check_sums
 from .io.texts import lost_texts
@@ -32,6 +34,7 @@ FACER_CHANNEL = torch.tensor(FACER_TO_CELEBAMASK).argsort()
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LOCAL_DIR = "local-dir:"
+HUB = "hf-hub:"
 TOUCHES_FILES = re.compile(  # in a TorchScript archive's code
     rb"\b(?:torch|ops\.aten)\.(?:from_file|save|load)\b"
     rb"|\bops\.(?!aten\b|prim\b|quantized\b|torchvision\b)\w+\.\w+"
@@ -126,11 +129,12 @@ class ClipScorer:
                 if not weights.is_file():  # open_clip would take a pickle
                     raise OSError(f"{weights} is missing, and pickled weights are refused")
                 check_sums(weights.parent)
-            self.model = open_clip.create_model(
-                self.name, pretrained, device=self.device, require_pretrained=True
-            )
-            self.tokenizer = open_clip.get_tokenizer(self.name)
-        except DamagedError:
+            with _hub_of(self.name, pretrained):
+                self.model = open_clip.create_model(
+                    self.name, pretrained, device=self.device, require_pretrained=True
+                )
+                self.tokenizer = open_clip.get_tokenizer(self.name)
+        except (DamagedError, HubError):
             raise
         except Exception as error:  # open_clip and tokenizers raise whatever they meet first
             raise FileNotFoundError(
@@ -215,6 +219,16 @@ def _clip_name(name: str) -> tuple[str, str | None]:
         return name, None
     architecture, _, tag = name.partition("/")
     return architecture, tag or None
+
+
+def _hub_of(name: str, pretrained: str | None) -> AbstractContextManager[None]:
+    """`answering_hub` for the repository that holds a CLIP; nothing for a folder."""
+    import open_clip
+
+    if name.startswith(HUB):
+        return answering_hub(name.removeprefix(HUB), "open_clip_config.json")
+    repo = open_clip.get_pretrained_cfg(name, pretrained or "").get("hf_hub", "").strip("/")
+    return answering_hub(repo, "open_clip_model.safetensors") if repo else nullcontext()
 
 
 class WeightsError(UserError, FileNotFoundError):

@@ -99,7 +99,7 @@ def run(
             last.append(line)
         code = process.wait()
     except BaseException:  # also an interrupted notebook cell: the child must end with it
-        _stop(process)
+        stop(process)
         raise
     finally:
         _running.discard(process)
@@ -150,7 +150,7 @@ def side_by_side(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(_running):
-            _stop(process)
+            stop(process)
         raise
     finally:
         pool.shutdown()
@@ -247,7 +247,8 @@ def _failure(code: int, command: list[str], last: Sequence[str], logs: Path | No
     return error
 
 
-def _stop(process: subprocess.Popen) -> None:
+def stop(process: subprocess.Popen) -> None:
+    """End a process: by SIGTERM, and if that does not help in 20 seconds, by SIGKILL."""
     process.terminate()
     try:
         process.wait(timeout=20)

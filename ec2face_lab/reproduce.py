@@ -34,7 +34,7 @@ from ec2face_core.runs import content_key, git_state, path_digest, remove_leftov
 
 from .cache import code_digest
 from .gallery import tidy_file
-from .launch import child_environment, tied
+from .launch import child_environment, stop, tied
 
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # tags of cells that papermill adds
 
@@ -312,8 +312,7 @@ def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int,
                 memory = max(memory, _tree_memory(child.pid))
                 time.sleep(0.5)
         except BaseException:  # interrupted: a papermill that is terminated ends its kernel, too
-            child.terminate()
-            child.wait()
+            stop(child)
             raise
     return child.returncode, memory
 
