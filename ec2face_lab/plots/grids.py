@@ -174,7 +174,7 @@ def comparison_grid(
     ]
     boxes = [rare_boxes(mask, boxed) for mask in label_maps]
     zooms = [max(some, key=lambda box: box[2] * box[3], default=None) for some in boxes]
-    cell = 1.1 if len(columns) < 6 else 0.92
+    cell = min(1.1, 8.2 / (len(columns) + 1) - 0.07)  # ten inches in all
     heads = ["mask", *columns]
     classes = label_maps.unique().tolist()
     return image_grid(rows, captions, heads, cell, boxes, zooms=zooms, legend=classes)
@@ -238,8 +238,9 @@ def conflict_blocks(
                 _, mask, image = cells.get((name, has, says), ("", None, None))
                 for ax, part in zip(pair, (mask, image), strict=True):
                     show(ax, _any_picture(part))
-                value = values.get((name, has, says), float("nan"))
-                pair[1].set_xlabel(f"{value:.0f} % show it", fontsize=8)
+                value = values.get((name, has, says))
+                note = "no such faces" if value is None else f"{value:.0f} % show it"
+                pair[1].set_xlabel(note, fontsize=8)
                 if i == 0:
                     pair[0].set_title("text: yes" if says else "text: no", fontsize=8.5)
             axes[i, 0].set_ylabel("mask: yes" if has else "mask: no", fontsize=8.5)
