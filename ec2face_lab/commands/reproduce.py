@@ -2,9 +2,12 @@
 
     python -m ec2face_lab reproduce --profile mini [--only 06 07] [--force] [--train] [--sweeps]
 
-A notebook is skipped while nothing that shapes it has changed and its figures and tables exist.
+Figures and tables are written to runs/<profile>/figures. A notebook is skipped while nothing that
+shapes it has changed and its figures and tables are those that it made. In the end the tables are
+compared with the published ones in figures/<profile>.
 
-Exit code 0: all up to date. 1: a notebook failed. 2: the request cannot be met.
+Exit code 0: all up to date. 1: a notebook failed. 2: the request cannot be met. 3: all is up to
+date, but the verdict on a claim of the paper is not the published one.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from ec2face_core.guards.checks import number
 from ec2face_core.io.paths import ROOT, user_path
 
 from ..reproduce import assign, run_notebooks, select
+from ..study.agreement import compare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Return 0, or 1 if a notebook failed."""
+    """Return 0, 1 if a notebook failed, or 3 if a verdict is not the published one."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running kernel ends too
     if any(name == "profile" for name, _ in options.parameter):
         raise ConfigError("-p profile: name the profile by --profile, which also names the folders")
@@ -55,4 +59,8 @@ def run(options: argparse.Namespace) -> int:
     config = load_profile(options.profile)
     assigned = assign(select(options.notebooks, options.only), requested)
     complete = run_notebooks(assigned, config, options.force, options.keep_going)
-    return 0 if complete else 1
+    if not complete:
+        return 1
+    agreement = compare(config)
+    print(agreement.text)
+    return 3 if agreement.changed else 0

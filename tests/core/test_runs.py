@@ -93,9 +93,9 @@ def test_provenance_names_everything_that_made_a_result(monkeypatch):
     assert {"torch", "diffusers", "numpy", "python"} <= set(record["packages"])
 
 
-def test_only_changes_outside_figures_make_a_tree_dirty(tmp_path, monkeypatch):
+def test_every_change_makes_a_tree_dirty(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "CODE", tmp_path)
-    assert runs._git_state() == (None, None)  # no repository: unknown, not clean
+    assert runs.git_state() == (None, None)  # no repository: unknown, not clean
 
     def git(*command):
         user = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -105,9 +105,7 @@ def test_only_changes_outside_figures_make_a_tree_dirty(tmp_path, monkeypatch):
     (tmp_path / "code.py").write_text("x = 1\n")
     git("add", "-A")
     git("commit", "-qm", "one")
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "fig.png").write_bytes(b"new")
-    commit, dirty = runs._git_state()
+    commit, dirty = runs.git_state()
     assert re.fullmatch(r"[0-9a-f]{40}", commit) and dirty is False
     (tmp_path / "code.py").write_text("x = 2\n")
-    assert runs._git_state()[1] is True
+    assert runs.git_state()[1] is True
