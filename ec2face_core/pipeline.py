@@ -11,7 +11,7 @@ its own noise stream, so it does not depend on its batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from .backbone import decode_latents, encode_text, load_backbone, warn_of_lost_words
+from .backbone import (
+    decode_latents,
+    encode_images,
+    encode_text,
+    load_backbone,
+    warn_of_lost_words,
+)
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
+from .edit import ImageLike, changed_pixels, keep_outside, read_pictures
 from .guards.checks import NotFiniteError, check_floats, check_number, check_texts
 from .io.masks import mask_ids, split_masks
 from .io.paths import user_path
@@ -183,6 +190,7 @@ class EC2FacePipeline(DiffusionPipeline):
         output_type: str = "pil",
         latents: Tensor | None = None,
         mask_strength: float = 1.0,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     ) -> EC2FacePipelineOutput:
         """Generate faces. Mask only: leave `prompt` empty. Text only: leave `mask` out.
 
@@ -209,6 +217,8 @@ class EC2FacePipeline(DiffusionPipeline):
             latents: initial noise `b c h/f w/f`, instead of `generator`'s.
             mask_strength: factor >= 0 on each mask token in the softmax of text and noise tokens;
                 1 is as trained, 0 is no mask.
+            callback_on_step_end: called after each step with the pipeline, the step's number, its
+                timestep and `{"latents": z}`; returns a mapping whose latents replace them.
 
         Returns:
             The pictures.
@@ -263,13 +273,15 @@ class EC2FacePipeline(DiffusionPipeline):
         null = text if text_scale == 1 else encode_text(self, [""] * b, self.config.text_length)
         condition = (text, null, mask_latents, keep_mask)
         with self.progress_bar(total=len(timesteps)) as bar:
-            for time in timesteps:
+            for step, time in enumerate(timesteps):
                 t = (time / 1000).expand(b)
                 v = guided_velocity(
                     self.transformer, z, t, *condition, guidance, text_scale, mask_scale,
                     mask_strength,
                 )  # fmt: skip
                 z = self.scheduler.step(v, time, z, return_dict=False)[0]  # Eq. 2, one Euler step
+                if callback_on_step_end is not None:
+                    z = callback_on_step_end(self, step, time, {"latents": z})["latents"]
                 bar.update()
         decoded = decode_latents(self.vae, z)
         if not decoded.isfinite().all():  # they would be written as black pictures
@@ -280,6 +292,52 @@ class EC2FacePipeline(DiffusionPipeline):
         images = self.image_processor.postprocess(decoded, output_type)
         self.maybe_free_model_hooks()
         return EC2FacePipelineOutput(images=images)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        mask: MaskLike | Sequence[MaskLike],
+        new_mask: MaskLike | Sequence[MaskLike],
+        prompt: str | Sequence[str] = "",
+        margin: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        **sampling: Any,
+    ) -> EC2FacePipelineOutput:
+        """Change pictures through their masks and keep the rest (`edit.py`).
+
+        Args:
+            image: one picture or several of one size: PIL images, paths, or a tensor `b 3 h w` in
+                [0, 1].
+            mask: what each picture shows, as for `__call__`.
+            new_mask: what it is to show.
+            prompt: one text, or one per picture.
+            margin: pixels around the change that are sampled, too; None: 1/32 of the side.
+            generator: one per picture, or one for all.
+            sampling: further settings of `__call__`, such as num_inference_steps.
+
+        Returns:
+            The pictures, of the size of the given ones.
+
+        Raises:
+            TypeError, ValueError: as for `__call__`; or numbers of pictures and masks that differ.
+        """
+        pixels = read_pictures(image).to(self._execution_device)
+        size = (pixels.shape[-2], pixels.shape[-1])
+        self._check(size, 1, "pil")
+        old, new = (
+            torch.stack([_resize(m, size) for m in _given(masks)]) for masks in (mask, new_mask)
+        )
+        if len(old) != len(pixels) or len(new) != len(pixels):
+            counts = f"{len(pixels)} pictures, {len(old)} masks and {len(new)} new masks"
+            raise ValueError(f"{counts}: give one of each per picture")
+        changed = changed_pixels(old, new, margin).to(pixels.device)
+        z = encode_images(self.vae, pixels * 2 - 1)
+        noise = self._noise(tuple(z.shape), generator, z.device)
+        return self(
+            prompt, new, height=size[0], width=size[1], latents=noise,
+            callback_on_step_end=keep_outside(z, noise, changed), **sampling,
+        )  # fmt: skip
 
     def _check(self, size: tuple[int, int], steps: int, output_type: str) -> None:
         multiple = 2 * self.vae_scale_factor
@@ -345,6 +403,14 @@ def flux_timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device
 
 
 # ----------------------------------------------------------------------------- prompts and masks
+
+
+def _given(mask: Any) -> list[Tensor]:
+    """Label maps, none of which may be left out."""
+    masks = _mask_list(mask)
+    if any(m is None for m in masks):
+        raise ValueError("an edit needs the mask of every picture, old and new")
+    return [m for m in masks if m is not None]
 
 
 def _mask_list(mask: Any) -> list[Tensor | None]:
