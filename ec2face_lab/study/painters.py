@@ -16,7 +16,7 @@ import hashlib
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,33 @@ class EC2Face(Painter):
         """
         if self.method == BASE and masks is not None:
             raise ConfigError("the base model has no mask branch: give no masks, or a variant")
+        return self._sample(lambda pipe, **settings: pipe(list(prompts), masks, **settings), seeds)
+
+    def edit(
+        self,
+        images: Tensor,
+        masks: Tensor,
+        new_masks: Tensor,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+    ) -> Tensor:
+        """Edited images `b 3 h w` in [0, 1] (`EC2FacePipeline.edit`).
+
+        Args:
+            images: `b 3 h w` in [0, 1].
+            masks: label maps `b h w` of what they show.
+            new_masks: label maps of what they are to show.
+            prompts: b texts.
+            seeds: of the noise of each image.
+
+        Raises:
+            ConfigError: the LoRA is missing.
+        """
+        given = (images, masks, new_masks, list(prompts))
+        return self._sample(lambda pipe, **settings: pipe.edit(*given, **settings), seeds)
+
+    def _sample(self, call: Callable[..., Any], seeds: Sequence[int]) -> Tensor:
+        """What a call of the pipeline gives with the configured settings."""
         self.check()
         s = self.config.sampling
         pipe = self._pipeline()
@@ -226,9 +253,8 @@ class EC2Face(Painter):
         with half, warnings.catch_warnings():
             if getattr(pipe, "told", False):  # captions are cut in every batch, said in the first
                 warnings.simplefilter("ignore", LostWordsWarning)
-            images = pipe(
-                list(prompts),
-                masks,
+            images = call(
+                pipe,
                 num_inference_steps=s.steps,
                 guidance_scale=s.guidance,
                 text_guidance=s.text_guidance,
