@@ -51,13 +51,17 @@ def changed_pixels(mask: Tensor, new_mask: Tensor, margin: int | None = None) ->
     return grown[:, 0].bool()
 
 
-def keep_outside(z: Tensor, noise: Tensor, changed: Tensor) -> Callable[..., dict[str, Any]]:
+StepEnd = Callable[..., dict[str, Any]]
+
+
+def keep_outside(z: Tensor, noise: Tensor, changed: Tensor, then: StepEnd | None = None) -> StepEnd:
     """A `callback_on_step_end` that puts the kept latents back on the picture's own path.
 
     Args:
         z: latents of the picture, `b c h w`.
         noise: of the sampling, of the same shape.
         changed: pixels `b fh fw` bool that are sampled; a latent cell is if one of its pixels is.
+        then: another such callback, called after it.
     """
     factor = changed.shape[-1] // z.shape[-1]
     sampled = torch.nn.functional.max_pool2d(changed[:, None].float(), factor).bool()
@@ -65,7 +69,8 @@ def keep_outside(z: Tensor, noise: Tensor, changed: Tensor) -> Callable[..., dic
     def step_end(pipe: Any, step: int, time: Tensor, values: dict[str, Any]) -> dict[str, Any]:
         t = pipe.scheduler.sigmas[step + 1].to(z).expand(len(z))  # the time that was reached
         kept = interpolate(z, noise, t)
-        return values | {"latents": torch.where(sampled, values["latents"], kept)}
+        values = values | {"latents": torch.where(sampled, values["latents"], kept)}
+        return values if then is None else then(pipe, step, time, values)
 
     return step_end
 

@@ -334,9 +334,10 @@ class EC2FacePipeline(DiffusionPipeline):
         changed = changed_pixels(old, new, margin).to(pixels.device)
         z = encode_images(self.vae, pixels * 2 - 1)
         noise = self._noise(tuple(z.shape), generator, z.device)
+        step_end = keep_outside(z, noise, changed, sampling.pop("callback_on_step_end", None))
         return self(
             prompt, new, height=size[0], width=size[1], latents=noise,
-            callback_on_step_end=keep_outside(z, noise, changed), **sampling,
+            callback_on_step_end=step_end, **sampling,
         )  # fmt: skip
 
     def _check(self, size: tuple[int, int], steps: int, output_type: str) -> None:
