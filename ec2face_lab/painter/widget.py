@@ -38,7 +38,7 @@ from .worker import Stop, Superseded, Worker, on_this_loop
 T = TypeVar("T")
 
 STATIC = Path(__file__).parent / "static"
-KEYS = "0123456789qrtwyuopa"  # of the classes, in the order of their ids
+KEYS = "0123456789qwrtyuopa"  # of the classes, in the order of their ids
 LIVE_SIZE = 128  # pixels of the side up to which every pen-up draws
 LIVE_STEPS = 4  # of the sampling while the user paints
 REST = 1.0  # seconds without a change after which the picture is drawn with all steps

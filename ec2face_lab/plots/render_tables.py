@@ -40,6 +40,12 @@ MORE = {
     "Facts": "Facts (%) ↑", "KID": "KID ↓", "CMMD": "CMMD ↓", "Diversity": "Diversity",
 }  # fmt: skip
 
+# Pictures that were edited through their masks: what should stay, what was added, who it is.
+EDITS = {
+    "PSNR_copy": "PSNR to the round trip (dB) ↑", "PSNR_photo": "PSNR to the photo (dB) ↑",
+    "F1_added": "F1 of what was added (%) ↑", "Identity": "Distance of features ↓",
+}  # fmt: skip
+
 PRESENCE = {"presence_": "found where the mask has it (%)",
             "false_presence_": "found where it has none (%)"}  # fmt: skip
 
@@ -107,7 +113,7 @@ def _layouts(
     """(header, lines) of the main table and, where classes were scored, of the class table."""
     classes = rows[rows["metric"].isin(CLASSES) & (rows["source"] == "ours")]
     layouts = []
-    for headings in (METRICS, MORE, _presence_headings(rows)):
+    for headings in (METRICS, MORE, EDITS, _presence_headings(rows)):
         shown = rows[rows["metric"].isin(headings)]
         if len(shown):
             layouts.append(_main_layout(shown, headings, interval, name))

@@ -143,13 +143,7 @@ export class LabelMap {
 
 // -------------------------------------------------------------------------------------- the page
 
-const TOOLS = [
-  { name: "brush", key: "b", sign: "🖌" },
-  { name: "line", key: "l", sign: "╱" },
-  { name: "fill", key: "f", sign: "▨" },
-  { name: "eraser", key: "e", sign: "⌫" },
-  { name: "pick", key: "i", sign: "💧" },
-];
+const TOOLS = { brush: "b", line: "l", fill: "f", eraser: "e", pick: "i" }; // with their keys
 const SETTINGS = [
   { name: "seed", step: 1, min: 0 },
   { name: "text_scale", step: 0.5, min: 0 },
@@ -209,12 +203,8 @@ class Painter {
     const { width, height } = this.map;
     const button = (text, act, title = "") =>
       make("button", { type: "button", textContent: text, title, onclick: act });
-    this.tools = TOOLS.map((tool) =>
-      make("button", {
-        type: "button", className: `ec2-tool ec2-tool-${tool.name}`,
-        title: `${tool.name} (${tool.key})`, "aria-label": tool.name, textContent: tool.sign,
-        onclick: () => this.#choose(tool.name),
-      }));
+    this.tools = Object.entries(TOOLS).map(([name, key]) =>
+      button(name, () => this.#choose(name), `${name} (${key})`));
     this.sizeInput = make("input", {
       type: "range", min: 1, max: Math.min(LARGEST, width >> 1), value: this.size,
       "aria-label": "brush size", oninput: () => this.#resize(+this.sizeInput.value),
@@ -468,10 +458,10 @@ class Painter {
       return key === "z" || key === "y";
     }
     if (event.altKey) return false;
-    const tool = TOOLS.find((t) => t.key === key);
+    const tool = Object.keys(TOOLS).find((name) => TOOLS[name] === key);
     const chosen = this.classes.find((c) => c.key === key);
     const move = { arrowleft: [-1, 0], arrowright: [1, 0], arrowup: [0, -1], arrowdown: [0, 1] }[key];
-    if (tool) this.#choose(tool.name);
+    if (tool) this.#choose(tool);
     else if (chosen) this.#select(chosen.id);
     else if (key === "m") this.#setMirror(!this.mirror);
     else if (key === "[") this.#resize(this.size - 1);
@@ -503,7 +493,7 @@ class Painter {
 
   #choose(name) {
     this.tool = name;
-    this.tools.forEach((b, i) => b.setAttribute("aria-pressed", TOOLS[i].name === name));
+    this.tools.forEach((b) => b.setAttribute("aria-pressed", b.textContent === name));
   }
 
   #select(id) {
@@ -564,7 +554,9 @@ class Painter {
     const { width, height, axis } = this.map;
     context.clearRect(0, 0, width, height);
     context.fillStyle = "rgba(255, 255, 255, 0.55)";
-    if (this.mirror) for (let y = 0; y < height; y += 4) context.fillRect(Math.floor(axis), y, 1, 1);
+    const columns = 1 + Math.ceil(axis) - Math.floor(axis);
+    for (let y = 0; this.mirror && y < height; y += 4)
+      context.fillRect(Math.floor(axis), y, columns, 1);
     if (!this.cursor) return void (this.place.textContent = " ");
     const [x, y] = this.cursor;
     const wide = this.tool === "fill" || this.tool === "pick" ? 1 : this.size;
