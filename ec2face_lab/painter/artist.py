@@ -102,6 +102,13 @@ class Artist:
         self.method = method
         self._lock = threading.Lock()  # the scheduler is one for all threads
 
+    def load(self) -> float:
+        """Load the weights, unless that was done; returns the seconds that it took."""
+        with self._lock:
+            started = time.perf_counter()
+            _ = (self._pipe, self._parser)
+            return time.perf_counter() - started
+
     def draw(self, wish: Wish, steps: int, stop: Stop = lambda: False) -> Drawing:
         """Draw a wish.
 
@@ -113,6 +120,7 @@ class Artist:
         Raises:
             Superseded: `stop` said so.
         """
+        self.load()
         with self._lock:
             started = time.perf_counter()
             image = self._sample(wish, steps, stop)

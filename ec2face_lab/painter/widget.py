@@ -223,6 +223,9 @@ class MaskPainter(anywidget.AnyWidget):
         settings = (self.caption, self.seed, self.text_scale, self.mask_scale, self.strength)
         return Wish(self.mask, *settings, photo, photo_mask)
 
+    def _ready(self, seconds: float) -> None:
+        self.status = f"ready: the weights were loaded in {seconds:.0f} s"
+
     def _required_artist(self) -> Artist:
         if self._artist is None:
             raise UserError("this painter only paints: make one with a profile, as 'mini'")
@@ -301,7 +304,9 @@ class MaskPainter(anywidget.AnyWidget):
 
     def _answer(self, message: dict[str, Any], files: list[bytes]) -> None:
         kind = message.get("type")
-        if kind == "draw":
+        if kind == "ready" and self._artist is not None:  # a browser shows the painter
+            self._submit(lambda _: self._later(self._ready, self._artist.load()), "loading")
+        elif kind == "draw":
             self.request(bool(message.get("live")))
         elif kind == "stamp":
             self.stamp(message["name"])

@@ -8,28 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
+from browser import CHROMIUM, Hand, jupyter_lab, painter_page, wait_for
 
 from ec2face_core.attributes import CLASS_ID
 from ec2face_core.io.masks import image_ids, mask_ids
-from ec2face_core.io.paths import ROOT
 from ec2face_core.io.pictures import open_header
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-]  # fmt: skip
-PATIENCE = 180  # seconds, on shared cores
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,7 +48,9 @@ painter.observe(changed, "mask")
 write("mask0")
 def drawn(change):
     drawing = painter.drawing
-    state = {"agreement": drawing.agreement(), "wish": drawing.mask.tolist(), "steps": drawing.steps}
+    if drawing is None:
+        return
+    state = {"agreement": drawing.agreement(), "wish": drawing.mask.tolist()}
     part = Path(".drawn.part")
     part.write_text(json.dumps(state))
     part.rename("drawn.json")
@@ -70,82 +60,26 @@ painter
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """(address of the notebook in a running JupyterLab, its folder)."""
-    folder = tmp_path_factory.mktemp("lab")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, folder / "paint.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {name: str(folder / f".{name.lower()}") for name in ("JUPYTER_CONFIG_DIR", "IPYTHONDIR")}
-    own["JUPYTER_RUNTIME_DIR"] = str(folder / ".runtime")
-    command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
-        f"--port={port}", f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=painter",
-        "--LabApp.expose_app_in_browser=True",
-        "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
-    ]  # fmt: skip
-    environment = os.environ | own | {"PYTHONPATH": str(ROOT)}
-    with (folder / "lab.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
-        try:
-            wait_for(lambda: is_open(port), "JupyterLab does not answer")
-            yield f"http://127.0.0.1:{port}/lab/tree/paint.ipynb?token=painter", folder
-        finally:
-            server.terminate()
-            server.wait(30)
+def folder(tmp_path_factory):
+    """The folder of the notebook, in which the kernel writes."""
+    return tmp_path_factory.mktemp("lab")
 
 
 @pytest.fixture(scope="module")
-def page(lab, tmp_path_factory):
-    """The page with the painter shown."""
-    from playwright.sync_api import sync_playwright
-
-    address, _ = lab
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM, headless=True,
-            args=FLAGS, viewport={"width": 1500, "height": 1150}, accept_downloads=True,
-        )  # fmt: skip
-        page = context.pages[0]
-        page.set_default_timeout(1000 * PATIENCE)
-        page.goto(address)
-        page.wait_for_function("window.jupyterapp !== undefined")
-        page.wait_for_selector(".jp-Notebook .jp-Cell")
-        page.evaluate("""async () => {
-            const app = window.jupyterapp;
-            await app.restored;
-            const panel = app.shell.currentWidget;
-            await panel.context.ready;
-            await panel.sessionContext.ready;
-            if (!app.shell.leftCollapsed) await app.commands.execute('application:toggle-left-area');
-            await app.commands.execute('notebook:hide-cell-code');
-            await app.commands.execute('notebook:run-all-cells');
-        }""")
-        page.wait_for_selector(".ec2-painter .ec2-overlay")
-        yield page
-        context.close()
+def hand(folder, tmp_path_factory):
+    """A hand on the painter in a running JupyterLab."""
+    profile = tmp_path_factory.mktemp("profile")
+    with jupyter_lab(folder, CELL) as address, painter_page(address, profile) as page:
+        hand = WatchedHand(page, folder)
+        hand.shoot("begin")
+        yield hand
 
 
-def wait_for(condition, complaint, seconds=PATIENCE):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, complaint
-        time.sleep(0.1)
-
-
-def is_open(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-class Hand:
-    """A user's hand on the painter, and the label maps that Python has seen."""
+class WatchedHand(Hand):
+    """A hand, and the label maps that Python has seen."""
 
     def __init__(self, page, folder):
-        self.page = page
+        super().__init__(page)
         self.folder = folder
         self.shots = 0
 
@@ -165,28 +99,6 @@ class Hand:
         assert self.seen() == before + steps, "more changes than one"
         return self.mask()
 
-    def point(self, x, y):
-        box = self.page.locator(".ec2-overlay").bounding_box()
-        return box["x"] + (x + 0.5) * box["width"] / 64, box["y"] + (y + 0.5) * box["height"] / 64
-
-    def drag(self, *pixels):
-        mouse = self.page.mouse
-        mouse.move(*self.point(*pixels[0]))
-        mouse.down()
-        for pixel in pixels[1:]:
-            mouse.move(*self.point(*pixel), steps=4)
-        mouse.up()
-
-    def keys(self, *names):
-        self.page.locator(".ec2-overlay").focus()
-        for name in names:
-            self.page.keyboard.press(name)
-
-    def size(self, size):
-        self.page.locator("input[aria-label='brush size']").evaluate(
-            "(e, v) => { e.value = v; e.dispatchEvent(new Event('input')); }", str(size)
-        )
-
     def shoot(self, name):
         target = os.environ.get("EC2FACE_SCREENSHOTS")
         if target:
@@ -194,13 +106,6 @@ class Hand:
             self.page.locator(".ec2-painter").screenshot(
                 path=str(Path(target) / f"{self.shots:02d}-{name}.png")
             )
-
-
-@pytest.fixture(scope="module")
-def hand(page, lab):
-    hand = Hand(page, lab[1])
-    hand.shoot("begin")
-    return hand
 
 
 def test_a_painted_face_is_the_label_map_that_python_sees(hand, tmp_path):

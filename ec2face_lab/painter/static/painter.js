@@ -47,16 +47,13 @@ export class LabelMap {
     this.before = null;
   }
 
-  inside(x, y) {
-    return x >= 0 && y >= 0 && x < this.width && y < this.height;
-  }
-
   at(x, y) {
-    return this.inside(x, y) ? this.ids[y * this.width + x] : -1;
+    const inside = x >= 0 && y >= 0 && x < this.width && y < this.height;
+    return inside ? this.ids[y * this.width + x] : -1;
   }
 
   set(x, y, id) {
-    if (this.inside(x, y)) this.ids[y * this.width + x] = id;
+    if (this.at(x, y) >= 0) this.ids[y * this.width + x] = id;
   }
 
   /** Paint pixels; mirrored ones get the class of the other side and yield where both meet. */
@@ -124,19 +121,12 @@ export class LabelMap {
     return this.commit();
   }
 
-  undo() {
-    return this.#step(this.past, this.future, "old");
-  }
-
-  redo() {
-    return this.#step(this.future, this.past, "now");
-  }
-
-  #step(from, to, key) {
-    const change = from.pop();
+  /** Undo, or redo, one step; false if there is none. */
+  step(back) {
+    const change = (back ? this.past : this.future).pop();
     if (!change) return false;
-    change.index.forEach((place, i) => (this.ids[place] = change[key][i]));
-    to.push(change);
+    change.index.forEach((place, i) => (this.ids[place] = (back ? change.old : change.now)[i]));
+    (back ? this.future : this.past).push(change);
     return true;
   }
 }
@@ -144,20 +134,17 @@ export class LabelMap {
 // -------------------------------------------------------------------------------------- the page
 
 const TOOLS = { brush: "b", line: "l", fill: "f", eraser: "e", pick: "i" }; // with their keys
-const SETTINGS = [
-  { name: "seed", step: 1, min: 0 },
-  { name: "text_scale", step: 0.5, min: 0 },
-  { name: "mask_scale", step: 0.5, min: 0 },
-  { name: "strength", step: 0.1, min: 0 },
-];
+const SETTINGS = { seed: 1, text_scale: 0.5, mask_scale: 0.5, strength: 0.1 }; // with their steps
 const STARTS = {
   empty: "an empty head",
   dataset: "a face of the data set",
   procedural: "a procedural face by caption",
   nearest: "the nearest mask by caption",
 };
+const ARROWS = { arrowleft: [-1, 0], arrowright: [1, 0], arrowup: [0, -1], arrowdown: [0, 1] };
 const BACKGROUND = 0;
 const LARGEST = 64; // brush
+const IMAGES = ["photo", "picture"];
 
 /** An element with properties, listeners (on...) and children. */
 function make(tag, properties = {}, ...children) {
@@ -171,21 +158,23 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-const bytes = (view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
+const span = (name, textContent = "") => make("span", { className: `ec2-${name}`, textContent });
 
-const words = (name) => name.replaceAll("_", " ");
+const packed = ({ colour: [r, g, b] }) => 0xff000000 + (b << 16) + (g << 8) + r; // as canvases do
+
+const bytes = (view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
 
 class Painter {
   constructor(model, el) {
     this.model = model;
     this.classes = model.get("_classes");
+    this.colours = this.classes.map(packed);
     const [height, width] = model.get("_shape");
     const opposite = this.classes.map((c) => c.opposite);
     this.map = new LabelMap(width, height, bytes(model.get("mask")), opposite);
     this.tool = "brush";
     this.class = 1;
     this.size = Math.max(1, Math.round(width / 32));
-    this.mirror = false;
     this.cursor = null; // pixel under the pointer, or of the arrow keys
     this.start = null; // pixel where a line or stroke began
     this.urls = new Map();
@@ -195,9 +184,8 @@ class Painter {
     this.#select(1);
     this.#choose("brush");
     this.#showAll();
+    model.send({ type: "ready" });
   }
-
-  // ------------------------------------------------------------------------------- construction
 
   #page() {
     const { width, height } = this.map;
@@ -209,36 +197,28 @@ class Painter {
       type: "range", min: 1, max: Math.min(LARGEST, width >> 1), value: this.size,
       "aria-label": "brush size", oninput: () => this.#resize(+this.sizeInput.value),
     });
-    this.sizeText = make("span", { className: "ec2-size" });
-    this.mirrorInput = make("input", {
-      type: "checkbox", onchange: () => this.#setMirror(this.mirrorInput.checked),
-    });
-    this.undoButton = button("↶", () => this.#undo(), "undo (Ctrl+Z)");
-    this.redoButton = button("↷", () => this.#redo(), "redo (Ctrl+Shift+Z, Ctrl+Y)");
-    this.undoButton.className = "ec2-undo";
-    this.redoButton.className = "ec2-redo";
+    this.sizeText = span("size");
+    this.mirrorInput = make("input", { type: "checkbox", onchange: () => this.#showOverlay() });
+    this.undoButton = button("undo", () => this.#history(true), "Ctrl+Z");
+    this.redoButton = button("redo", () => this.#history(false), "Ctrl+Shift+Z, Ctrl+Y");
     const stamps = this.model.get("_stamps").map((name) =>
-      button(name, () => this.#send({ type: "stamp", name }), `add: ${name}`));
+      button(name, () => this.model.send({ type: "stamp", name }), `add: ${name}`));
     const toolbar = make("div", { className: "ec2-row" }, ...this.tools,
       make("label", { title: "brush size ([ and ])" }, "size", this.sizeInput, this.sizeText),
       make("label", { title: "mirror left and right (m)" }, this.mirrorInput, "mirror"),
-      this.undoButton, this.redoButton, make("span", { textContent: "add:" }), ...stamps);
+      this.undoButton, this.redoButton, "add:", ...stamps);
 
     this.rows = this.classes.map((c) => {
-      const swatch = make("span", { className: "ec2-swatch" });
+      const swatch = span("swatch");
       swatch.style.background = `rgb(${c.colour})`;
-      const row = make("button", {
+      return make("button", {
         type: "button", className: "ec2-class", title: `${c.name}: key ${c.key}`,
         onclick: () => this.#select(c.id),
-      }, swatch, make("span", { className: "ec2-name", textContent: c.name }),
-      make("kbd", { textContent: c.key }),
-      make("span", { className: "ec2-number" }), make("span", { className: "ec2-number" }));
-      return row;
+      }, swatch, span("name", c.name), make("kbd", { textContent: c.key }), span("number"),
+      span("number"));
     });
-    const head = make("div", { className: "ec2-class ec2-head" }, make("span"),
-      make("span", { className: "ec2-name", textContent: "class" }), make("span"),
-      make("span", { className: "ec2-number", textContent: "recall" }),
-      make("span", { className: "ec2-number", textContent: "F1" }));
+    const head = make("div", { className: "ec2-class ec2-head" }, span("swatch"),
+      span("name", "class"), span("key"), span("number", "recall"), span("number", "F1"));
     const palette = make("div", { className: "ec2-palette" }, head, ...this.rows);
 
     this.photo = make("img", { className: "ec2-photo", alt: "", draggable: false });
@@ -255,32 +235,33 @@ class Painter {
 
     this.picture = make("img", { className: "ec2-picture", alt: "the generated picture" });
     this.reading = make("canvas", { className: "ec2-reading", width, height });
-    const draw = button("Draw", () => this.#send({ type: "draw" }), "draw at rest (d)");
+    const draw = button("Draw", () => this.model.send({ type: "draw" }), "draw at rest (d)");
     draw.className = "ec2-draw";
     const live = this.#bound("checkbox", "live");
     this.keep = this.#bound("checkbox", "keep");
     this.keepRow = make("label", { title: "sample only where the mask was changed" }, this.keep,
       "keep the rest of the photo");
+    const figure = (image, text) => make("figure", {}, image, make("figcaption", {}, text));
     this.results = make("div", { className: "ec2-results" },
-      make("figure", {}, this.picture, make("figcaption", { textContent: "picture" })),
-      make("figure", {}, this.reading, make("figcaption", { textContent: "what the parser reads" })),
+      figure(this.picture, "picture"), figure(this.reading, "what the parser reads"),
       make("div", { className: "ec2-row" }, draw, make("label", {}, live, "at every pen-up")),
       this.keepRow);
 
-    const caption = this.#bound("text", "caption", { placeholder: "caption", className: "ec2-caption" });
-    const numbers = SETTINGS.map(({ name, ...limits }) =>
-      make("label", {}, words(name), this.#bound("number", name, limits)));
+    const caption = this.#bound("text", "caption", { placeholder: "caption" });
+    const numbers = Object.entries(SETTINGS).map(([name, step]) =>
+      make("label", {}, name.replace("_", " "), this.#bound("number", name, { step, min: 0 })));
     this.settings = make("div", { className: "ec2-row" }, caption, ...numbers);
 
     this.startSelect = make("select", { "aria-label": "start from" },
       ...this.model.get("_starts").map((kind) =>
         make("option", { value: kind, textContent: STARTS[kind] })));
-    const files = make("div", { className: "ec2-row" },
-      this.startSelect,
-      button("Start", () => this.#send({ type: "start", kind: this.startSelect.value }), "start from it"),
-      this.#file("Photo…", "photo", ".png,.jpg,.jpeg,.webp"), this.#file("Open mask…", "open", ".png"),
-      button("Save mask", () => this.#send({ type: "save", what: "mask" })),
-      button("Save picture", () => this.#send({ type: "save", what: "picture" })));
+    const ask = (text, message) => button(text, () => this.model.send(message()));
+    const files = make("div", { className: "ec2-row" }, this.startSelect,
+      ask("Start", () => ({ type: "start", kind: this.startSelect.value })),
+      this.#file("Photo…", "photo", ".png,.jpg,.jpeg,.webp"),
+      this.#file("Open mask…", "open", ".png"),
+      ask("Save mask", () => ({ type: "save", what: "mask" })),
+      ask("Save picture", () => ({ type: "save", what: "picture" })));
 
     this.status = make("div", { className: "ec2-status", role: "status" });
     this.strip = make("div", { className: "ec2-strip" });
@@ -299,7 +280,7 @@ class Painter {
   #bound(type, name, more = {}) {
     const check = type === "checkbox";
     const input = make("input", { type, ...more, "data-trait": name });
-    const show = () => (check ? (input.checked = this.model.get(name)) : (input.value = this.model.get(name)));
+    const show = () => (input[check ? "checked" : "value"] = this.model.get(name));
     input.addEventListener(type === "range" ? "input" : "change", () => {
       const value = check ? input.checked : type === "text" ? input.value : Number(input.value);
       this.model.set(name, value);
@@ -318,8 +299,8 @@ class Painter {
       if (file) this.model.send({ type, name: file.name }, undefined, [await file.arrayBuffer()]);
       input.value = ""; // the same file may be chosen again
     });
-    return make("span", {}, input,
-      make("button", { type: "button", textContent: text, onclick: () => input.click() }));
+    const choose = () => input.click();
+    return make("span", {}, input, make("button", { type: "button", onclick: choose }, text));
   }
 
   #on(event, act) {
@@ -355,7 +336,8 @@ class Painter {
       this.#cancel();
       if (this.map.replace(ids)) this.#showMask();
     });
-    for (const name of ["photo", "picture"]) this.#on(`change:${name}`, () => this.#showImage(name));
+    for (const name of IMAGES) this.#on(`change:${name}`, () => this.#showImage(name));
+    this.#on("change:photo_opacity", () => this.#showOpacity());
     this.#on("change:reading", () => this.#showReading());
     this.#on("change:agreement", () => this.#showAgreement());
     this.#on("change:status", () => this.#showStatus());
@@ -386,14 +368,14 @@ class Painter {
     this.map.begin();
     if (tool === "fill") this.map.fill(x, y, this.class, this.mirror);
     else this.#strokeTo(x, y);
-    this.#drawMask();
+    this.#showMask();
   }
 
   #move([x, y]) {
     this.cursor = [x, y];
     if (!this.start || this.active === "fill") return;
     this.#strokeTo(x, y);
-    this.#drawMask();
+    this.#showMask();
   }
 
   #strokeTo(x, y) {
@@ -415,17 +397,12 @@ class Painter {
     if (!this.start) return;
     this.start = null;
     this.map.cancel();
-    this.#drawMask();
+    this.#showMask();
   }
 
-  #undo() {
+  #history(back) {
     this.#cancel();
-    if (this.map.undo()) this.#changed();
-  }
-
-  #redo() {
-    this.#cancel();
-    if (this.map.redo()) this.#changed();
+    if (this.map.step(back)) this.#changed();
   }
 
   /** The user changed the mask: show it, tell Python, draw. */
@@ -433,19 +410,14 @@ class Painter {
     this.#showMask();
     this.model.set("mask", new DataView(this.map.ids.slice().buffer));
     this.model.save_changes();
-    if (this.model.get("live") && this.model.get("_draws")) this.#send({ type: "draw", live: true });
-  }
-
-  #send(message) {
-    this.model.send(message);
+    if (this.model.get("live")) this.model.send({ type: "draw", live: true });
   }
 
   // ------------------------------------------------------------------------------------ keyboard
 
   #key(event) {
-    const typing = event.target.matches("input:not([type=checkbox]):not([type=range]), select");
-    if (typing || event.target.matches("textarea")) return;
-    if (!this.#handle(event)) return;
+    const typing = event.target.matches("input:not([type=checkbox], [type=range]), select");
+    if (typing || !this.#handle(event)) return;
     event.preventDefault();
     event.stopPropagation();
   }
@@ -453,21 +425,21 @@ class Painter {
   #handle(event) {
     const key = event.key.toLowerCase();
     if (event.ctrlKey || event.metaKey) {
-      if (key === "z") event.shiftKey ? this.#redo() : this.#undo();
-      else if (key === "y") this.#redo();
-      return key === "z" || key === "y";
+      if (key !== "z" && key !== "y") return false;
+      this.#history(key === "z" && !event.shiftKey);
+      return true;
     }
     if (event.altKey) return false;
     const tool = Object.keys(TOOLS).find((name) => TOOLS[name] === key);
     const chosen = this.classes.find((c) => c.key === key);
-    const move = { arrowleft: [-1, 0], arrowright: [1, 0], arrowup: [0, -1], arrowdown: [0, 1] }[key];
+    const move = ARROWS[key];
     if (tool) this.#choose(tool);
     else if (chosen) this.#select(chosen.id);
-    else if (key === "m") this.#setMirror(!this.mirror);
+    else if (key === "m") this.mirrorInput.click();
     else if (key === "[") this.#resize(this.size - 1);
     else if (key === "]") this.#resize(this.size + 1);
     else if (key === "escape" && this.start) this.#cancel();
-    else if (key === "d" && this.model.get("_draws")) this.#send({ type: "draw" });
+    else if (key === "d") this.model.send({ type: "draw" });
     else if (event.target !== this.overlay) return false;
     else if (move) this.#step(move, event.shiftKey ? 8 : 1);
     else if (key === " ") this.#toggle(event.repeat);
@@ -509,10 +481,8 @@ class Painter {
     this.#showOverlay();
   }
 
-  #setMirror(on) {
-    this.mirror = on;
-    this.mirrorInput.checked = on;
-    this.#showOverlay();
+  get mirror() {
+    return this.mirrorInput.checked;
   }
 
   // ------------------------------------------------------------------------------------- showing
@@ -520,30 +490,24 @@ class Painter {
   #showAll() {
     this.#resize(this.size);
     this.#showMask();
-    this.#showImage("photo");
-    this.#showImage("picture");
+    IMAGES.forEach((name) => this.#showImage(name));
     this.#showReading();
     this.#showAgreement();
     this.#showStatus();
     this.#showStrip();
-    const draws = this.model.get("_draws");
-    this.results.hidden = !draws;
-    this.settings.hidden = !draws;
+    this.results.hidden = this.settings.hidden = !this.model.get("_draws");
   }
 
-  #colours(canvas, ids) {
+  #paint(canvas, ids) {
     const context = canvas.getContext("2d");
     const image = context.createImageData(this.map.width, this.map.height);
-    ids.forEach((id, i) => image.data.set([...this.classes[id].colour, 255], 4 * i));
+    const pixels = new Uint32Array(image.data.buffer);
+    ids.forEach((id, i) => (pixels[i] = this.colours[id]));
     context.putImageData(image, 0, 0);
   }
 
-  #drawMask() {
-    this.#colours(this.canvas, this.map.ids);
-  }
-
   #showMask() {
-    this.#drawMask();
+    this.#paint(this.canvas, this.map.ids);
     this.undoButton.disabled = !this.map.past.length;
     this.redoButton.disabled = !this.map.future.length;
   }
@@ -578,26 +542,28 @@ class Painter {
     const image = this[name];
     image.style.visibility = there ? "visible" : "hidden";
     if (there) image.src = this.#url(name, view);
+    else image.removeAttribute("src");
     if (name !== "photo") return;
     this.opacityRow.hidden = this.keepRow.hidden = !there;
-    const show = () => (this.canvas.style.opacity = there ? 1 - this.model.get("photo_opacity") : 1);
-    this.opacity.oninput = show;
-    show();
+    this.#showOpacity();
+  }
+
+  #showOpacity() {
+    this.canvas.style.opacity = this.photo.src ? 1 - this.model.get("photo_opacity") : 1;
   }
 
   #showReading() {
     const view = this.model.get("reading");
     this.reading.style.visibility = view.byteLength ? "visible" : "hidden";
-    if (view.byteLength) this.#colours(this.reading, bytes(view));
+    if (view.byteLength) this.#paint(this.reading, bytes(view));
   }
 
   #showAgreement() {
     const found = new Map(this.model.get("agreement").map((row) => [row.id, row]));
     this.rows.forEach((row, id) => {
       const [recall, f1] = row.querySelectorAll(".ec2-number");
-      const text = (value) => (value === undefined || value === null ? "" : value.toFixed(0));
-      recall.textContent = text(found.get(id)?.recall);
-      f1.textContent = text(found.get(id)?.f1);
+      recall.textContent = found.get(id)?.recall.toFixed(0) ?? "";
+      f1.textContent = found.get(id)?.f1.toFixed(0) ?? "";
     });
   }
 
@@ -610,7 +576,7 @@ class Painter {
     const items = this.model.get("strip").map((item) =>
       make("button", {
         type: "button", className: "ec2-item", title: `${item.about}; click to restore`,
-        onclick: () => this.#send({ type: "restore", number: item.number }),
+        onclick: () => this.model.send({ type: "restore", number: item.number }),
       }, make("img", { alt: item.about, src: this.#url(`strip ${item.number}`, item.picture) })));
     this.strip.replaceChildren(...items);
   }
@@ -625,9 +591,9 @@ class Painter {
   }
 }
 
-function render({ model, el }) {
-  const painter = new Painter(model, el);
-  return () => painter.remove();
-}
-
-export default { render };
+export default {
+  render({ model, el }) {
+    const painter = new Painter(model, el);
+    return () => painter.remove();
+  },
+};
