@@ -45,7 +45,7 @@ STROKES: tuple[tuple[tuple[str, ...], int, tuple[tuple[int, int], ...]], ...] = 
     (("w",), 2, ((27, 46), (32, 45))),
     (("r",), 2, ((28, 48), (32, 49))),
 )
-STAMPS = ("earrings", "necklace", "hat")
+STAMPS = {"earrings": "A young woman wearing earrings.", "hat": "A young woman wearing a hat."}
 
 
 def kernel() -> list[Row]:
@@ -139,7 +139,8 @@ def record(hand: Hand) -> list[Image.Image]:
         wait_for_picture(page, page.mouse.up)
         shoot()
     hand.keys("m")
-    for name in STAMPS:
+    for name, caption in STAMPS.items():
+        page.locator("input[data-trait=caption]").fill(caption)
         wait_for_picture(page, lambda name=name: hand.click(name))
         shoot()
     wait_for(lambda: "28 steps" in page.locator(".ec2-status").inner_text(), "no rest", 120)
@@ -155,7 +156,11 @@ def save_recording(frames: list[Image.Image], path: Path) -> None:
         page = Image.new("RGB", (frame.width, height), "white")
         page.paste(frame)
         same.append(page.resize((WIDTH, round(height * WIDTH / frame.width)), Image.Resampling.BOX))
-    palette = same[-1].quantize(128)
+    some = same[:: max(1, len(same) // 8)]
+    montage = Image.new("RGB", (same[0].width, len(some) * same[0].height))
+    for i, frame in enumerate(some):
+        montage.paste(frame, (0, i * frame.height))
+    palette = montage.quantize(256)
     drawn = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in same]
     path.parent.mkdir(exist_ok=True)
     drawn[0].save(

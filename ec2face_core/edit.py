@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from .attributes import NUM_CLASSES
+from .backbone import pack
 from .flow import interpolate
 from .guards.checks import check_floats, check_labels, check_number, check_range, check_same_shape
 from .io.paths import user_path
@@ -51,7 +52,7 @@ def changed_pixels(mask: Tensor, new_mask: Tensor, margin: int | None = None) ->
     return grown[:, 0].bool()
 
 
-StepEnd = Callable[..., dict[str, Any]]
+StepEnd = Callable[..., dict[str, Any] | None]
 
 
 def keep_outside(z: Tensor, noise: Tensor, changed: Tensor, then: StepEnd | None = None) -> StepEnd:
@@ -64,13 +65,16 @@ def keep_outside(z: Tensor, noise: Tensor, changed: Tensor, then: StepEnd | None
         then: another such callback, called after it.
     """
     factor = changed.shape[-1] // z.shape[-1]
-    sampled = torch.nn.functional.max_pool2d(changed[:, None].float(), factor).bool()
+    cells = torch.nn.functional.max_pool2d(changed[:, None].float(), factor).bool()
+    sampled = pack(cells.expand_as(z))
+    data = pack(z)
+    start = pack(noise)
 
     def step_end(pipe: Any, step: int, time: Tensor, values: dict[str, Any]) -> dict[str, Any]:
         t = pipe.scheduler.sigmas[step + 1].to(z).expand(len(z))  # the time that was reached
-        kept = interpolate(z, noise, t)
+        kept = interpolate(data, start, t)
         values = values | {"latents": torch.where(sampled, values["latents"], kept)}
-        return values if then is None else then(pipe, step, time, values)
+        return values | (then(pipe, step, time, values) or {}) if then else values
 
     return step_end
 

@@ -11,7 +11,7 @@ its own noise stream, so it does not depend on its batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ from .backbone import (
     encode_images,
     encode_text,
     load_backbone,
+    pack,
+    unpack,
     warn_of_lost_words,
 )
 from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
-from .edit import ImageLike, changed_pixels, keep_outside, read_pictures
+from .edit import ImageLike, StepEnd, changed_pixels, keep_outside, read_pictures
 from .guards.checks import NotFiniteError, check_floats, check_number, check_texts
 from .io.masks import mask_ids, split_masks
 from .io.paths import user_path
@@ -190,7 +192,7 @@ class EC2FacePipeline(DiffusionPipeline):
         output_type: str = "pil",
         latents: Tensor | None = None,
         mask_strength: float = 1.0,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end: StepEnd | None = None,
     ) -> EC2FacePipelineOutput:
         """Generate faces. Mask only: leave `prompt` empty. Text only: leave `mask` out.
 
@@ -217,8 +219,8 @@ class EC2FacePipeline(DiffusionPipeline):
             latents: initial noise `b c h/f w/f`, instead of `generator`'s.
             mask_strength: factor >= 0 on each mask token in the softmax of text and noise tokens;
                 1 is as trained, 0 is no mask.
-            callback_on_step_end: called after each step with the pipeline, the step's number, its
-                timestep and `{"latents": z}`; returns a mapping whose latents replace them.
+            callback_on_step_end: called as `f(pipeline, step, timestep, {"latents": tokens})` after
+                each step, tokens `b n 4c`; the latents that it returns replace them.
 
         Returns:
             The pictures.
@@ -281,7 +283,9 @@ class EC2FacePipeline(DiffusionPipeline):
                 )  # fmt: skip
                 z = self.scheduler.step(v, time, z, return_dict=False)[0]  # Eq. 2, one Euler step
                 if callback_on_step_end is not None:
-                    z = callback_on_step_end(self, step, time, {"latents": z})["latents"]
+                    given = {"latents": pack(z)}
+                    changed = callback_on_step_end(self, step, time, given) or given
+                    z = unpack(changed["latents"], *shape[-2:])
                 bar.update()
         decoded = decode_latents(self.vae, z)
         if not decoded.isfinite().all():  # they would be written as black pictures

@@ -135,10 +135,9 @@ class Artist:
         return Drawing(wish, image, ids, notice, steps, seconds)
 
     def _sample(self, wish: Wish, steps: int, stop: Stop) -> Tensor:
-        def step_end(pipe: Any, step: int, at: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+        def step_end(*_: Any) -> None:
             if stop():
                 raise Superseded
-            return values
 
         settings: dict[str, Any] = {
             "num_inference_steps": steps,

@@ -71,8 +71,8 @@ class Starts:
         y, x = (np.indices((size, size)) + 0.5) / size
         ids = np.zeros((size, size), np.uint8)
         neck = (np.abs(x - 0.5) < 0.15) & (y > 0.7)
-        cloth = ((x - 0.5) / 0.55) ** 2 + ((y - 1.15) / 0.25) ** 2 < 1
-        head = ((x - 0.5) / 0.25) ** 2 + ((y - 0.5) / 0.41) ** 2 < 1
+        cloth = ((x - 0.5) / 0.55) ** 2 + ((y - 1.19) / 0.25) ** 2 < 1
+        head = ((x - 0.5) / 0.25) ** 2 + ((y - 0.48) / 0.38) ** 2 < 1
         for where, name in ((neck, "neck"), (cloth, "cloth"), (head, "skin")):
             ids[where] = CLASS_ID[name]
         return Start(ids)

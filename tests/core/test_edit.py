@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ec2face_core.backbone import decode_latents, encode_images
+from ec2face_core.backbone import decode_latents, encode_images, pack, unpack
 from ec2face_core.data import FaceDataset
 from ec2face_core.edit import changed_pixels, keep_outside, read_pictures
 from ec2face_core.io.report import DataError
@@ -90,8 +90,8 @@ def test_kept_latents_follow_the_path_between_picture_and_noise(pipe, face):
     seen = []
 
     def look(pipe, step, time, values):
-        seen.append((float(pipe.scheduler.sigmas[step + 1]), values["latents"].clone()))
-        return values
+        latents = unpack(values["latents"], *z.shape[-2:])
+        seen.append((float(pipe.scheduler.sigmas[step + 1]), latents.clone()))
 
     pipe.edit(
         face.image[None] / 2 + 0.5, face.label_map, new, generator=seeded(),
@@ -125,7 +125,7 @@ def test_a_callback_may_replace_the_latents_of_an_ordinary_picture(pipe, face):
 
     def replace(pipe, step, time, values):
         steps.append((step, float(time)))
-        return {"latents": z}
+        return {"latents": pack(z)}
 
     image = pipe(mask=face.label_map, generator=seeded(), num_inference_steps=2, output_type="pt",
                  callback_on_step_end=replace).images  # fmt: skip
@@ -176,6 +176,7 @@ def test_a_kept_cell_needs_all_of_its_pixels():
         scheduler = Scheduler()
 
     step_end = keep_outside(z, noise, changed)
-    values = step_end(Pipe(), 0, None, {"latents": torch.full_like(z, 7.0)})
-    assert values["latents"][0, 0, 0, 0] == 7 and (values["latents"] == 7).sum() == 4
-    assert values["latents"][0, 0, 0, 1] == 0.25
+    values = step_end(Pipe(), 0, None, {"latents": pack(torch.full_like(z, 7.0))})
+    latents = unpack(values["latents"], 4, 4)
+    assert (latents[0, :, 0, 0] == 7).all() and (latents == 7).sum() == 4
+    assert latents[0, 0, 0, 1] == 0.25
