@@ -36,6 +36,7 @@ from .backbone import (
     warn_of_lost_words,
 )
 from .config import BackboneConfig, Config, UserError
+from .io.hub import answering_hub
 from .io.paths import resolve
 from .mask_branch import mask_latents_of
 from .runs import content_key, parallel, path_digest, remove_leftovers, write_tensors
@@ -244,7 +245,9 @@ def _encoder_digest(config: BackboneConfig) -> list[str]:
         from huggingface_hub import hf_hub_download
 
         load_backbone(config, ())  # raises a clear error if it is unavailable
-        return [config.path, Path(hf_hub_download(config.path, "vae/config.json")).parts[-3]]
+        with answering_hub(config.path, "vae/config.json"):
+            file = hf_hub_download(config.path, "vae/config.json")
+        return [config.path, Path(file).parts[-3]]
     parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     return [path_digest(folder / part) for part in parts]
 
