@@ -79,7 +79,9 @@ def stamped_faces(dataset: FaceDataset, ids: Sequence[str], name: str) -> tuple[
     return kept, torch.stack(masks)
 
 
-def edits(config: Config, method: str, name: str, count: int = 100) -> Edits:
+def edits(
+    config: Config, method: str, name: str, count: int = 100, margin: int | None = None
+) -> Edits:
     """The first test faces that wear no such thing, edited so that they do.
 
     Args:
@@ -87,6 +89,7 @@ def edits(config: Config, method: str, name: str, count: int = 100) -> Edits:
         method: one of `VARIANTS`.
         name: one of `STAMPS`.
         count: faces at most.
+        margin: of the edit, in pixels; None: 1/32 of the side.
     """
     dataset = open_dataset(config, "test")
     ids, new_masks = stamped_faces(dataset, evaluated_ids(config, dataset), name)
@@ -101,7 +104,7 @@ def edits(config: Config, method: str, name: str, count: int = 100) -> Edits:
     for start in range(0, len(ids), config.sampling.batch_size):
         part = slice(start, start + config.sampling.batch_size)
         given = (images[part] / 2 + 0.5, masks[part], new_masks[part])
-        edited.append(painter.edit(*given, prompts[part], seeds[part]))
+        edited.append(painter.edit(*given, prompts[part], seeds[part], margin))
         anew.append(painter.sample(prompts[part], new_masks[part], seeds[part]))
     copies = RoundTrip(config, COPY, dataset).paint(ids)
     pictures = (copies, torch.cat(edited), torch.cat(anew))

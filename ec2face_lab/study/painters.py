@@ -228,6 +228,7 @@ class EC2Face(Painter):
         new_masks: Tensor,
         prompts: Sequence[str],
         seeds: Sequence[int],
+        margin: int | None = None,
     ) -> Tensor:
         """Edited images `b 3 h w` in [0, 1] (`EC2FacePipeline.edit`).
 
@@ -237,11 +238,12 @@ class EC2Face(Painter):
             new_masks: label maps of what they are to show.
             prompts: b texts.
             seeds: of the noise of each image.
+            margin: pixels around the change that are sampled, too; None: 1/32 of the side.
 
         Raises:
             ConfigError: the LoRA is missing.
         """
-        given = (images, masks, new_masks, list(prompts))
+        given = (images, masks, new_masks, list(prompts), margin)
         return self._sample(lambda pipe, **settings: pipe.edit(*given, **settings), seeds)
 
     def _sample(self, call: Callable[..., Any], seeds: Sequence[int]) -> Tensor:
