@@ -185,7 +185,7 @@ def restore_training(
 
 def final_steps(final: Path) -> int | None:
     """Steps of the finished LoRA in a folder; None if there is none."""
-    from .mask_branch import LORA_FILE
+    from .lora_file import LORA_FILE
 
     try:
         steps = json.loads((final / "provenance.json").read_text())["parameters"]["steps"]

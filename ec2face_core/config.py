@@ -311,6 +311,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # ---------------------------------------------------------------------------------------- loading
 
 
+def profiles() -> list[str]:
+    """Names of all profiles."""
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
 def load_profile(name: str, **overrides: Any) -> Config:
     """Read `profiles/<name>.yaml` over the defaults, then the overrides.
 
@@ -321,7 +326,7 @@ def load_profile(name: str, **overrides: Any) -> Config:
         ConfigError: an unknown profile or option (with the nearest match), or a value of the wrong
             type or out of bounds.
     """
-    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    known = profiles()
     if name not in known:
         raise ConfigError(f"profile {name!r} does not exist{_hint(name, known)}; known: {known}")
     values = yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) or {}
@@ -454,9 +459,8 @@ def cli(main: Callable[..., int | None]) -> Callable[..., int]:
 
 def add_config_options(parser: argparse.ArgumentParser, default: str = "mini") -> None:
     """Add --profile or --config, and --set; `config_from_args` reads them."""
-    profiles = ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml")))
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--profile", default=default, help=f"one of {profiles}")
+    source.add_argument("--profile", default=default, help=f"one of {', '.join(profiles())}")
     source.add_argument("--config", type=user_path, metavar="FILE", help="a saved config.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",

@@ -48,13 +48,13 @@ from .guards.checks import NotFiniteError
 from .guards.ranks import agree, locked, make_accelerator
 from .io.paths import user_path
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
+from .lora_file import save_mask_lora, training_settings
 from .losses import flow_matching_loss, latent_weights, total_loss
 from .mask_branch import (
     MaskKVCache,
     add_mask_lora,
     precompute_mask_kv,
     predict_velocity,
-    save_mask_lora,
 )
 from .perception import ClipScorer, FaceParser
 from .runs import (
@@ -213,7 +213,7 @@ class Trainer:
         """Train up to `trainer.steps`, from the newest checkpoint if there is one.
 
         Returns:
-            The LoRA's folder `run_dir/final`, which `mask_branch.load_mask_lora` reads.
+            The LoRA's folder `run_dir/final`, which `lora_file.load_mask_lora` reads.
 
         Raises:
             ConfigError: a setting does not fit the launch, or the checkpoint in `run_dir`.
@@ -453,7 +453,10 @@ class Trainer:
 
     def _write_lora(self, folder: Path) -> None:
         config = self.config
-        save_mask_lora(self.transformer, folder, config.lora, config.backbone.text_length)
+        save_mask_lora(
+            self.transformer, folder, config.lora, config.backbone.text_length, config.data.size,
+            config.backbone.path, training_settings(config, self.variant),
+        )  # fmt: skip
         record = provenance(
             config,
             seconds=sum(row["seconds"] for row in read_metrics(self.run_dir)),

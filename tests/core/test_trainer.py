@@ -21,7 +21,8 @@ from ec2face_core.backbone import load_backbone
 from ec2face_core.checkpoints import newest_checkpoint
 from ec2face_core.config import Config, ConfigError, load_profile
 from ec2face_core.io.paths import ROOT, resolve
-from ec2face_core.mask_branch import load_mask_lora, predict_velocity, read_mask_lora
+from ec2face_core.lora_file import load_mask_lora, read_mask_lora, training_settings
+from ec2face_core.mask_branch import predict_velocity
 from ec2face_core.runs import read_metrics
 from ec2face_core.trainer import Trainer, learning_rate
 from ec2face_lab import launch
@@ -143,7 +144,10 @@ def test_a_run_trains_the_lora_only_and_explains_itself(straight, tiny_config, t
     ]
     about = json.loads((run / "final" / "provenance.json").read_text())
     assert about["parameters"]["variant"] == "both" and about["parameters"]["steps"] == 4
-    assert read_mask_lora(run / "final") == (tiny_config.lora, tiny_config.backbone.text_length)
+    record = read_mask_lora(run / "final")
+    assert (record.lora, record.text_length) == (tiny_config.lora, tiny_config.backbone.text_length)
+    assert record.size == tiny_config.data.size and record.base == tiny_config.backbone.path
+    assert record.settings == training_settings(tiny_config, "both")
     load_mask_lora(original, run / "final")
     loaded = {n: p for n, p in original.named_parameters() if "lora_" in n}
     trained = {n: p for n, p in straight.transformer.named_parameters() if "lora_" in n}
