@@ -86,7 +86,7 @@ class BackboneConfig:
 
     path: Name = "black-forest-labs/FLUX.1-dev"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the frozen weights
-    text_length: Size = 128  # T5 tokens; padded, so part of every cache key
+    text_length: Size = 77  # T5 tokens; padded, so part of every cache key
     guidance: NotNegative = 1.0  # value of the guidance embedding in training
     pixel_decoder: Text = ""  # AutoencoderTiny (TAEF1) for the pixel losses; empty: the VAE's own
 
@@ -420,10 +420,14 @@ def adapter_name(config: Config, variant: str) -> str:
 
 def adapter_dir(config: Config, variant: str) -> Path:
     """Folder of a variant's LoRA: this profile's retrained one, otherwise that of `adapters`."""
-    name = adapter_name(config, variant)
-    retrained = config.run_dir / "adapters" / name
-    there = any(retrained.glob("*.safetensors"))
-    return retrained if there else resolve(config.adapters) / name
+    trained = trained_dir(config, variant)
+    there = any(trained.glob("*.safetensors"))
+    return trained if there else resolve(config.adapters) / trained.name
+
+
+def trained_dir(config: Config, variant: str) -> Path:
+    """Where a training of a variant puts its LoRA at the end."""
+    return config.run_dir / "adapters" / adapter_name(config, variant)
 
 
 def trained_seeds(config: Config) -> int:

@@ -14,6 +14,7 @@ checkpoints/ and final/ (the LoRA).
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import sys
 import time
@@ -36,7 +37,7 @@ from .checkpoints import (
     training_identity,
     training_tensors,
 )
-from .config import VARIANTS, Config, ConfigError, adapter_name
+from .config import VARIANTS, Config, ConfigError, adapter_name, trained_dir
 from .consistency import PixelConsistency
 from .data import open_dataset
 from .fast.blocks import attention_kernel, prepare_blocks
@@ -60,6 +61,7 @@ from .perception import ClipScorer, FaceParser
 from .runs import (
     add_metrics,
     cut_metrics,
+    path_digest,
     progress_line,
     provenance,
     read_metrics,
@@ -78,8 +80,9 @@ class Trainer:
     Args:
         config: the experiment; `VARIANTS[variant]` is laid over it.
         variant: row of Tables 3 and 4.
-        run_dir: where everything goes; default `runs/<profile>/training/<adapter_name>`. A
-            directory that holds a checkpoint is resumed.
+        run_dir: where everything goes; default `runs/<profile>/training/<adapter_name>`, whose
+            LoRA is also put where everything looks for it, `runs/<profile>/adapters`. A directory
+            that holds a checkpoint is resumed.
         device: "cpu" keeps the training off a GPU; default: accelerate chooses.
 
     Raises:
@@ -97,7 +100,9 @@ class Trainer:
         self.config = config.replace(**VARIANTS[variant])
         self.variant = variant
         self.device_name = device
-        self.run_dir = user_path(run_dir or config.run_dir / "training" / name)
+        usual = config.run_dir / "training" / name
+        self.run_dir = user_path(run_dir or usual)
+        self.publishes = self.run_dir == user_path(usual)
         self.steps_done = 0
         self.samples_done = 0
         self._unlogged: list[tuple[dict[str, float], Tensor]] = []
@@ -111,15 +116,20 @@ class Trainer:
         """Forward and backward of one micro-batch: the paper's step in its symbols.
 
         Eq. 13 comes first because it decides the inputs; Eq. 10 is computed once for a whole
-        optimiser step (`update`). Gradients are added to the LoRA's.
+        optimiser step (`update`). Gradients are added to the LoRA's. Samples whose gradient is zero
+        are left out, see `_taught`.
 
         Args:
             samples: faces, times, noise and dropped conditions of b samples.
             w: Eq. 10 at latent resolution, `b h w`; None: Eq. 3 instead of Eq. 11.
 
         Returns:
-            Batch means for the log, detached: t, the parts of Eq. 12, and unweighted_flow (Eq. 3).
+            Means over the computed samples for the log, detached: t, the parts of Eq. 12, and
+            unweighted_flow (Eq. 3).
         """
+        rows, share = self._taught(samples)
+        samples = samples[rows]
+        w = None if w is None else w[rows]
         z, z_m, m, c, text = self._read(samples)
         t = send(samples.t, self.device)
         noise = send(samples.noise, self.device)
@@ -131,7 +141,8 @@ class Trainer:
         z_t = interpolate(z, noise, t)  # the path of Eqs. 2 and 3
         mu = target_velocity(z, noise)
         v = predict_velocity(  # Eqs. 1, 4
-            self.model, z_t, t, text, self._mask_condition(z_m), samples.keep_mask,
+            self.model, z_t, t, text, self._mask_condition(z_m, rows),
+            None if self.masks_only else samples.keep_mask,
             guidance=self.config.backbone.guidance, lora=self.config.lora,
         )  # fmt: skip
         flow_loss = flow_matching_loss(v, mu, w)  # Eqs. 3, 11
@@ -145,7 +156,7 @@ class Trainer:
                     z_hat, c, m, t, keep_text, keep_mask, samples.pixel_weight
                 )
             total = total + (z_hat * g).sum() / len(t)  # has the gradient of Eq. 12, not its value
-        self.accelerator.backward(total / self.config.trainer.accumulation)
+        self.accelerator.backward(total * share / self.config.trainer.accumulation)
 
         with torch.no_grad():
             parts = total_loss(
@@ -194,18 +205,39 @@ class Trainer:
         side = self.cache.latent_shape[-1]
         return latent_weights(label_maps, self.counts, side, self.config.loss)
 
+    @property
+    def masks_only(self) -> bool:
+        """Whether the LoRA is on mask tokens alone."""
+        return self.config.lora.tokens == "mask"
+
+    def _taught(self, samples: Samples) -> tuple[Tensor, float]:
+        """The rows that are computed, and the share of the b samples that they stand for.
+
+        With the LoRA on mask tokens alone, a sample whose mask is dropped has no gradient: nothing
+        attends to the only tokens that depend on the LoRA. Leaving it out saves its work and keeps
+        the key mask away, which would exclude flash attention. DDP needs a forward on every rank,
+        so one row stays, with the factor 0, where all masks are dropped.
+        """
+        b = len(samples.ids)
+        if not self.masks_only:
+            return torch.arange(b), 1.0
+        kept = samples.keep_mask.nonzero()[:, 0]
+        return (kept, len(kept) / b) if len(kept) else (kept.new_zeros(1), 0.0)
+
     def _read(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor, list[str], Any]:
         """Cached inputs: z, z_m and m on the device, captions c and their embeddings."""
         batch = self.cache.batch(samples.ids, samples.caption_indices)
         tensors = (send(batch[name], self.device) for name in ("z", "z_mask", "label_map"))
         return *tensors, batch["captions"], batch["text"]
 
-    def _mask_condition(self, z_m: Tensor) -> Tensor | MaskKVCache:
-        """Mask latents, or one pass over each face's mask for its K noise repeats."""
+    def _mask_condition(self, z_m: Tensor, rows: Tensor) -> Tensor | MaskKVCache:
+        """Mask latents of these rows, or one pass over each face's mask for its noise repeats."""
         repeats = self.config.trainer.noise_repeats
         if repeats == 1:
             return z_m
-        return precompute_mask_kv(self.model, z_m[::repeats])[torch.arange(len(z_m)) // repeats]
+        faces, place = (rows // repeats).unique(return_inverse=True)
+        first = [place.tolist().index(k) for k in range(len(faces))]
+        return precompute_mask_kv(self.model, z_m[first])[place]
 
     # ------------------------------------------------------------------------------------- the run
 
@@ -229,6 +261,7 @@ class Trainer:
         checkpoint = self._newest_checkpoint()
         if checkpoint and self.steps_done == c.steps == final_steps(final):
             print(f"{self.variant}: {c.steps} steps are done already, see {final}", flush=True)
+            self._publish(final)
             return final
         self.setup()
         if checkpoint:
@@ -238,8 +271,18 @@ class Trainer:
         if self.is_main:
             with whole_folder(final) as part:
                 self._write_lora(part)
+            self._publish(final)
         self.accelerator.wait_for_everyone()
         return final
+
+    def _publish(self, final: Path) -> None:
+        """Put the LoRA where the pipeline, evaluation and notebooks look for it first."""
+        place = trained_dir(self.config, self.variant)
+        if not self.publishes or not self.is_main or path_digest(place) == path_digest(final):
+            return
+        with whole_folder(place) as part:
+            shutil.copytree(final, part, dirs_exist_ok=True)
+        print(f"{self.variant}: published in {place}", flush=True)
 
     def _train(self) -> None:
         from tqdm.auto import tqdm

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ec2face_core.backbone import decode_latents, encode_images, encode_text, load_backbone
-from ec2face_core.config import Config, adapter_dir
+from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset, open_dataset
 from ec2face_core.flow import interpolate, reverse_estimate
-from ec2face_core.lora_file import load_mask_lora
+from ec2face_core.lora_file import find_mask_lora, load_mask_lora
 from ec2face_core.losses import beta
 from ec2face_core.mask_branch import mask_latents_of, predict_velocity
 from ec2face_core.metrics import mask_counts, psnr
@@ -75,7 +75,7 @@ class Estimator:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone = load_backbone(config.backbone).to(self.device)
         if self.masked:
-            load_mask_lora(self.backbone.transformer, adapter_dir(config, method))
+            load_mask_lora(self.backbone.transformer, find_mask_lora(config, method))
 
     @torch.no_grad()
     def batch(self, ids: Sequence[str]) -> dict[str, Any]:
