@@ -20,7 +20,7 @@ def test_draws_that_share_a_mask_train_alike(tiny_config: Config, tmp_path, monk
         lora={"attention": "decoupled"},
         loss={"alpha_text": 500.0, "alpha_mask": 500.0},
         trainer={
-            "steps": 1, "batch_size": 4, "noise_repeats": 2, "mixed_precision": "no",
+            "steps": 100, "batch_size": 4, "noise_repeats": 2, "mixed_precision": "no",
             "drop_probability": 0.4,
         },
     )  # fmt: skip
