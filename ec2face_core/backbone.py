@@ -129,6 +129,7 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
                 str(folder) if folder.is_dir() else config.path,
                 dtype=getattr(torch, config.dtype),
                 use_safetensors=True,  # a pickle runs code when it is opened
+                revision=config.revision or None,
                 **dict.fromkeys(everything - wanted),
             )
     except Exception as error:  # of a damaged file the libraries raise whatever they meet first
@@ -138,6 +139,22 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
     for module in backbone.modules():
         module.requires_grad_(False).eval()
     return backbone
+
+
+def backbone_folder(config: BackboneConfig) -> Path:
+    """The folder of the backbone's files: its own, or the hub's local copy of a revision.
+
+    Raises:
+        FileNotFoundError: as for `load_backbone`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    folder = resolve(config.path)
+    if folder.is_dir():
+        return folder
+    load_backbone(config, ())  # raises a clear error if it is unavailable
+    file = hf_hub_download(config.path, "vae/config.json", revision=config.revision or None)
+    return Path(file).parents[1]
 
 
 @contextmanager

@@ -73,6 +73,9 @@ class DataConfig:
         default="ec2face_lab.world.sources:write_dataset", metadata=ADDED
     )
     cache: Text = field(default="", metadata=ADDED)  # folder of the latents; empty: beside root
+    texts: Literal["disk", "memory"] = field(  # where embedded captions are kept
+        default="disk", metadata=ADDED
+    )
     seed: Seed = 42  # of the procedural faces
     train: Count = 27000  # faces of the training split (ids 0-26999)
     test: Count = 3000  # faces of the test split (ids 27000-29999)
@@ -85,6 +88,7 @@ class BackboneConfig:
     """The FluxPipeline folder or hub id, and how its parts are used."""
 
     path: Name = "black-forest-labs/FLUX.1-dev"
+    revision: Text = field(default="", metadata=ADDED)  # commit, branch or tag of the hub id
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the frozen weights
     text_length: Size = 77  # T5 tokens; padded, so part of every cache key
     guidance: NotNegative = 1.0  # value of the guidance embedding in training
@@ -170,6 +174,10 @@ class TrainerConfig:
     checkpoint_every: Count = 250
     keep_checkpoints: Count = 2
     log_every: Count = 10
+    ema: Fraction = field(default=0.0, metadata=ADDED)  # decay of the LoRA's average; 0: none
+    tracker: Literal["none", "tensorboard", "wandb"] = field(default="none", metadata=ADDED)
+    validate_every: CountOrZero = field(default=0, metadata=ADDED)  # steps; 0: draw no faces
+    validation_faces: Size = field(default=8, metadata=ADDED)
 
     @model_validator(mode="after")
     def _combination(self) -> TrainerConfig:
@@ -456,6 +464,17 @@ def cli(main: Callable[..., int | None]) -> Callable[..., int]:
             if isinstance(error, subprocess.CalledProcessError) and error.returncode != 2:
                 raise
             print(f"error: {error}", file=sys.stderr)  # a child's error ends with its message
+            return 2
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            print(
+                f"error: the GPU's memory is short ({str(error).splitlines()[0]}). In training "
+                "lower trainer.batch_size and raise trainer.accumulation by the same factor, or "
+                "set trainer.gradient_checkpointing or trainer.shard to true; in sampling lower "
+                "sampling.batch_size",
+                file=sys.stderr,
+            )
             return 2
 
     return cli_main

@@ -146,7 +146,8 @@ def load_mask_lora(transformer: FluxTransformer2DModel, folder: Path | str) -> L
 # Settings of the trainer that say how a step is computed, not what it computes.
 HOW = {
     "batch_size", "accumulation", "num_processes", "gradient_checkpointing", "recompute_every",
-    "compile", "shard", "checkpoint_every", "keep_checkpoints", "log_every",
+    "compile", "shard", "checkpoint_every", "keep_checkpoints", "log_every", "tracker",
+    "validate_every", "validation_faces",
 }  # fmt: skip
 
 
