@@ -6,6 +6,7 @@ FORCE ?=
 TRAIN ?=
 SEEDS ?=
 SWEEPS ?=
+SET ?=
 DATA ?=
 OUT ?=
 DEVICE ?= cpu
@@ -27,6 +28,7 @@ export UV_SYSTEM_CERTS := 1
 help:
 	@echo "make setup       make .venv from requirements.lock"
 	@echo "make reproduce   every figure and table: PROFILE=mini|smoke|paper ONLY=\"05 06\" FORCE=1 TRAIN=1 SEEDS=3 SWEEPS=1"
+	@echo "                 SET=\"sampling.num_processes=4 trainer.num_processes=4\" overrides settings"
 	@echo "make test        every test: first the fast ones (minutes), then those that train, launch"
 	@echo "                 processes or run all notebooks in PROFILE=smoke"
 	@echo "make lab         JupyterLab on the notebooks"
@@ -59,7 +61,8 @@ $(STAMP): requirements.lock pyproject.toml
 
 reproduce: $(STAMP)
 	exec env EC2FACE_END_WITH_PARENT=1 $(PYTHON) -m ec2face_lab reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
-	  $(if $(FORCE),--force) $(if $(TRAIN),--train) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SWEEPS),--sweeps)
+	  $(if $(FORCE),--force) $(if $(TRAIN),--train) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SWEEPS),--sweeps) \
+	  $(foreach setting,$(SET),--set $(setting))
 
 test: $(STAMP)
 	@status=0; \

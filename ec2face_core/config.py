@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 import reprlib
 import subprocess
 import sys
@@ -43,10 +44,15 @@ from .guards.bounds import (
 from .io.paths import ROOT, resolve, user_path, user_setting
 
 PROFILES = Path(__file__).resolve().parent / "profiles"
+SETTINGS = "EC2FACE_SETTINGS"  # environment variable: JSON of settings that profiles are read with
 
 
 class UserError(Exception):
     """The request cannot be met; the message names the remedy. Commands exit with code 2."""
+
+
+class NotInProfileError(UserError):
+    """What was asked for belongs to other profiles; a notebook that ends with it is done."""
 
 
 class ConfigError(UserError, ValueError):
@@ -329,19 +335,32 @@ def load_profile(name: str, **overrides: Any) -> Config:
 
     A profile may name another one as its `base` and then holds only what differs from that.
     Overrides are nested mappings, `trainer={"steps": 5}`, or dotted keys, `**{"trainer.steps": 5}`.
+    The settings of `reproduce --set` reach its notebooks through the environment (`SETTINGS`).
 
     Raises:
         ConfigError: an unknown profile or option (with the nearest match), or a value of the wrong
             type or out of bounds.
+    """
+    config = shipped_profile(name)
+    for settings in (json.loads(os.environ.get(SETTINGS, "{}")), overrides):
+        config = config.replace(**settings) if settings else config
+    return config
+
+
+def shipped_profile(name: str) -> Config:
+    """A profile as it was shipped: its file over the defaults.
+
+    Raises:
+        ConfigError: as `load_profile`.
     """
     known = profiles()
     if name not in known:
         raise ConfigError(f"profile {name!r} does not exist{_hint(name, known)}; known: {known}")
     values = yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) or {}
     base = values.pop("base", "")
-    merged = dataclasses.asdict(load_profile(base) if base else Config())
+    merged = dataclasses.asdict(shipped_profile(base) if base else Config())
     _merge(merged, values)
-    return load_config({**merged, "profile": name}, **overrides)
+    return load_config({**merged, "profile": name})
 
 
 def load_config(values: Path | dict[str, Any], **overrides: Any) -> Config:

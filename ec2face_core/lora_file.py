@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import VARIANTS, Config, ConfigError, LoraConfig, adapter_dir, load_profile, profiles
+from .config import (
+    VARIANTS,
+    Config,
+    ConfigError,
+    LoraConfig,
+    adapter_dir,
+    profiles,
+    shipped_profile,
+)
 from .io.sums import check_sums, list_sums
 from .mask_branch import ADAPTER, install_mask_branch, keep_loras_active
 from .runs import whole_file, write_tensors
@@ -183,7 +191,7 @@ def find_mask_lora(config: Config, variant: str) -> Path:
     trained = record.settings
     ours = folder.is_relative_to(config.run_dir)
     if not ours and config.profile in profiles():
-        trained = training_settings(load_profile(config.profile), variant)
+        trained = training_settings(shipped_profile(config.profile), variant)
     length = config.backbone.text_length
     if record.text_length != length:
         raise ConfigError(
@@ -208,7 +216,7 @@ def find_mask_lora(config: Config, variant: str) -> Path:
 
 def train_command(config: Config, variant: str) -> str:
     """The shell command that trains a variant with these settings."""
-    shipped = load_profile(config.profile) if config.profile in profiles() else Config()
+    shipped = shipped_profile(config.profile) if config.profile in profiles() else Config()
     values, default = (dataclasses.asdict(c) for c in (config, shipped))
     settings = [
         f"{group}.{key}={value}"

@@ -10,10 +10,12 @@ Exit code 0: all up to date. 1: a notebook failed. 2: the request cannot be met.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import signal
 import sys
 
-from ec2face_core.config import ConfigError, load_profile
+from ec2face_core.config import SETTINGS, ConfigError, load_profile, parse_override
 from ec2face_core.guards.checks import number
 from ec2face_core.io.paths import ROOT, user_path
 
@@ -35,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of numbered notebooks",
     )  # fmt: skip
     add(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="override a setting of the profile in every notebook, e.g. sampling.num_processes=4",
+    )  # fmt: skip
+    add(
         "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="a parameter for every notebook that declares it; repeatable",
     )  # fmt: skip
@@ -52,7 +58,11 @@ def run(options: argparse.Namespace) -> int:
         requested["seeds"] = str(options.seeds)
     if options.sweeps:
         requested["sweeps"] = "True"
+    settings = {key: value for text in options.set for key, value in parse_override(text).items()}
+    os.environ[SETTINGS] = json.dumps(settings)  # for this process and the notebooks
     config = load_profile(options.profile)
     assigned = assign(select(options.notebooks, options.only), requested)
+    if options.train:  # first what the others need
+        assigned = dict(sorted(assigned.items(), key=lambda item: "train" not in item[1]))
     complete = run_notebooks(assigned, config, options.force, options.keep_going)
     return 0 if complete else 1

@@ -6,6 +6,7 @@ that Eq. 9 uses. Faces are test faces; the noise is the same at every t.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,7 +74,11 @@ class Estimator:
         self.dataset = dataset
         self.masked = method != BASE
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone = load_backbone(config.backbone).to(self.device)
+        gc.collect()  # another model of the same notebook may wait for it
+        torch.cuda.empty_cache()
+        self.backbone = load_backbone(config.backbone)
+        for part in (self.backbone.transformer, self.backbone.vae):
+            part.to(self.device)
         if self.masked:
             load_mask_lora(self.backbone.transformer, find_mask_lora(config, method))
 
@@ -83,10 +88,16 @@ class Estimator:
         maps = torch.stack([self.dataset.label_map(name) for name in ids]).to(self.device)
         image = torch.stack([self.dataset.image(name) for name in ids]).to(self.device)
         captions = [self.dataset.manifest_caption(name) for name in ids]
+        encoders = (self.backbone.text_encoder, self.backbone.text_encoder_2)
+        for encoder in encoders:
+            encoder.to(self.device)
+        text = encode_text(self.backbone, captions, self.config.backbone.text_length)
+        for encoder in encoders:  # T5 and the transformer's gradient do not fit together
+            encoder.to("cpu")
         return {
             "z": encode_images(self.backbone.vae, image),
             "z_mask": mask_latents_of(self.backbone.vae, maps) if self.masked else None,
-            "text": encode_text(self.backbone, captions, self.config.backbone.text_length),
+            "text": text,
             "image": image,
             "label_map": maps,
         }
