@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-LORA_FOLDER = "mask_lora"  # inside a saved pipeline
+LORA_FOLDER = "mask_lora"  # inside a saved pipeline: a component of it
+WEIGHTS = "weights"  # inside that folder; diffusers knows no weights of another name beside it
 CARD = "README.md"
 FLUX = "black-forest-labs/FLUX.1-dev"
 
@@ -294,13 +295,16 @@ class MaskLora:
         return branch.record or LoraRecord(branch.config, 0)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write its folder."""
+        """Write its folder, and the module by which diffusers finds this class."""
         r = self.record
         assert self.transformer is not None
-        save_mask_lora(self.transformer, folder, r.lora, r.text_length, r.size, r.base, r.settings)
+        place = Path(folder) / WEIGHTS
+        save_mask_lora(self.transformer, place, r.lora, r.text_length, r.size, r.base, r.settings)
+        code = f"from {MaskLora.__module__} import MaskLora\n"
+        (Path(folder) / f"{MaskLora.__module__}.py").write_text(code)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MaskLora:
         """Open what `save_pretrained` wrote; `load` reads the weights."""
-        read_mask_lora(folder)
-        return cls(folder=Path(folder))
+        read_mask_lora(Path(folder) / WEIGHTS)
+        return cls(folder=Path(folder) / WEIGHTS)

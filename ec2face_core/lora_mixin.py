@@ -16,7 +16,15 @@ from torch import Tensor
 
 from .backbone import is_hub_id
 from .io.paths import user_path
-from .lora_file import CARD, LORA_FILE, LORA_FOLDER, MaskLora, load_mask_lora, write_card
+from .lora_file import (
+    CARD,
+    LORA_FILE,
+    LORA_FOLDER,
+    WEIGHTS,
+    MaskLora,
+    load_mask_lora,
+    write_card,
+)
 from .mask_branch import ADAPTER, keep_loras_active
 
 # diffusers loads components of the libraries and classes that it knows
@@ -43,6 +51,8 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
         if not place.exists() and is_hub_id(str(path)):
             place = _download(str(path), **hub)
         folder = place.parent if place.is_file() else place
+        inner = folder / LORA_FOLDER / WEIGHTS  # of a whole pipeline
+        folder = inner if inner.is_dir() else folder
         load_mask_lora(self.transformer, folder)
         self.register_modules(mask_lora=MaskLora(self.transformer))
         for name, trained in (("text_length", "text_length"), ("image_size", "size")):
@@ -138,6 +148,23 @@ def _without_loras(_: Any, state: dict[str, Tensor], *__: Any) -> None:
             state[name.replace(".base_layer.", ".")] = value
 
 
+HUB = ("revision", "token", "cache_dir", "local_files_only")  # arguments of a download
+
+
+def saved_mask_lora(path: str | Path, options: dict[str, Any]) -> MaskLora | None:
+    """The mask LoRA of a saved pipeline, a folder or a hub id; None: it has none."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    place = Path(path) / LORA_FOLDER / WEIGHTS / LORA_FILE
+    if not Path(path).is_dir() and is_hub_id(str(path)):
+        given = {name: options[name] for name in HUB if name in options}
+        try:
+            place = _download(str(path), f"{LORA_FOLDER}/{WEIGHTS}", **given)
+        except EntryNotFoundError:
+            return None
+    return MaskLora(folder=place.parent) if place.is_file() else None
+
+
 def _download(repository: str, subfolder: str | None = None, **hub: Any) -> Path:
     """The file of a mask LoRA on the hub, alone or in a pipeline's repository."""
     from huggingface_hub import hf_hub_download
@@ -148,4 +175,4 @@ def _download(repository: str, subfolder: str | None = None, **hub: Any) -> Path
     except EntryNotFoundError:
         if subfolder:
             raise
-        return Path(hf_hub_download(repository, LORA_FILE, subfolder=LORA_FOLDER, **hub))
+        return _download(repository, f"{LORA_FOLDER}/{WEIGHTS}", **hub)

@@ -56,7 +56,7 @@ from .inputs import (
 )
 from .io.sums import check_sums
 from .lora_file import LORA_FOLDER, MaskLora, find_mask_lora
-from .lora_mixin import MaskLoraMixin
+from .lora_mixin import MaskLoraMixin, saved_mask_lora
 from .mask_branch import (
     ADAPTER,
     MaskKVCache,
@@ -203,6 +203,8 @@ class EC2FacePipeline(MaskLoraMixin, DiffusionPipeline):
             check_sums(Path(path))
         else:
             kwargs.setdefault("use_safetensors", True)
+        if (lora := saved_mask_lora(path, kwargs)) is not None:
+            kwargs.setdefault(LORA_FOLDER, lora)  # else diffusers would open it as foreign code
         return super().from_pretrained(str(path), **kwargs)
 
     # ---------------------------------------------------------------------------------- sampling

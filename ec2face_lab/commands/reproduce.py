@@ -17,7 +17,7 @@ import sys
 
 from ec2face_core.config import SETTINGS, ConfigError, load_profile, parse_override
 from ec2face_core.guards.checks import number
-from ec2face_core.io.paths import ROOT, user_path
+from ec2face_core.io.paths import CODE, user_path
 
 from ..reproduce import assign, run_notebooks, select
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sweeps", action="store_true", help="train and score every point of every sweep (hours)")
     add("--keep-going", action="store_true", help="run the other notebooks after a failure")
     add(
-        "--notebooks", type=user_path, default=ROOT / "notebooks", metavar="DIR",
+        "--notebooks", type=user_path, default=CODE / "notebooks", metavar="DIR",
         help="folder of numbered notebooks",
     )  # fmt: skip
     add(

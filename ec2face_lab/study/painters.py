@@ -255,7 +255,7 @@ class EC2Face(Painter):
         if wanted:
             pipe.load_mask_lora(wanted[0])
         else:
-            pipe.transformer.delete_adapters(ADAPTER)
+            pipe.delete_adapters(ADAPTER)
         pipe.loaded = wanted
         return pipe
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from ec2face_core.backbone import pack, save_backbone
 from ec2face_core.config import LoraConfig
-from ec2face_core.lora_file import LORA_FILE, LORA_FOLDER, read_mask_lora, save_mask_lora
+from ec2face_core.lora_file import LORA_FILE, LORA_FOLDER, WEIGHTS, read_mask_lora, save_mask_lora
+from ec2face_core.lora_mixin import saved_mask_lora
 from ec2face_core.mask_branch import ADAPTER, add_mask_lora
 from ec2face_core.pipeline import EC2FacePipeline
 from ec2face_lab.world.networks import tiny_backbone
@@ -277,7 +278,7 @@ def test_saving_leaves_the_pipeline_and_loading_restores_it(backbone, tmp_path, 
     assert same(draw(pipe), expected) and pipe.transformer.active_adapters() == [ADAPTER]
     index = json.loads((folder / "model_index.json").read_text())
     assert index[LORA_FOLDER] == ["ec2face_core.lora_file", "MaskLora"]
-    assert (folder / LORA_FOLDER / LORA_FILE).is_file()
+    assert (folder / LORA_FOLDER / WEIGHTS / LORA_FILE).is_file()
     assert "EC2FacePipeline.from_pretrained" in (folder / "README.md").read_text()
     for loaded in (
         EC2FacePipeline.from_pretrained(folder),
@@ -366,6 +367,52 @@ def test_a_mask_lora_from_the_hub(pipe, backbone, lora_folder, hub, tmp_path):
         pipe.load_mask_lora("nowhere")
 
 
+@pytest.mark.parametrize("own_class", [True, False])
+def test_a_pushed_pipeline_is_downloaded_with_its_lora(pipe, hub, monkeypatch, tmp_path, own_class):
+    """By the class itself and by DiffusionPipeline: no file is missing of what diffusers asks."""
+    import fnmatch
+    import shutil
+    from types import SimpleNamespace
+
+    from diffusers.pipelines import pipeline_utils
+    from diffusers.utils import dynamic_modules_utils
+
+    expected = draw(pipe)
+    remote = saved(pipe, tmp_path / "remote")
+    names = [p.relative_to(remote).as_posix() for p in remote.rglob("*") if p.is_file()]
+    local = tmp_path / "local"
+
+    def fetch(name: str) -> str:
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(remote / name, local / name))
+
+    def snapshot_download(_, allow_patterns, ignore_patterns, **__):
+        for name in names:
+            wanted = any(fnmatch.fnmatch(name, p) for p in allow_patterns)
+            if wanted and not any(fnmatch.fnmatch(name, p) for p in ignore_patterns):
+                fetch(name)
+        return str(local)
+
+    siblings = [SimpleNamespace(rfilename=name) for name in names]
+    info = SimpleNamespace(siblings=siblings, sha="0" * 40)
+    monkeypatch.setattr(pipeline_utils, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(pipeline_utils, "hf_hub_download", lambda _, name, **__: fetch(name))
+    monkeypatch.setattr(pipeline_utils, "snapshot_download", snapshot_download)
+    module = dynamic_modules_utils
+    monkeypatch.setattr(module, "hf_hub_download", lambda _, name, **__: fetch(name))
+    monkeypatch.setattr(module, "model_info", lambda *_, **__: info)
+    hub["me/faces"] = remote
+    hub["me/flux"] = tmp_path / "nothing"
+    if own_class:
+        loaded = EC2FacePipeline.from_pretrained("me/faces")
+    else:
+        loaded = DiffusionPipeline.from_pretrained(
+            "me/faces", custom_pipeline="pipeline", trust_remote_code=True
+        )
+    assert type(loaded) is EC2FacePipeline and same(draw(quiet(loaded)), expected)
+    assert saved_mask_lora("me/flux", {"revision": "main"}) is None
+
+
 def test_pushing_takes_the_lora_and_our_card(pipe, monkeypatch, tmp_path):
     from diffusers.utils import hub_utils
 
@@ -384,7 +431,7 @@ def test_pushing_takes_the_lora_and_our_card(pipe, monkeypatch, tmp_path):
     pipe.save_pretrained(generic)
     (generic / "README.md").write_text("This model card has been automatically generated.")
     pipe._upload_folder(generic, "me/faces")
-    assert f"{LORA_FOLDER}/{LORA_FILE}" in pushed and "pipeline.py" in pushed
+    assert f"{LORA_FOLDER}/{WEIGHTS}/{LORA_FILE}" in pushed and "pipeline.py" in pushed
     assert b"EC2FacePipeline.from_pretrained" in pushed["README.md"]
     (generic / "README.md").write_text("My own words.")
     pipe._upload_folder(generic, "me/faces")
