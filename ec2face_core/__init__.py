@@ -19,6 +19,7 @@ open_clip (5-20 s to import) are imported on first use.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from .attributes import CLASSES, GROUPS, PALETTE
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from .perception import ClipScorer, FaceParser
     from .pipeline import EC2FacePipeline
     from .trainer import Trainer
+
+# It reports missing CPU kernels when diffusers or transformers import it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _LAZY = {
     "ClipScorer": "perception",

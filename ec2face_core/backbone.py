@@ -10,10 +10,9 @@ mask, as FluxPipeline does, so the length belongs to the model.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from .config import BackboneConfig, ConfigError
 from .fast.transfer import send
+from .io.hub import HubError, answering_hub
 from .io.paths import resolve
 from .io.sums import check_sums, list_sums
 from .io.texts import LostWordsWarning, describe_loss, lost_texts
@@ -32,7 +32,8 @@ from .io.texts import LostWordsWarning, describe_loss, lost_texts
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports missing CPU kernels otherwise
+# Norms keep float32 weights under autocast; torch then says that it takes the slower kernel.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 PARTS: dict[str, tuple[str, ...]] = {
     "transformer": ("transformer",),
@@ -123,8 +124,9 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
         raise FileNotFoundError(_missing_message(config, "no such folder"))
     for name in wanted if folder.is_dir() else ():
         check_sums(folder / name)
+    hub = nullcontext() if folder.is_dir() else answering_hub(config.path, "model_index.json")
     try:
-        with hide_progress_bars():
+        with hub, hide_progress_bars():
             pipeline = FluxPipeline.from_pretrained(
                 str(folder) if folder.is_dir() else config.path,
                 dtype=getattr(torch, config.dtype),
@@ -132,6 +134,8 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
                 revision=config.revision or None,
                 **dict.fromkeys(everything - wanted),
             )
+    except HubError:
+        raise
     except Exception as error:  # of a damaged file the libraries raise whatever they meet first
         reason = str(error).split("\n")[0] or type(error).__name__
         raise FileNotFoundError(_missing_message(config, reason)) from error
@@ -153,7 +157,8 @@ def backbone_folder(config: BackboneConfig) -> Path:
     if folder.is_dir():
         return folder
     load_backbone(config, ())  # raises a clear error if it is unavailable
-    file = hf_hub_download(config.path, "vae/config.json", revision=config.revision or None)
+    with answering_hub(config.path, "vae/config.json"):
+        file = hf_hub_download(config.path, "vae/config.json", revision=config.revision or None)
     return Path(file).parents[1]
 
 

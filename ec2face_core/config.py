@@ -277,10 +277,13 @@ class Config:
 
     @property
     def figure_dir(self) -> Path:
-        """`figures/<profile>` for mini and paper; inside `run_dir` for every other profile."""
-        if self.profile in ("mini", "paper"):
-            return resolve(Path("figures") / self.profile)
+        """`runs/<profile>/figures`: the figures and tables that a run writes."""
         return self.run_dir / "figures"
+
+    @property
+    def published_dir(self) -> Path:
+        """`figures/<profile>`: the figures and tables that are published."""
+        return resolve(Path("figures") / self.profile)
 
     def digest(self) -> str:
         """Twelve hex digits that name this configuration in provenance files and stamps."""

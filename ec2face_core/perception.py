@@ -9,12 +9,12 @@ Faces here are aligned already, so that this reduces to a resize, and `.net` is 
 from __future__ import annotations
 
 import functools
-import logging
 import re
 import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from .attributes import FACER_TO_CELEBAMASK
 from .config import PerceptionConfig, UserError
 from .fast.transfer import send
+from .io.hub import HubError, answering_hub
 from .io.paths import resolve
 from .io.sums import DamagedError, check_sums
 from .io.texts import lost_texts
@@ -33,6 +34,7 @@ FACER_CHANNEL = torch.tensor(FACER_TO_CELEBAMASK).argsort()
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LOCAL_DIR = "local-dir:"
+HUB = "hf-hub:"
 TOUCHES_FILES = re.compile(  # in a TorchScript archive's code
     rb"\b(?:torch|ops\.aten)\.(?:from_file|save|load)\b"
     rb"|\bops\.(?!aten\b|prim\b|quantized\b|torchvision\b)\w+\.\w+"
@@ -64,15 +66,14 @@ class FaceParser:
             )
         check_sums(file)
         check_torchscript(file)
-        _quiet()
-        import facer
-
         self.size = size
         self.device = torch.device(device)
         if self.device.type == "cuda":  # the script fuser fails on CUDA after a few calls
             torch._C._jit_set_texpr_fuser_enabled(False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # facer imports timm in an old manner
+            import facer
+
             # a str: facer iterates over a Path; float(): the miniature's file is half precision
             parser = facer.face_parser("farl/celebm/448", self.device, model_path=str(file)).float()
         self.net = parser.requires_grad_(False).eval().net
@@ -118,7 +119,6 @@ class ClipScorer:
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        _quiet()
         import open_clip
 
         self.device = torch.device(device)
@@ -129,11 +129,12 @@ class ClipScorer:
                 if not weights.is_file():  # open_clip would take a pickle
                     raise OSError(f"{weights} is missing, and pickled weights are refused")
                 check_sums(weights.parent)
-            self.model = open_clip.create_model(
-                self.name, pretrained, device=self.device, require_pretrained=True
-            )
-            self.tokenizer = open_clip.get_tokenizer(self.name)
-        except DamagedError:
+            with _hub_of(self.name, pretrained):
+                self.model = open_clip.create_model(
+                    self.name, pretrained, device=self.device, require_pretrained=True
+                )
+                self.tokenizer = open_clip.get_tokenizer(self.name)
+        except (DamagedError, HubError):
             raise
         except Exception as error:  # open_clip and tokenizers raise whatever they meet first
             raise FileNotFoundError(
@@ -220,9 +221,14 @@ def _clip_name(name: str) -> tuple[str, str | None]:
     return architecture, tag or None
 
 
-def _quiet() -> None:
-    """Silence bitsandbytes' message about missing CPU kernels."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+def _hub_of(name: str, pretrained: str | None) -> AbstractContextManager[None]:
+    """`answering_hub` for the repository that holds a CLIP; nothing for a folder."""
+    import open_clip
+
+    if name.startswith(HUB):
+        return answering_hub(name.removeprefix(HUB), "open_clip_config.json")
+    repo = open_clip.get_pretrained_cfg(name, pretrained or "").get("hf_hub", "").strip("/")
+    return answering_hub(repo, "open_clip_model.safetensors") if repo else nullcontext()
 
 
 class WeightsError(UserError, FileNotFoundError):

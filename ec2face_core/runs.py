@@ -311,7 +311,7 @@ def provenance(
         inputs: files and folders that were read; each is recorded by name and content hash.
         parameters: whatever else shaped the result (the notebook's parameters, variants, ...).
     """
-    commit, dirty = _git_state()
+    commit, dirty = git_state()
     running = os.environ.get("EC2FACE_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME") or ""
     return {
         "notebook": notebook or Path(running).name or None,
@@ -330,8 +330,8 @@ def provenance(
     }  # fmt: skip
 
 
-def _git_state() -> tuple[str | None, bool | None]:
-    """The commit, and whether anything but `figures` differs from it.
+def git_state() -> tuple[str | None, bool | None]:
+    """The commit, and whether the tree differs from it.
 
     Outside a repository: the commit that the environment's EC2FACE_COMMIT names, or None; and None.
     """
@@ -345,8 +345,7 @@ def _git_state() -> tuple[str | None, bool | None]:
             return None
         return done.stdout.strip()
 
-    # A figure that was just saved must not make the next one look dirty.
-    changed = git("status", "--porcelain", "--", ".", ":!figures")
+    changed = git("status", "--porcelain")
     commit = git("rev-parse", "--verify", "HEAD") or os.environ.get("EC2FACE_COMMIT")
     return commit, None if changed is None else bool(changed)
 

@@ -18,6 +18,8 @@ COMMANDS = {
     "baselines": "train the comparison systems, or study whether the comparison is fair",
     "sweeps": "train and score every point of the sweeps over settings",
     "report": "write the report that holds our numbers against the paper's",
+    "gallery": "render the executed notebooks as pages",
+    "publish": "make the figures, tables and pages of a run the published ones",
 }
 
 
@@ -35,7 +37,8 @@ def build_parser(selected: str = "") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ec2face_lab",
         description="Everything that reproduces the paper. `python -m ec2face_core.train` trains.",
-        epilog="Exit codes: 0 success; 1 a notebook failed; 2 the request cannot be met.",
+        epilog="Exit codes: 0 success; 1 a notebook failed; 2 the request cannot be met; "
+        "3 a verdict is not the published one.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():

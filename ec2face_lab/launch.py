@@ -1,13 +1,15 @@
 """Start a module as a child process: from a notebook, on one process or on many.
 
 The child ends with its parent, so that a notebook kernel that dies leaves no training behind. Its
-output arrives line by line, and a failure is an exception with the child's last lines. It is a
-subprocess, not a fork of the kernel: its memory is freed when it ends, its crash cannot end the
-kernel, and the same command works in a terminal, also on several machines (`command`).
+output arrives line by line, a progress bar as one line that is redrawn, and a failure is an
+exception with the child's last lines. It is a subprocess, not a fork of the kernel: its memory is
+freed when it ends, its crash cannot end the kernel, and the same command works in a terminal, also
+on several machines (`command`).
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ LAST_LINES = 30
 LOGS = ROOT / "runs" / "logs"
 _running: set[subprocess.Popen] = set()  # children of `run`, in all threads
 ROLE = "rank"  # torchrun begins rank 0's lines with [rank0]:
+BAR = re.compile(r"\d+%\|.*\| *\S+/\S+ \[")  # tqdm; torchrun ends each of its states with a line
 
 
 class LaunchError(subprocess.CalledProcessError):
@@ -88,19 +91,15 @@ def run(
         env=child_environment(num_processes) | dict(env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         preexec_fn=tied(),
     )
     _running.add(process)
     try:
-        for line in process.stdout:
-            line = line.removeprefix(f"[{ROLE}0]:")
-            print(line, end="", flush=True)
+        for line in _shown(io.TextIOWrapper(process.stdout, errors="replace", newline="")):
             last.append(line)
         code = process.wait()
     except BaseException:  # also an interrupted notebook cell: the child must end with it
-        _stop(process)
+        stop(process)
         raise
     finally:
         _running.discard(process)
@@ -108,6 +107,30 @@ def run(
         raise _failure(code, command, last, folder)
     if folder:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shown(output: Iterable[str]) -> Iterator[str]:
+    """Print a child's output and yield its lines; states of a progress bar redraw one line.
+
+    output: pieces that end with a line feed, or with a carriage return where the line is redrawn.
+    """
+    drawn = ""  # the state that stands in the last line
+    for piece in output:
+        text = piece.removeprefix(f"[{ROLE}0]:").rstrip("\r\n")
+        if (not text and piece != "\n") or piece.endswith("\r") or BAR.search(text):
+            if text.strip():
+                print(f"\r{text}", end="", flush=True)
+                drawn = piece
+            continue
+        if drawn:  # ends its line, unless what follows was written over it
+            print("\r" if drawn.endswith("\r") and text else "\n", end="", flush=True)
+            drawn = ""
+            if not text:
+                continue
+        print(f"{text}\n", end="", flush=True)
+        yield f"{text}\n"
+    if drawn:
+        print(flush=True)
 
 
 def tied() -> Callable[[], None] | None:
@@ -127,7 +150,7 @@ def side_by_side(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(_running):
-            _stop(process)
+            stop(process)
         raise
     finally:
         pool.shutdown()
@@ -224,7 +247,8 @@ def _failure(code: int, command: list[str], last: Sequence[str], logs: Path | No
     return error
 
 
-def _stop(process: subprocess.Popen) -> None:
+def stop(process: subprocess.Popen) -> None:
+    """End a process: by SIGTERM, and if that does not help in 20 seconds, by SIGKILL."""
     process.terminate()
     try:
         process.wait(timeout=20)

@@ -1,11 +1,12 @@
 """Reproduce the paper: every numbered notebook in order through papermill, strict and resumable.
 
 A notebook is skipped while everything that shapes it is unchanged (its code, its parameters, both
-packages, the profile, the bundle, the kept LoRAs and the manifests) and its figures and tables
-exist. Papermill alone reports several failures as success. Therefore a parameter that no notebook
-declares is refused, each notebook runs in a child process whose exit code counts (a killed kernel
-leaves a copy that looks complete), a cell that was not executed counts as a failure, and the stamp
-"up to date" is written last.
+packages, the profile, the bundle, the kept LoRAs and the manifests) and its figures and tables are
+those that it made, by content: what another run has replaced is made again. Papermill alone reports
+several failures as success. Therefore a parameter that no notebook declares is refused, each
+notebook runs in a child process whose exit code counts (a killed kernel leaves a copy that looks
+complete), a cell that was not executed counts as a failure, and the stamp "up to date" is written
+last.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from typing import Any
 
 import ec2face_core
 import ec2face_lab
-from ec2face_core.config import Config, ConfigError
+from ec2face_core.config import Config, ConfigError, read_yaml
 from ec2face_core.data import open_dataset
 from ec2face_core.io.paths import ROOT, resolve
-from ec2face_core.runs import content_key, path_digest, provenance, remove_leftovers, write_json
+from ec2face_core.runs import content_key, git_state, path_digest, remove_leftovers, write_json
 
 from .cache import code_digest
-from .launch import child_environment, tied
+from .gallery import tidy_file
+from .launch import child_environment, stop, tied
 
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # tags of cells that papermill adds
 
@@ -51,6 +53,8 @@ class Outcome:
     artefacts: tuple[str, ...] = ()
     error: str = ""
     digests: tuple[str, ...] = ()  # of the executed copy and the artefacts
+    commit: str | None = None
+    dirty: bool | None = None  # whether the tree differed from the commit
 
 
 def run_notebooks(
@@ -82,7 +86,7 @@ def run_notebooks(
             print(f"{outcome.error}\nexecuted copy and log: {_shown(out / notebook.stem)}.*")
             if not keep_going:
                 break
-    if provenance(config)["dirty"]:
+    if git_state()[1]:
         print("note: uncommitted changes; the provenance of new results says `dirty`")
     print(f"figures and tables: {_shown(config.figure_dir)}; executed notebooks: {_shown(out)}")
     verdict = f"FAILED: {', '.join(failed)}" if failed else "all up to date"
@@ -147,11 +151,14 @@ def assign(notebooks: Sequence[Path], requested: Mapping[str, str]) -> dict[Path
 def _typed(name: str, text: str, kind: str) -> Any:
     """A command-line value as the type that the notebook declares (1e-4 is a float, not text)."""
     choices = {"true": True, "false": False, "1": True, "0": False}
+    value = read_yaml(text, name) if kind == "dict" else text
     try:
         if kind == "bool":
             return choices[text.lower()]
+        if kind == "dict":
+            return dict(value)
         return {"int": int, "float": float}.get(kind, str)(text)
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise ConfigError(f"parameter {name}: expected {kind}, got {text!r}") from None
 
 
@@ -168,14 +175,9 @@ def run_notebook(
     """
     out = config.run_dir / "notebooks"
     stamp = out / f"{notebook.stem}.json"
-    key = identity(notebook, parameters, config)
     copy = out / notebook.name
-    kept = None if force else _read_stamp(stamp)
-    if (
-        kept
-        and kept.key == key
-        and _digests(copy, kept.artefacts, config.figure_dir) == kept.digests
-    ):
+    kept = None if force else up_to_date(notebook, config, parameters)
+    if kept:
         return dataclasses.replace(kept, status="up to date")
 
     out.mkdir(parents=True, exist_ok=True)
@@ -183,6 +185,8 @@ def run_notebook(
     remove_leftovers(config.figure_dir)
     stamp.unlink(missing_ok=True)
     before = _modified(config.figure_dir)
+    commit, dirty = git_state()
+    key = identity(notebook, parameters, config)
     copy.unlink(missing_ok=True)
     started = time.monotonic()
     code, memory = _papermill(notebook, copy, parameters)
@@ -191,13 +195,37 @@ def run_notebook(
     artefacts = tuple(sorted(name for name in after if after[name] != before.get(name)))
     elsewhere = _is_elsewhere(copy, code)
     error = "" if elsewhere else describe_failure(copy, code)
+    if not error:
+        tidy_file(copy)
     status = "FAILED" if error else "elsewhere" if elsewhere else "done"
     digests = _digests(copy, artefacts, config.figure_dir)
-    outcome = Outcome(status, key, parameters, seconds, memory, artefacts, error, digests)
+    outcome = Outcome(
+        status, key, parameters, seconds, memory, artefacts, error, digests, commit, dirty
+    )
     if not error:  # what the notebook itself has made, such as procedural faces, counts, too
         outcome = dataclasses.replace(outcome, key=identity(notebook, parameters, config))
         write_json(stamp, dataclasses.asdict(outcome))
     return outcome
+
+
+def up_to_date(
+    notebook: Path, config: Config, parameters: Parameters | None = None
+) -> Outcome | None:
+    """The kept outcome of a notebook, or None if it has to run.
+
+    Args:
+        notebook: its path.
+        config: names the output folders and is part of the identity.
+        parameters: that a run would have; None: those of the kept run.
+    """
+    out = config.run_dir / "notebooks"
+    kept = _read_stamp(out / f"{notebook.stem}.json")
+    if kept is None or kept.parameters != (kept.parameters if parameters is None else parameters):
+        return None
+    if kept.key != identity(notebook, kept.parameters, config):
+        return None
+    digests = _digests(out / notebook.name, kept.artefacts, config.figure_dir)
+    return kept if digests == kept.digests else None
 
 
 def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
@@ -285,7 +313,10 @@ def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int,
     command = [sys.executable, "-m", "papermill", str(notebook), str(copy), "--cwd"]
     command += [str(notebook.parent), "-k", "python3", "--no-progress-bar", "--log-output"]
     for name, value in parameters.items():
-        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
+        if isinstance(value, dict):
+            command += ["-y", json.dumps({name: value})]  # JSON is YAML
+        else:
+            command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
     environment = child_environment() | {"EC2FACE_NOTEBOOK": notebook.stem}
     with copy.with_suffix(".log").open("w") as log:
         child = subprocess.Popen(
@@ -297,8 +328,7 @@ def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int,
                 memory = max(memory, _tree_memory(child.pid))
                 time.sleep(0.5)
         except BaseException:  # interrupted: a papermill that is terminated ends its kernel, too
-            child.terminate()
-            child.wait()
+            stop(child)
             raise
     return child.returncode, memory
 

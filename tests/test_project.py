@@ -162,15 +162,16 @@ def test_kept_figures_show_the_kept_data():
     stale = [
         f"{about.name}: {file}"
         for about in sorted((ROOT / "figures" / "mini").glob("*.json"))
+        if about.name != "manifest.json"
         for file, digest in json.loads(about.read_text())["inputs"].items()
         if file.startswith("data/mini/") and path_digest(ROOT / file) not in (digest, "absent")
     ]
     assert not stale, f"made of other data; `make reproduce ONLY=...` makes them anew: {stale}"
 
 
-def test_notebooks_are_numbered_without_a_gap():
-    numbers = [int(path.name[:2]) for path in NOTEBOOKS]
-    assert numbers == list(range(12)), [path.name for path in NOTEBOOKS]
+def test_each_notebook_has_a_number_of_its_own():
+    numbers = [path.name[:2] for path in NOTEBOOKS]
+    assert len(set(numbers)) == len(numbers) and all(n.isdigit() for n in numbers), numbers
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -179,7 +180,7 @@ def test_notebook_is_stripped_and_ready_for_papermill(notebook):
     nbformat.validate(nb)
     assert nb.metadata.kernelspec.name == "python3"
     assert "papermill" not in nb.metadata and "widgets" not in nb.metadata
-    assert 5 <= len(nb.cells) <= 25
+    assert 5 <= len(nb.cells) <= 60
     assert nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")
     tags = [tag for cell in nb.cells for tag in cell.metadata.get("tags", ())]
     assert tags.count("parameters") == 1 and "injected-parameters" not in tags
@@ -197,8 +198,33 @@ def test_notebook_parameters_are_understood_by_papermill(notebook):
     names = [node.target.id for node in ast.parse(cell.source).body]  # annotated, nothing else
     assert sorted(declared) == sorted(names)
     assert declared["profile"]["inferred_type_name"] == "str"
+    kinds = ("str", "int", "float", "bool", "dict")
     for about in declared.values():
-        assert about["inferred_type_name"] in ("str", "int", "float", "bool") and about["help"]
+        assert about["inferred_type_name"] in kinds and about["help"]
+
+
+# The painter has lessons of its own.
+LESSONS = [path for path in NOTEBOOKS if path.name[:2] != "14"]
+
+
+@pytest.mark.parametrize("notebook", LESSONS, ids=lambda path: path.stem)
+def test_notebook_is_a_lesson(notebook):
+    """It says what it needs, has its neighbours, sources and an exercise, and takes overrides."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    head = cells[0].source
+    assert all(f"**{word}" in head for word in ("You need to know", "Source:", "Time:")), head
+    links = re.findall(
+        r"\]\(([^)#]+)\)", "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    )
+    missing = [link for link in links if not (notebook.parent / link).exists()]
+    assert set(missing) <= {"14_draw_a_face.ipynb"}, missing
+    number = int(notebook.name[:2])
+    beside = {path.name for path in NOTEBOOKS if abs(int(path.name[:2]) - number) == 1}
+    assert beside <= set(links)
+    code = "\n".join(c.source for c in cells if c.cell_type == "code")
+    assert "overrides: dict = {}" in code and "**overrides" in code
+    text = "\n".join(c.source for c in cells)
+    assert "## " in text and "Predict, then run" in text and "<summary>Answer" in text
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -20,6 +20,7 @@ from ec2face_core.io.paths import resolve
 from ec2face_lab.world import pool, pretrain, pretrain_flux, training
 from ec2face_lab.world.sources import Portraits
 
+VAE_BATCH = 64
 BATCH = 512
 PART = 15_000_000  # bytes of a packed file
 
@@ -38,7 +39,7 @@ def main() -> None:
     training.CHECKPOINT_SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "60"))
     began = time.monotonic()
     if not (work / "vae.json").exists():
-        pretrain.train_vae(source, work, 0, 128, vae)
+        pretrain.train_vae(source, work, 0, VAE_BATCH, vae)
     pack("vae", work, ["vae.pt", "vae.json"])
     say(began, "autoencoder")
     pool.encode_pool(source, work, faces)

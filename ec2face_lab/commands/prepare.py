@@ -8,7 +8,7 @@
 
 The report needs no network, and the dry run writes nothing. Part files, photos and captions become
 the data roots that the profile names; once these are complete the downloads may be deleted. Weights
-stay where they are. An interrupted conversion resumes. data/README.md has the steps.
+stay where they are. An interrupted conversion resumes. docs/data.md has the steps.
 
 Exit code 0: everything is there. 2: something is missing, incomplete or refused.
 """

@@ -1,4 +1,4 @@
-"""Write figures/<profile>/REPORT.md: claim by claim the paper's number, ours, and the verdict.
+"""Write runs/<profile>/figures/REPORT.md: claim by claim the paper's number, ours, the verdict.
 
     python -m ec2face_lab report --profile mini
 

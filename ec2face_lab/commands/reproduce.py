@@ -1,10 +1,13 @@
 """Reproduce the paper: every numbered notebook in order, strict and resumable.
 
-    python -m ec2face_lab reproduce --profile mini [--only 05 06] [--force] [--train] [--sweeps]
+    python -m ec2face_lab reproduce --profile mini [--only 06 07] [--force] [--train] [--sweeps]
 
-A notebook is skipped while nothing that shapes it has changed and its figures and tables exist.
+Figures and tables are written to runs/<profile>/figures. A notebook is skipped while nothing that
+shapes it has changed and its figures and tables are those that it made. In the end the tables are
+compared with the published ones in figures/<profile>.
 
-Exit code 0: all up to date. 1: a notebook failed. 2: the request cannot be met.
+Exit code 0: all up to date. 1: a notebook failed. 2: the request cannot be met. 3: all is up to
+date, but the verdict on a claim of the paper is not the published one.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from ec2face_core.guards.checks import number
 from ec2face_core.io.paths import CODE, user_path
 
 from ..reproduce import assign, run_notebooks, select
+from ..study.agreement import compare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which notebooks, and their parameters."""
     add = parser.add_argument
     add("--profile", default="mini", help="smoke, mini, paper or photos64")
-    add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 05 06")
+    add("--only", nargs="+", default=(), metavar="NN", help="numbers of notebooks, e.g. 06 07")
     add("--force", action="store_true", help="run also what is up to date")
     add("--train", action="store_true", help="retrain every LoRA instead of using the kept ones")
     add("--seeds", type=number(0), default=0, metavar="N", help="trainings a method that count")
@@ -47,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Return 0, or 1 if a notebook failed."""
+    """Return 0, 1 if a notebook failed, or 3 if a verdict is not the published one."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running kernel ends too
     if any(name == "profile" for name, _ in options.parameter):
         raise ConfigError("-p profile: name the profile by --profile, which also names the folders")
@@ -65,4 +69,8 @@ def run(options: argparse.Namespace) -> int:
     if options.train:  # first what the others need
         assigned = dict(sorted(assigned.items(), key=lambda item: "train" not in item[1]))
     complete = run_notebooks(assigned, config, options.force, options.keep_going)
-    return 0 if complete else 1
+    if not complete:
+        return 1
+    agreement = compare(config)
+    print(agreement.text)
+    return 3 if agreement.changed else 0

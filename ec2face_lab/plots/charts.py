@@ -41,7 +41,7 @@ from .style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from pandas import DataFrame
 
 
@@ -55,6 +55,7 @@ def reliability_figure(
     curves: DataFrame,
     steepness: float = 10.0,
     center: float = 0.4,
+    beside: DataFrame | None = None,
 ) -> Figure:
     """Fig. 2: the reverse estimate x̃ at several t, and how its quality falls with t.
 
@@ -62,32 +63,39 @@ def reliability_figure(
         images: decoded reverse estimates `(rows, times, 3, h, w)` in [-1, 1].
         times: t of each column of images.
         curves: columns t, metric, value, ci_low, ci_high (the last two may be missing); one panel
-            per metric, each with β(t) dashed on a second axis.
+            for each metric, and one for β(t).
         steepness: γ_s of Eq. 8.
         center: t_c of Eq. 8.
+        beside: curves of another figure that has to have the same axes.
     """
-    strip = len(images) * min(9 / len(times), 1.25) + 0.2
-    fig = new_figure(9, strip + 2.4)
-    top, bottom = fig.subfigures(2, 1, height_ratios=[strip, 2.4])
+    side = min(9.6 / len(times), 1.25)
+    strip = len(images) * side + 0.2
+    fig = new_figure(9.6, strip + 2.1)
+    top, bottom = fig.subfigures(2, 1, height_ratios=[strip, 2.1])
     for i, row in enumerate(top.subplots(len(images), len(times), squeeze=False)):
         for ax, image, t in zip(row, images[i], times, strict=True):
             show(ax, picture(image))
             if i == 0:
                 ax.set_title(f"t = {t:g}", fontsize=8.5, pad=3)
-    plot = chart(curves, x="t", y="value", color="metric").facet("metric").share(y=False)
+    t = torch.linspace(0, 1, 21)
+    schedule = pd.DataFrame({"t": t, "value": beta(t, steepness, center)})
+    rows = pd.concat([curves, schedule.assign(metric="β(t) of Eq. 8")], ignore_index=True)
+    plot = chart(rows, x="t", y="value", color="metric").facet("metric").share(y=False)
     plot = plot.add(so.Line(), legend=False).label(y="").limit(x=(0, 1))
     if "ci_low" in curves:
         plot = plot.add(so.Band(), ymin="ci_low", ymax="ci_high", legend=False)
     plot.on(bottom).plot()
-    t = torch.linspace(0, 1, 101)
-    for ax in list(bottom.axes):
-        twin = ax.twinx()
-        (dashed,) = twin.plot(t, beta(t, steepness, center), "--", color="0.45", lw=1.3)
-        last = ax.get_subplotspec().is_last_col()
-        twin.set(ylim=(0, 1.02), yticks=[0, 0.5, 1] if last else [])
-        twin.spines["right"].set_visible(last)
-    label = f"β(t), right axis: $\\gamma_s$ = {steepness:g}, $t_c$ = {center:g}"
-    fig.legend([dashed], [label], loc="outside lower center")
+    settings = f"$\\gamma_s$ = {steepness:g}\n$t_c$ = {center:g}"
+    place = {"transform": bottom.axes[-1].transAxes, "ha": "right", "va": "top"}
+    bottom.axes[-1].text(0.97, 0.97, settings, fontsize=8.5, **place)
+    shown = curves if beside is None else pd.concat([curves, beside], ignore_index=True)
+    columns = shown.columns.intersection(["value", "ci_low", "ci_high"])
+    for ax, metric in zip(bottom.axes, rows["metric"].unique(), strict=True):
+        ax.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+        values = shown.loc[shown["metric"] == metric, columns]
+        if len(values):
+            low, high = float(values.min().min()), float(values.max().max())
+            ax.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
     return fig
 
 
@@ -196,6 +204,7 @@ def class_accuracy(
     labels: Mapping[str, str],
     ceiling: str | None = "real",
     classes: Sequence[str] = CLASSES,
+    details: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> Figure:
     """Fig. 4: accuracy of each class by method with 95 % intervals, and the ceiling as lines.
 
@@ -204,6 +213,7 @@ def class_accuracy(
         labels: method -> legend text, in the order of the bars.
         ceiling: the method whose accuracy is a black line at each class; None: no lines.
         classes: names of the classes, in order.
+        details: name of a row -> pictures `h w 3`, shown above the bars; the same faces and noise.
     """
     bars = rows[rows["method"].isin(labels)].replace({"method": labels})
     colours = dict(zip(labels.values(), (SKY, BLUE, ORANGE, GREEN, PURPLE), strict=False))
@@ -218,16 +228,31 @@ def class_accuracy(
         plot = plot.add(dash, data=rows[rows["method"] == ceiling])
     plot = plot.scale(x=order, color=palette).label(x="", y="accuracy (recall, %)")
     plot = plot.limit(y=(0, 104))
-    fig = new_figure(9, 3.3)
-    plot.on(fig).plot()
-    (ax,) = fig.axes
+    below = fig = new_figure(9, 3.3)
+    if details:
+        strip = 0.85 * len(details) + 0.1
+        fig = new_figure(9, strip + 3.3)
+        above, below = fig.subfigures(2, 1, height_ratios=[strip, 3.3])
+        _detail_rows(above, details)
+    plot.on(below).plot()
+    ax = below.axes[0]
     ax.set_xlim(-0.6, len(classes) - 0.4)
     for i, name in enumerate(classes):
         if CLASS_ID[name] in GROUPS["RFA"]:
             ax.axvspan(i - 0.5, i + 0.5, color=RED, alpha=0.12, lw=0, zorder=0)
     _class_ticks(ax, classes)
-    outside_legend(fig, len(labels) + 1)
+    outside_legend(below, len(labels) + 1)
     return fig
+
+
+def _detail_rows(fig: SubFigure, details: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Rows of small pictures with their names on the left."""
+    columns = max(len(row) for row in details.values())
+    grid = fig.subplots(len(details), columns, squeeze=False)
+    for axes, (name, row) in zip(grid, details.items(), strict=True):
+        for ax, image in zip(axes, row, strict=True):
+            show(ax, image)
+        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8.5)
 
 
 @styled

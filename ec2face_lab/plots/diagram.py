@@ -41,7 +41,7 @@ def framework_diagram(facts: Mapping[str, Any]) -> Figure:
                 parser; parameters: the same parts and `lora` -> parameter count;
             tokens: text, noise, mask -> tokens of one sample;
             blocks: (double-stream, single-stream); rank: of the LoRA;
-            loss: the `LossConfig`; weights: class name -> weight of Eq. 10;
+            loss: the `LossConfig`; weights: class name -> weight; t: time of the estimate;
             caption: str; pictures: image, mask, estimate (x̃), weights -> `h w 3` in [0, 1].
     """
     fig = new_figure(WIDTH / 10, HEIGHT / 10)
@@ -110,7 +110,7 @@ def _consistency(ax: Axes, facts: Mapping[str, Any]) -> None:
     _arrow(ax, (58.2, 8.5), (59.8, 8.5))
     _box(ax, 60, 5, 9.5, 7, "VAE decoder\nfrozen", FROZEN)
     _arrow(ax, (69.7, 8.5), (71.3, 8.5))
-    _picture(ax, 71.5, 3.5, 9.4, facts["pictures"]["estimate"], "$\\tilde x$")
+    _picture(ax, 71.5, 3.5, 9.4, facts["pictures"]["estimate"], f"$\\tilde x$, t = {facts['t']:g}")
     for y, part, name, equation in ((9.6, "clip", "text", 6), (2.0, "parser", "mask", 7)):
         _arrow(ax, (81.1, 8.5), (83.3, y + 2.8))
         text = (
@@ -154,7 +154,7 @@ def _long_tail(ax: Axes, facts: Mapping[str, Any]) -> None:
     bars.set_yticks(range(len(ids)), [display_name(i) for i in ids], fontsize=8)
     bars.tick_params(axis="y", length=0)
     bars.minorticks_off()
-    bars.set_title("w of Eq. 10", fontsize=8.5, pad=2)
+    bars.set_title("w, as trained", fontsize=8.5, pad=2)
 
 
 def _legend(ax: Axes, facts: Mapping[str, Any]) -> None:

@@ -1,11 +1,16 @@
-"""Tables in Markdown and LaTeX from long rows: our cells with intervals beside the paper's."""
+"""Tables in Markdown and LaTeX from long rows.
+
+The first table has one value a cell, with the digits that its interval allows; the paper's numbers,
+the intervals, the guiding models' scores and the classes follow in tables of their own.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from math import isnan
-from typing import TYPE_CHECKING
+from math import ceil, isfinite, isnan, log10
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
 
 from ec2face_core.attributes import CLASSES, GROUPS, display_name
 
@@ -13,19 +18,15 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 
-Interval = Callable[[float, float, int], str]  # low, high, digits -> text
-
-SMALL = "\x0e"  # stands for the markup of small print until the text around it is escaped
-END = "\x0f"
-
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "²": r"$^2$",
     "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--", "α": r"$\alpha$", "β": r"$\beta$",
-    "†": r"$\dagger$", "<": r"\textless{}", ">": r"\textgreater{}", SMALL: r"{\tiny", END: "}",
+    "†": r"$\dagger$", "<": r"\textless{}", ">": r"\textgreater{}",
 })  # fmt: skip
 
-CRITICS = ("independent", "guiding")  # values of the column critic: evaluators, guides
+MISSING = "–"
+GUIDES = "Scored by the guiding models, which training optimises."
 
 # metric -> heading. OAA ... RFA are recall, the paper's accuracy; KID and CMMD are in thousandths.
 METRICS = {
@@ -40,8 +41,10 @@ MORE = {
     "Facts": "Facts (%) ↑", "KID": "KID ↓", "CMMD": "CMMD ↓", "Diversity": "Diversity",
 }  # fmt: skip
 
-PRESENCE = {"presence_": "found where the mask has it (%)",
-            "false_presence_": "found where it has none (%)"}  # fmt: skip
+PRESENCE = {
+    "presence_": "where the mask has it (%)",
+    "false_presence_": "where it has none (%)",
+}
 
 SIGNIFICANT = 0.05
 
@@ -57,34 +60,59 @@ METHODS = {
     "vae_round_trip": "autoencoder round trip (ceiling)",
 }  # fmt: skip
 
+TITLES = {
+    "table1": "EC²Face and the comparison systems are scored on the test faces.",
+    "table2": "EC²Face and the comparison systems are scored on the zero-shot faces.",
+    "table3": "Long-tail adaptive learning is switched off and on.",
+    "table4": "The consistency losses are switched on one by one.",
+    "table1_lead": "EC²Face minus each system, on the same test faces.",
+    "table2_lead": "EC²Face minus each system, on the same zero-shot faces.",
+    "ablation_differences": "Variants differ in one part; differences are paired by face.",
+    "ablation_seeds": "Variants differ in one part; each training stands alone.",
+    "hand_drawn": "EC²Face is given masks that were edited as if drawn by hand.",
+    "presence": "The parser counts the pictures of each system with an accessory.",
+    "presence_ltal": "The parser counts the pictures with an accessory, without and with LTAL.",
+}
+
 FOOTNOTES = {
+    "hand_drawn": "An edit may remove a class from every mask. OAA and RFA are then means over "
+    "fewer classes; REPORT.md compares the classes that every edit keeps.",
     "table4": "The paper prints RFA 61.62 in the first row; its OAA and its Table 3 require 61.12.",
 }
 
 
+class Block(NamedTuple):
+    """One of the tables that show some rows."""
+
+    title: str
+    header: list[str]
+    lines: list[list[str]]
+
+
 def render_markdown(rows: DataFrame, caption: str = "") -> str:
-    """Long rows -> Markdown: methods are rows, metrics are columns, the paper's at the right."""
-    blocks = [f"**{_title(rows)}.** {caption}".strip()]
-    for header, body in _layouts(rows, _interval, markdown_name):
-        rule = [":---" if heading in ("Critic", "Group") else "---:" for heading in header[1:]]
-        lines = [header, ["---", *rule], *body]
-        blocks.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join([*blocks, *_notes(rows)]) + "\n"
+    """Long rows -> Markdown: methods are rows, metrics are columns."""
+    parts = [f"{_title(rows)} {caption}".strip()]
+    for block in _blocks(rows, markdown_name):
+        rule = [":---" if heading == "Group" else "---:" for heading in block.header[1:]]
+        lines = [block.header, ["---", *rule], *block.lines]
+        parts += [block.title] if block.title else []
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join([*parts, *_notes(rows)]) + "\n"
 
 
 def render_latex(rows: DataFrame, caption: str = "") -> str:
     """Long rows -> a LaTeX `table` with booktabs rules, the same layout as the Markdown."""
-    blocks = []
-    for header, body in _layouts(rows, _interval_latex, _plain_name):
-        lines = [" & ".join(map(_latex, header)), r"\midrule"]
-        lines += [" & ".join(map(_latex, line)) for line in body]
+    parts = []
+    for block in _blocks(rows, _plain_name):
+        lines = [" & ".join(map(_latex, block.header)), r"\midrule"]
+        lines += [" & ".join(map(_latex, line)) for line in block.lines]
         lines = [line if line.startswith("\\midrule") else line + r" \\" for line in lines]
         inside = "\n".join([r"\toprule", *lines, r"\bottomrule"])
-        blocks.append(
-            f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n{inside}\n\\end{{tabular}}"
-        )
-    text = _latex(" ".join([caption, *_notes(rows)]).strip())
-    body = "\n\n\\medskip\n".join(blocks)
+        columns = f"l{'r' * (len(block.header) - 1)}"
+        title = f"{_latex(block.title)}\\\\[2pt]\n" if block.title else ""
+        parts.append(f"{title}\\begin{{tabular}}{{{columns}}}\n{inside}\n\\end{{tabular}}")
+    text = _latex(" ".join([_sentence(rows), caption, *_notes(rows)]).strip())
+    body = "\n\n\\medskip\n".join(parts)
     label = rows["table"].iloc[0]
     return (
         "\\begin{table}\n\\centering\\scriptsize\n"
@@ -101,21 +129,35 @@ def _plain_name(method: str) -> str:
     return METHODS.get(method, method)
 
 
-def _layouts(
-    rows: DataFrame, interval: Interval, name: Callable[[str], str]
-) -> list[tuple[list[str], list[list[str]]]]:
-    """(header, lines) of the main table and, where classes were scored, of the class table."""
-    classes = rows[rows["metric"].isin(CLASSES) & (rows["source"] == "ours")]
-    layouts = []
-    for headings in (METRICS, MORE, _presence_headings(rows)):
-        shown = rows[rows["metric"].isin(headings)]
-        if len(shown):
-            layouts.append(_main_layout(shown, headings, interval, name))
-    for critic in CRITICS:
-        scores = classes[classes["critic"] == critic]
-        if len(scores):
-            layouts.append(_class_layout(scores, critic, interval, name))
-    return layouts
+def decimals(half_width: float, digits: int = 2) -> int:
+    """Decimals that show an interval's half width with so many significant digits, 0 to 5."""
+    if not isfinite(half_width) or half_width <= 0:
+        return 2
+    return min(5, max(0, digits - ceil(log10(half_width) + 1e-9)))
+
+
+# ------------------------------------------------------------------------------------------ blocks
+
+
+def _blocks(rows: DataFrame, name: Callable[[str], str]) -> list[Block]:
+    """All tables of some rows: values, the paper's, intervals, the guides' values, classes."""
+    ours = rows[rows["source"] == "ours"]
+    shown = ours[ours["critic"] != "guiding"]
+    guides = ours[ours["critic"] == "guiding"]
+    presence = _presence_headings(rows)
+    blocks = [
+        _value_block("", shown, METRICS, name),
+        _paper_block(rows[rows["source"] == "paper"], name),
+        _value_block("Further scores.", shown, MORE, name),
+        _value_block("How often a class is found.", shown, presence, name),
+        _interval_block("95 % intervals of the first table.", shown, METRICS, name),
+        _interval_block("95 % intervals of the further scores.", shown, MORE, name),
+        _interval_block("95 % intervals of these shares.", shown, presence, name),
+        _value_block(GUIDES, guides, METRICS | presence, name),
+        _class_block("Recall of each class in percent.", shown, name),
+        _class_block("Recall of each class in percent, scored by the guide.", guides, name),
+    ]
+    return [block for block in blocks if block]
 
 
 def _presence_headings(rows: DataFrame) -> dict[str, str]:
@@ -129,85 +171,129 @@ def _presence_headings(rows: DataFrame) -> dict[str, str]:
     }
 
 
-def _main_layout(
-    rows: DataFrame,
-    headings: Mapping[str, str],
-    interval: Interval,
-    name: Callable[[str], str],
-) -> tuple[list[str], list[list[str]]]:
-    """Rows: methods and their perception models; columns: n, our metrics, the paper's metrics."""
-    ours = rows[rows["source"] == "ours"]
-    metrics = [metric for metric in headings if (ours["metric"] == metric).any()]
-    paper = rows[rows["source"] == "paper"].set_index(["method", "metric"])["value"]
-    printed = [m for m in headings if m in paper.index.get_level_values("metric")]
-    header = ["Method", "Critic", "n", *[headings[m] for m in metrics]]
-    header += [f"paper: {m}" for m in printed]
+def _cells(rows: DataFrame, metrics: Iterable[str]) -> dict[str, dict[str, Series]]:
+    """Metric -> method -> its row, of the metrics that any method has."""
+    found = {}
+    for metric in metrics:
+        scores = rows[rows["metric"] == metric]
+        if len(scores):
+            found[metric] = {row["method"]: row for _, row in scores.iterrows()}
+    return found
+
+
+def _value_block(
+    title: str, rows: DataFrame, headings: Mapping[str, str], name: Callable[[str], str]
+) -> Block | None:
+    """Methods down, metrics across, one value a cell; the last line counts the images."""
+    cells = _cells(rows, headings)
+    if not cells:
+        return None
+    lines = []
+    places = {m: _places(column.values(), "%" in headings[m]) for m, column in cells.items()}
+    for method in _in_order(rows["method"].unique()):
+        line = [_value(column.get(method), places[metric]) for metric, column in cells.items()]
+        if set(line) != {MISSING}:
+            lines.append([name(method), *line])
+    lines.append(["n", *(_counts(column.values()) for column in cells.values())])
+    return Block(title, ["Method", *(headings[metric] for metric in cells)], lines)
+
+
+def _paper_block(rows: DataFrame, name: Callable[[str], str]) -> Block | None:
+    """The numbers that the paper prints."""
+    cells = _cells(rows, METRICS)
+    if not cells:
+        return None
     lines = []
     for method in _in_order(rows["method"].unique()):
-        scores = ours[ours["method"] == method]
-        critics = [c for c in CRITICS if (scores["critic"] == c).any()] or [""]
-        for critic in critics:
-            first = critic == critics[0]
-            shown = scores["critic"].eq(critic)
-            if first:  # metrics without a perception model (LPIPS, NIQE) are in the first line
-                shown |= ~scores["critic"].isin(CRITICS)
-            cells = scores[shown].set_index("metric")
-            line = [name(method) if first else "", critic or "–"]
-            line.append(_count(cells["n"].max()) if len(cells) else "–")
-            line += [_cell(cells, m, interval) for m in metrics]
-            for m in printed:
-                line.append(f"{paper[method, m]:.2f}" if first and (method, m) in paper else "")
-            lines.append(line)
-    return header, lines
+        values = [column.get(method) for column in cells.values()]
+        line = [MISSING if row is None else f"{row['value']:.2f}" for row in values]
+        lines.append([name(method), *line])
+    return Block(
+        "The paper's numbers, at its own scale.", ["Method", *map(METRICS.get, cells)], lines
+    )
 
 
-def _class_layout(
-    rows: DataFrame, critic: str, interval: Interval, name: Callable[[str], str]
-) -> tuple[list[str], list[list[str]]]:
-    """Rows: classes; columns: methods. n is the number of images that contain the class."""
-    methods = _in_order(rows["method"].unique())
-    by_method = {m: rows[rows["method"] == m].set_index("metric") for m in methods}
+def _interval_block(
+    title: str, rows: DataFrame, headings: Mapping[str, str], name: Callable[[str], str]
+) -> Block | None:
+    """Methods down, metrics across: the bounds of each value."""
+    cells = _cells(rows[rows["ci_low"].notna()], headings)
+    if not cells:
+        return None
+    lines = []
+    for method in _in_order(rows["method"].unique()):
+        line = [_interval(column.get(method)) for column in cells.values()]
+        if set(line) != {MISSING}:
+            lines.append([name(method), *line])
+    return Block(title, ["Method", *(headings[metric] for metric in cells)], lines)
+
+
+def _class_block(title: str, rows: DataFrame, name: Callable[[str], str]) -> Block | None:
+    """Classes down, methods across. n is the number of images that contain the class."""
+    cells = _cells(rows, CLASSES)
+    if not cells:
+        return None
+    methods = _in_order(rows[rows["metric"].isin(CLASSES)]["method"].unique())
     group = {i: name for name, ids in GROUPS.items() for i in ids}
-    header = [f"Class (%, {critic})", "Group", "n", *[name(m) for m in methods]]
     lines = []
     for i, metric in enumerate(CLASSES):
-        scores = rows[rows["metric"] == metric]
-        if scores.empty:
-            continue
-        cells = [_cell(by_method[m], metric, interval) for m in methods]
-        lines.append([display_name(i), group[i], _count(scores["n"].max()), *cells])
-    return header, lines
+        if metric in cells:
+            column = cells[metric]
+            values = [_value(column.get(method), 1) for method in methods]
+            lines.append([display_name(i), group[i], _counts(column.values()), *values])
+    return Block(title, ["Class", "Group", "n", *(name(m) for m in methods)], lines)
 
 
-def _cell(rows: DataFrame, metric: str, interval: Interval) -> str:
-    """`85.13 [84.20, 86.01]`, or – where nothing was measured; † as the notes say."""
-    if metric not in rows.index or isnan(rows.loc[metric, "value"]):
-        return "–"
-    row = rows.loc[metric]
-    digits = 3 if metric in ("LPIPS", "Diversity") else 2
-    value = f"{row['value']:.{digits}f}"
-    if metric.startswith(tuple(PRESENCE)):
-        value += f" of {_count(row['n'])}"
-    bounds = row[["joint_low", "joint_high"]] if _is_joint(row) else row[["ci_low", "ci_high"]]
+# ------------------------------------------------------------------------------------------- cells
+
+
+def _bounds(row: Series) -> tuple[float, float]:
+    """The interval to show: over faces and trainings where that is known."""
+    if isnan(row["joint_low"]) or isnan(row["joint_high"]):
+        return row["ci_low"], row["ci_high"]
+    return row["joint_low"], row["joint_high"]
+
+
+def _half_width(row: Series) -> float:
+    low, high = _bounds(row)
+    return (high - low) / 2
+
+
+def _is_difference(row: Series) -> bool:
+    return " - " in row["method"]
+
+
+def _places(rows: Iterable[Series], in_percent: bool) -> int:
+    """Decimals of a column: two significant digits of its usual interval; of percents, one."""
+    widths = [width for row in rows if (width := _half_width(row)) > 0]
+    places = decimals(median(widths)) if widths else 2
+    return min(places, 1) if in_percent else places
+
+
+def _value(row: Series | None, places: int) -> str:
+    """`85.1`, `-0.12` for a difference, or – where nothing was measured; † as the notes say."""
+    if row is None or isnan(row["value"]):
+        return MISSING
     mark = " †" if row["p_holm"] < SIGNIFICANT else ""
-    return value + ("" if bounds.isna().any() else interval(*bounds, digits)) + mark
+    if _is_difference(row):
+        return f"{row['value']:+.{decimals(_half_width(row))}f}{mark}"
+    return f"{row['value']:.{places}f}{mark}"
 
 
-def _is_joint(row: Series) -> bool:
-    """Whether an interval over faces and trainings is known."""
-    return not (isnan(row["joint_low"]) or isnan(row["joint_high"]))
+def _interval(row: Series | None) -> str:
+    if row is None or isnan(_half_width(row)):
+        return MISSING
+    places = decimals(_half_width(row))
+    low, high = _bounds(row)
+    return f"[{low:.{places}f}, {high:.{places}f}]"
 
 
-def _interval(low: float, high: float, digits: int) -> str:
-    return f" [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _interval_latex(low: float, high: float, digits: int) -> str:
-    return f" {SMALL}[{low:.{digits}f}, {high:.{digits}f}]{END}"
-
-
-def _count(n: float) -> str:
-    return "–" if isnan(n) else f"{n:,.0f}"
+def _counts(rows: Iterable[Series]) -> str:
+    """How many images the values of a column rest on: `300`, or `17-20` where methods differ."""
+    known = sorted({int(row["n"]) for row in rows if not isnan(row["n"])})
+    if not known:
+        return MISSING
+    return f"{known[0]:,}" if len(known) == 1 else f"{known[0]:,}-{known[-1]:,}"
 
 
 def _in_order(methods: Iterable[str]) -> list[str]:
@@ -216,8 +302,14 @@ def _in_order(methods: Iterable[str]) -> list[str]:
 
 
 def _title(rows: DataFrame) -> str:
+    """`**Table 1.** EC²Face and ...`: the number, if it has one, and what the table shows."""
     name = rows["table"].iloc[0]
-    return f"Table {name[5:]}" if name[5:].isdigit() else name.replace("_", " ").capitalize()
+    number = f"**Table {name[5:]}.** " if name[5:].isdigit() else ""
+    return f"{number}{_sentence(rows)}"
+
+
+def _sentence(rows: DataFrame) -> str:
+    return TITLES.get(rows["table"].iloc[0], "")
 
 
 def _notes(rows: DataFrame) -> list[str]:
@@ -226,16 +318,18 @@ def _notes(rows: DataFrame) -> list[str]:
     seeds = sorted({str(s) for s in ours["seeds"] if s})
     notes = []
     if len(ours):
-        notes.append(f"Brackets: 95 % interval {_covers(ours)}; – : not measured here.")
+        notes.append(
+            f"The intervals are {_covers(ours)}; n counts the images that a value rests on; "
+            f"{MISSING} was not measured here. The CSV has every interval."
+        )
     if ours["metric"].str.startswith(tuple(PRESENCE)).any():
-        notes.append("Percent of n pictures, which these intervals take as independent.")
+        notes.append("The intervals of shares take the pictures as independent.")
     if ours["p_holm"].notna().any():
         notes.append(
             "†: a claim of this table that holds after Holm's adjustment over all of them, for "
             "attributes one in recall and F1 together."
         )
     notes += [f"Seeds: {', '.join(seeds)}."] if seeds else []
-    notes += ["Paper: the numbers it reports, at its own scale."] if len(ours) < len(rows) else []
     return notes + [FOOTNOTES[t] for t in rows["table"].unique()[:1] if t in FOOTNOTES]
 
 
@@ -244,11 +338,11 @@ def _covers(rows: DataFrame) -> str:
     joint = rows["joint_low"].notna()
     alone = rows["ci_low"].notna() & ~joint
     if not joint.any():
-        return "over faces (trainings held fixed)"
+        return "over faces, with the trainings held fixed"
     rest = ", or over faces alone where there is one training" if alone.any() else ""
     return f"over faces and trainings{rest}"
 
 
 def _latex(text: str) -> str:
-    """Escape every character that LaTeX reads as markup, and set intervals in small print."""
+    """Escape every character that LaTeX reads as markup."""
     return text.translate(LATEX)

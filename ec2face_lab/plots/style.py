@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from ec2face_core.attributes import PALETTE
+from ec2face_core.attributes import PALETTE, display_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,8 +134,24 @@ def bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
+def class_legend(fig: Figure, ids: Iterable[int]) -> None:
+    """The colours of these classes in masks, with their names, below a figure."""
+    from matplotlib.patches import Patch
+
+    ids = list(ids)
+    patches = [Patch(facecolor=np.array(PALETTE[i]) / 255, edgecolor="0.4", lw=0.5) for i in ids]
+    columns = max(1, int(fig.get_size_inches()[0] / 0.95))
+    fig.legend(
+        patches, [display_name(i) for i in ids], loc="outside lower center", ncols=columns,
+        fontsize=8, handlelength=1.0, handletextpad=0.4, columnspacing=1.0,
+    )  # fmt: skip
+
+
 def show(
-    axes: Axes, image: np.ndarray | None, boxes: Sequence[tuple[int, int, int, int]] = ()
+    axes: Axes,
+    image: np.ndarray | None,
+    boxes: Sequence[tuple[int, int, int, int]] = (),
+    zoom: tuple[int, int, int, int] | None = None,
 ) -> None:
     """Show a picture in axes without ticks.
 
@@ -143,6 +159,7 @@ def show(
         axes: where.
         image: `(h, w, 3)` in [0, 1]; None gives a hatched cell with the text "not run here".
         boxes: (x, y, width, height) in pixels, outlined in red.
+        zoom: a box whose surroundings are shown enlarged in the upper left corner.
     """
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -162,3 +179,18 @@ def show(
         # with a white edge, because skin is red in masks
         box.set_path_effects([withStroke(linewidth=2.6, foreground="white")])
         axes.add_patch(box)
+    if zoom is not None:
+        inset = axes.inset_axes((0, 0.56, 0.44, 0.44))
+        inset.imshow(square_crop(image, zoom), interpolation="nearest")
+        inset.set(xticks=[], yticks=[])
+        for spine in inset.spines.values():
+            spine.set(visible=True, edgecolor="white", linewidth=1.2)
+
+
+def square_crop(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """The smallest square of a picture `h w 3` around a box (x, y, width, height)."""
+    x, y, width, height = box
+    side = min(max(width, height), *image.shape[:2])
+    left = min(max(0, x + (width - side) // 2), image.shape[1] - side)
+    top = min(max(0, y + (height - side) // 2), image.shape[0] - side)
+    return image[top : top + side, left : left + side]

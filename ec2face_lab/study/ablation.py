@@ -8,23 +8,29 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ec2face_core.config import VARIANTS, Config, adapter_dir, adapter_name
 from ec2face_core.data import open_dataset
+from ec2face_core.flow import interpolate, target_velocity
 from ec2face_core.io.paths import resolve
 from ec2face_core.latents import LatentCache, cache_folder, encode_dataset
 from ec2face_core.lora_file import LORA_FILE
+from ec2face_core.losses import flow_matching_loss
+from ec2face_core.mask_branch import predict_velocity
 from ec2face_core.runs import read_metrics
 
 from ..launch import run
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from torch import Tensor
+
+    from ec2face_core.pipeline import EC2FacePipeline
 
 
 def cache_latents(config: Config) -> LatentCache:
@@ -43,17 +49,69 @@ def cache_latents(config: Config) -> LatentCache:
     )
 
 
-def short_run(config: Config, steps: int, method: str = "both") -> Path:
-    """Train a variant for a few steps in a child process; returns its run folder.
+def short_config(config: Config, steps: int, processes: int = 1) -> Config:
+    """The configuration of a short run that sees the profile's samples in each step.
+
+    Args:
+        config: the profile.
+        steps: optimiser steps, at most those of the profile; a tenth of them are warm-up.
+        processes: ranks, which divide the samples of a step.
+    """
+    c = config.trainer
+    steps = min(steps, c.steps)
+    samples = c.batch_size * c.accumulation * c.num_processes
+    batch_size = max(1, samples // (processes * c.accumulation))
+    short = {"steps": steps, "warmup": min(c.warmup, steps // 10)}
+    return config.replace(trainer={**short, "batch_size": batch_size, "num_processes": processes})
+
+
+def short_run(config: Config, steps: int, method: str = "both", processes: int = 1) -> Path:
+    """Train a variant for a few steps in child processes; returns its run folder.
 
     The folder is named by the configuration, so another one starts a new run, and the same one
     resumes.
+
+    Args:
+        config: the profile.
+        steps: as for `short_config`.
+        method: one of `VARIANTS`.
+        processes: as for `short_config`.
     """
-    steps = min(steps, config.trainer.steps)
-    config = config.replace(trainer={"steps": steps})
+    config = short_config(config, steps, processes)
     folder = config.run_dir / "training" / f"short-{method}-{config.digest()}"
     _train(config, method, folder)
     return folder
+
+
+def flow_error(
+    pipe: EC2FacePipeline,
+    batch: Mapping[str, Any],
+    masked: bool = True,
+    weights: Tensor | None = None,
+    seed: int = 0,
+) -> float:
+    """Flow matching (Eq. 3, with weights Eq. 11) of a batch, the mean over nine fixed times.
+
+    Args:
+        pipe: its transformer, with the LoRA that is loaded.
+        batch: z, z_mask and text, as `reliability.Estimator.batch` gives them.
+        masked: with the masks; otherwise from the text alone.
+        weights: Eq. 10 on the latent grid, `b h w`; None: Eq. 3.
+        seed: of the noise.
+    """
+    import torch
+
+    z = batch["z"]
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
+    mask = batch["z_mask"] if masked else None
+    errors = []
+    for time in np.linspace(0.1, 0.9, 9):
+        t = torch.full((len(z),), float(time), device=z.device)
+        z_t = interpolate(z, noise, t)
+        with torch.no_grad():
+            v = predict_velocity(pipe.transformer, z_t, t, batch["text"], mask)
+        errors.append(float(flow_matching_loss(v, target_velocity(z, noise), weights).mean()))
+    return float(np.mean(errors))
 
 
 def retrain(config: Config, methods: Sequence[str] = tuple(VARIANTS), seeds: int = 1) -> None:

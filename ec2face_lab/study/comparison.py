@@ -28,8 +28,9 @@ from ..plots.render_tables import METHODS
 from .ablation import parameter_count
 from .painters import painter, weight_files
 from .pictures import available, official_pictures
-from .summary import F1_OF, cell_of, verdict_of, with_holm
+from .summary import F1_OF, cell_of, with_holm
 from .tables import describe_intervals, difference_rows
+from .verdicts import verdict_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series

@@ -34,8 +34,9 @@ from .painters import through_autoencoder, weight_files
 from .pictures import PictureSet, batches
 from .png import load_pictures, save_picture
 from .scores import score_folder
-from .summary import summarise, summarise_difference, verdict_of
+from .summary import summarise, summarise_difference
 from .tables import MAIN
+from .verdicts import verdict_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

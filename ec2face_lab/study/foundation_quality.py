@@ -1,4 +1,4 @@
-"""Notebook 00: the quality of the autoencoder, the parsers, the CLIPs and the base model."""
+"""Quality of the foundation: the autoencoder, the parsers, the CLIPs and the base model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ CHUNK = 64  # pictures in memory at once
 
 
 def bundle_provenance(folder: str = "data/mini") -> DataFrame:
-    """The parts of a bundle: part, MB, and the training's samples, minutes and commit."""
+    """The parts of a bundle: part, MB, and the training's samples, steps, minutes and commit.
+
+    A comparison system is trained in stages, whose steps and minutes are added up.
+    """
     import pandas as pd
 
     root = resolve(folder)
@@ -41,15 +44,20 @@ def bundle_provenance(folder: str = "data/mini") -> DataFrame:
         if not isinstance(record, dict) or "seconds" not in record or "commit" not in record:
             continue  # a model's own configuration
         part = path.parent if path.stem == "provenance" else path.with_suffix(".pt")
+        if not part.exists():
+            continue  # of a table
         files = part.rglob("*") if part.is_dir() else [part]
         size = sum(f.stat().st_size for f in files if f.is_file())
         parameters = record["parameters"]
+        stages = parameters.get("stages", {}).values()
         samples = parameters.get("samples", parameters.get("faces_seen"))
-        minutes = round((record["seconds"] or 0) / 60, 1)
+        steps = parameters.get("steps", sum(stage["step"] for stage in stages)) or None
+        seconds = record["seconds"] or sum(stage["seconds"] for stage in stages)
         commit = (record["commit"] or "–")[:7]
         name = part.relative_to(root).as_posix()
-        rows.append((name, round(size / 2**20, 2), samples, minutes, commit))
-    return pd.DataFrame(rows, columns=["part", "MB", "samples", "minutes", "commit"])
+        rows.append((name, round(size / 2**20, 2), samples, steps, round(seconds / 60, 1), commit))
+    columns = ["part", "MB", "samples", "steps", "minutes", "commit"]
+    return pd.DataFrame(rows, columns=columns).convert_dtypes()
 
 
 def round_trip_quality(

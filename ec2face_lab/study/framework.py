@@ -9,9 +9,10 @@ import torch
 from ec2face_core.attributes import CLASSES
 from ec2face_core.config import Config
 from ec2face_core.data import open_dataset
-from ec2face_core.losses import class_weights, long_tail_weights
+from ec2face_core.losses import latent_weights
 
 from ..plots.style import mask_picture, picture
+from .long_tail import trained_weights
 from .reliability import Estimator, reverse_estimation
 from .scores import perception_models
 
@@ -39,8 +40,8 @@ def framework_facts(
     _, estimate = reverse_estimation(batch, t, noise, model)
 
     counts = dataset.label_counts()
-    weights = long_tail_weights(batch["label_map"].cpu(), counts)[0].log()
-    every_weight = class_weights(counts)
+    weights = latent_weights(batch["label_map"].cpu(), counts, z.shape[-1], config.loss)[0].log()
+    every_weight = trained_weights(counts, config.loss)
     heat = (weights - weights.min()) / (weights.max() - weights.min())
     parts = {
         "text_encoder": b.text_encoder, "text_encoder_2": b.text_encoder_2, "vae": b.vae,
@@ -65,6 +66,7 @@ def framework_facts(
         "weights": {
             c: float(w) for c, w, n in zip(CLASSES, every_weight, counts, strict=True) if n
         },
+        "t": t,
         "caption": dataset.manifest_caption(name),
         "pictures": {
             "image": picture(batch["image"][0]),

@@ -1,4 +1,4 @@
-"""Notebook 01: how often the classes occur (Fig. 5), and their weights (Eq. 10).
+"""The long tail: how often the classes occur (Fig. 5), and their weights (Eq. 10).
 
 Functions return numbers; `plots` shows them.
 """
@@ -22,7 +22,7 @@ from ec2face_core.attributes import (
     display_name,
     pixel_counts,
 )
-from ec2face_core.config import Config
+from ec2face_core.config import Config, LossConfig
 from ec2face_core.io.paths import resolve
 from ec2face_core.losses import class_weights, latent_weights, long_tail_weights
 from ec2face_core.runs import parallel
@@ -45,46 +45,23 @@ def latent_side(config: Config) -> int:
     return config.data.size // 2 ** (levels - 1)
 
 
-def weight_table(counts: Tensor, clip: float) -> DataFrame:
-    """Eq. 10 for every class that occurs: raw, normalised, and clipped before normalising.
+def trained_weights(counts: Tensor, config: LossConfig) -> Tensor:
+    """The weight of each class as the training uses it, `(19,)` float64.
 
-    Normalised weights have mean square 1 over the pixels. `squared_share` is a class's share of the
-    sum of squared weights over all pixels, since Eq. 11 squares the weight.
+    Eq. 10, clipped, and divided by the root mean square over all pixels. (The trainer takes the
+    mean square over the latent cells of a step, which differs from step to step.)
 
     Args:
         counts: pixels of each class in the training set, `(19,)`.
-        clip: upper bound of the clipped column.
+        config: clip and normalize are used.
     """
-    import pandas as pd
-
-    pixels = counts.double()
-    share = pixels / pixels.sum()
-    raw = class_weights(counts)
-
-    def normalised(weights: Tensor) -> Tensor:
-        return weights / (share * weights.square()).sum().sqrt()
-
-    squared = share * normalised(raw).square()
-    columns = {
-        "pixels": counts, "pixel_share": 100 * share, "raw": raw, "normalised": normalised(raw),
-        f"clipped at {clip:g}": normalised(raw.clamp(max=clip)), "squared_share": 100 * squared,
-    }  # fmt: skip
-    table = pd.DataFrame({"class": CLASSES, **{k: v.numpy() for k, v in columns.items()}})
-    return table[(pixels > 0).numpy()].sort_values("raw", ignore_index=True)
-
-
-def describe_groups(frequency: DataFrame) -> str:
-    """Pixel and image shares of the groups of Appendix A, from `attribute_frequency`."""
-    lines = []
-    for group, rows in frequency.groupby("group"):
-        pixels, images = (
-            f"{rows[share].min():.3g} to {rows[share].max():.3g} %"
-            for share in ("pixel_share", "image_share")
-        )
-        lines.append(
-            f"{group}: {len(rows)} classes, {pixels} of the pixels, {images} of the images"
-        )
-    return "\n".join(lines)
+    weights = class_weights(counts)
+    if config.clip > 0:
+        weights = weights.clamp(max=config.clip)
+    if config.normalize == "mean":
+        share = counts.double() / counts.sum()
+        weights = weights / (share * weights.square()).sum().sqrt()
+    return weights
 
 
 def reduction_table(label_maps: Tensor, counts: Tensor, config: Config) -> DataFrame:
@@ -120,10 +97,14 @@ def reduction_table(label_maps: Tensor, counts: Tensor, config: Config) -> DataF
 
 
 def reduced_weights(label_maps: Tensor, counts: Tensor, config: Config) -> dict[str, Tensor]:
-    """The pixel weights and their three reductions, by the headings of `grids.weights_map`."""
-    maps = {"pixels": long_tail_weights(label_maps, counts)}
+    """Eq. 10, its three reductions, and the weights of the training, by their headings.
+
+    The last ones are clipped and normalised as `config.loss` says; the others are as printed.
+    """
+    maps = {"Eq. 10": long_tail_weights(label_maps, counts)}
     for reduction in REDUCTIONS:
-        maps[f"latent, {reduction}"] = _reduced(label_maps, counts, config, reduction)
+        maps[f"cells: {reduction}"] = _reduced(label_maps, counts, config, reduction)
+    maps["as trained"] = latent_weights(label_maps, counts, latent_side(config), config.loss)
     return maps
 
 
@@ -213,7 +194,7 @@ def attribute_frequency(faces: Tensor | FaceDataset) -> DataFrame:
     if isinstance(faces, Tensor):
         counts = pixel_counts(faces)
     else:
-        rows = parallel(lambda name: pixel_counts(faces.label_map(name)[None]), faces.ids, "masks")
+        rows = parallel(lambda name: pixel_counts(faces.label_map(name)[None]), faces.ids)
         counts = torch.cat(list(rows))
     counts = counts.cpu().double()
     group = {i: name for name, ids in GROUPS.items() for i in ids}

@@ -1,4 +1,4 @@
-"""Reverse estimation along t (Fig. 2, notebooks 02 and 03), and the fit of beta(t).
+"""Reverse estimation along t (Fig. 2, notebooks 03 and 04), and the fit of beta(t).
 
 The curves are measured by the guiding parser and CLIP, since it is their output on the estimate
 that Eq. 9 uses. Faces are test faces; the noise is the same at every t.

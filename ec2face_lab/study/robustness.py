@@ -19,9 +19,9 @@ from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset, open_dataset
 
 from .faces import class_areas, faces
-from .intervals import bootstrap_interval
 from .pictures import sample_grid
 from .scores import evaluated_ids, perception_models
+from .tables import PRESENT
 from .unimodal import score_pictures
 
 if TYPE_CHECKING:
@@ -174,8 +174,8 @@ def conflicts(
         count: pictures of each cell.
 
     Returns:
-        Rows class, mask, text (whether they have it), value (% of the pictures that show it),
-        ci_low, ci_high, n; and for each cell its first (caption, label map, image).
+        Rows class, mask, text (whether they have it), and `share` of the pictures that show it; and
+        for each cell its first (caption, label map, image).
     """
     import pandas as pd
 
@@ -204,11 +204,50 @@ def conflicts(
             images = sample_grid(config, method, f"conflict_{name}", prompts, given, seeds=1)[:, 0]
             parsed = parser.parse(images.to(parser.device)).cpu()
             visible = (parsed == CLASS_ID[name]).flatten(1).sum(1) >= enough
-            resamples = config.evaluation.bootstrap
-            interval = bootstrap_interval(100 * visible.double(), resamples, seed=0)
-            rows.append({"class": name, "mask": has, "text": says, **interval._asdict()})
+            cell = {"class": name, "mask": has, "text": says}
+            rows.append(cell | share(int(visible.sum()), n))
             shown[name, has, says] = (prompts[0], given[0], images[0])
     return pd.DataFrame(rows), shown
+
+
+def share(hits: int, n: int) -> dict[str, float]:
+    """A share of n pictures in percent: value, ci_low, ci_high (95 %, Wilson) and n."""
+    from scipy.stats import binomtest
+
+    bounds = binomtest(hits, n).proportion_ci(method="wilson")
+    return {
+        "value": 100 * hits / n,
+        "ci_low": 100 * bounds.low,
+        "ci_high": 100 * bounds.high,
+        "n": n,
+    }
+
+
+def named_accessories(config: Config, texts: Sequence[str], images: Tensor) -> DataFrame:
+    """Whether pictures show the accessories that their captions name.
+
+    Args:
+        config: names the independent parser.
+        texts: one caption for each row.
+        images: `rows seeds 3 h w` in [-1, 1].
+
+    Returns:
+        Rows class, and `share` of the pictures of captions that name it in which the parser finds
+        it; a class that no caption names has no row.
+    """
+    import pandas as pd
+
+    parser = perception_models(config).parsers["independent"]
+    minimum = max(1, round(PRESENT * images.shape[-1] ** 2))
+    rows = []
+    for name, words in WORDS.items():
+        asked = [i for i, text in enumerate(texts) if any(word in text.lower() for word in words)]
+        if asked:
+            shown = images[asked].flatten(0, 1)
+            parsed = parser.parse(shown.to(parser.device)).cpu()
+            found = (parsed == CLASS_ID[name]).flatten(1).sum(1) >= minimum
+            rows.append({"class": name, **share(int(found.sum()), len(found))})
+    return pd.DataFrame(rows, columns=["class", "value", "ci_low", "ci_high", "n"])
 
 
 def conflict_rows(rows: DataFrame) -> DataFrame:
@@ -230,7 +269,7 @@ def rarest_pairs(dataset: FaceDataset, classes: Sequence[str]) -> list[tuple[str
     return sorted(pairs, key=lambda pair: pair[2])
 
 
-def unseen_pairs(
+def rare_pairs(
     config: Config, method: str, count: int = 16, pairs: int = 3
 ) -> tuple[DataFrame, dict[tuple[str, str], tuple[Tensor, Tensor]]]:
     """Classes that training faces rarely have together: one face's part in another face's mask.
@@ -243,8 +282,9 @@ def unseen_pairs(
 
     Returns:
         Rows class, beside (the other class), together (training faces that have both), alone and
-        value (accuracy of the class in its own faces' masks and in the composed ones, percent), n;
-        and pair -> (label maps, images) of the composed masks.
+        value (accuracy of the class in its own faces' masks and in the composed ones, percent),
+        gain, ci_low, ci_high (value minus alone, 95 % interval over both sets of faces), n; and
+        pair -> (label maps, images) of the composed masks.
     """
     import pandas as pd
 
@@ -256,10 +296,18 @@ def unseen_pairs(
     rows = []
     shown = {}
 
-    def accuracy(images: Tensor, given: Tensor, name: str) -> float:
+    def accuracy(images: Tensor, given: Tensor, name: str) -> np.ndarray:
+        """Recall of a class in percent: over all pictures, then over resamples of them."""
         wanted = given == CLASS_ID[name]
         correct = (parser.parse(images.to(parser.device)).cpu() == given) & wanted
-        return 100 * float(correct.sum() / wanted.sum().clamp(min=1))
+        pixels = torch.stack([correct.flatten(1).sum(1), wanted.flatten(1).sum(1)]).double().numpy()
+        resamples = np.random.default_rng(0).integers(
+            pixels.shape[1], size=(config.evaluation.bootstrap, pixels.shape[1])
+        )
+        hits, all_pixels = np.concatenate(
+            [pixels.sum(1)[:, None], pixels[:, resamples].sum(2)], axis=1
+        )
+        return 100 * hits / np.maximum(all_pixels, 1)
 
     known = rarest_pairs(open_dataset(config, "train"), ("eye_g", "hat", "ear_r", "neck_l"))
     for first, second, together in known:
@@ -282,13 +330,16 @@ def unseen_pairs(
         )
         cells = ((first, second, in_host, host_maps), (second, first, in_donor, donor_maps))
         for name, beside, alone, given in cells:
+            before = accuracy(alone, given, name)
+            after = accuracy(in_both, composed, name)
+            low, high = np.percentile((after - before)[1:], [2.5, 97.5])
             rows.append({
-                "class": name, "beside": beside, "together": together,
-                "alone": accuracy(alone, given, name),
-                "value": accuracy(in_both, composed, name), "n": count,
+                "class": name, "beside": beside, "together": together, "alone": before[0],
+                "value": after[0], "gain": after[0] - before[0], "ci_low": low, "ci_high": high,
+                "n": count,
             })  # fmt: skip
         shown[first, second] = (composed, in_both)
-    columns = ["class", "beside", "together", "alone", "value", "n"]
+    columns = ["class", "beside", "together", "alone", "value", "gain", "ci_low", "ci_high", "n"]
     return pd.DataFrame(rows, columns=columns), shown
 
 
@@ -332,10 +383,10 @@ def describe_conflicts(rows: DataFrame) -> str:
 
 
 def describe_pairs(rows: DataFrame) -> str:
-    """How much accuracy the composition costs, from the rows of `unseen_pairs`."""
+    """How much accuracy the composition costs, from the rows of `rare_pairs`."""
     parts = [
         f"{display_name(CLASS_ID[row['class']])} beside {display_name(CLASS_ID[row['beside']])} "
-        f"{row['value'] - row['alone']:+.0f}"
+        f"{row['gain']:+.0f} [{row['ci_low']:+.0f}, {row['ci_high']:+.0f}]"
         for _, row in rows.iterrows()
     ]
     changes = ", ".join(parts) or "no pair among these faces"

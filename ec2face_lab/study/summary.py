@@ -18,7 +18,6 @@ from ec2face_core.attributes import CLASSES, GROUPS
 from ec2face_core.config import Config
 from ec2face_core.metrics import OVERLAP, RECALL, ratio
 
-from ..plots.render_tables import SIGNIFICANT
 from ..plots.save import COLUMNS
 from .distribution import paired_draws
 from .intervals import (
@@ -351,30 +350,6 @@ def with_holm(rows: DataFrame) -> DataFrame:
     for members, value in zip(claims, holm(values), strict=True):
         adjusted[members] = value
     return rows.assign(p_holm=adjusted)
-
-
-def verdict_of(rows: DataFrame, method: str, metric: str, critic: str = "independent") -> str:
-    """What a table of differences says of a method in a metric, and for attributes in its F1.
-
-    Returns:
-        higher, lower, not significant, or in which of recall and F1 alone it is so; followed by
-        `before Holm's adjustment` where the claim does not survive it.
-    """
-    found = []
-    p = np.nan
-    for name in (metric, F1_OF.get(metric)):
-        row = cell_of(rows, method, name, critic) if name else None
-        if row is not None:
-            found.append(int(row["ci_low"] > 0) - int(row["ci_high"] < 0))
-            p = float(row.get("p_holm", np.nan))
-    words = {1: "higher", -1: "lower"}
-    if not any(found):
-        return "not significant"
-    if len(found) == 2 and found[0] != found[1]:
-        parts = zip(found, ("recall", "F1"), strict=True)
-        said = [f"{words[sign]} in {name}" for sign, name in parts if sign]
-        return said[0] + " only" if len(said) == 1 else ", ".join(said)
-    return words[found[0]] + (" before Holm's adjustment" if p >= SIGNIFICANT else "")
 
 
 def cell_of(rows: DataFrame, method: str, metric: str, critic: str) -> Series | None:

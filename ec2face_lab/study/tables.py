@@ -36,8 +36,8 @@ from .summary import (
     per_face_row,
     summarise,
     summarise_difference,
-    verdict_of,
 )
+from .verdicts import verdict_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -267,28 +267,26 @@ def substitutes(config: Config) -> str:
     p = config.perception
     parts = []
     if config.data.procedural:
-        parts.append("procedural faces instead of photographs")
+        parts.append("The faces are procedural.")
     if p.clip.startswith("local-dir:"):
-        parts.append("mini CLIP instead of ViT-L-14")
-    if p.parser.startswith("data/mini/"):
-        parts.append("mini parsers instead of FaRL")
-    if e.lpips == "alex-random":
-        parts.append(
-            "LPIPS with a randomly initialised AlexNet trunk, which ranks no methods (in the CSV)"
-        )
+        parts.append("The CLIPs are miniatures, instead of ViT-L/14.")
+    if p.parser.startswith("data/mini"):
+        parts.append("The parsers are miniatures, instead of FaRL.")
     if e.niqe_refit:
-        parts.append(f"NIQE refitted on the training faces, block {e.niqe_block}")
-    return f"In this profile: {', '.join(parts)}." if parts else ""
+        parts.append(f"NIQE is refitted on the training faces, in blocks of {e.niqe_block} pixels.")
+    if e.lpips == "alex-random":
+        parts.append("LPIPS has a random trunk, ranks no methods, and is in the CSV alone.")
+    return " ".join(parts)
 
 
-def table_caption(config: Config, split: str, title: str) -> str:
-    """The title, the faces that were measured, and the profile's substitutes.
+def table_caption(config: Config, split: str, title: str = "") -> str:
+    """The faces that were measured, and the profile's substitutes, as sentences.
 
-    What the intervals are over is said below the table (`render_tables`).
+    What the table shows and what the intervals are over is said by `render_tables`.
     """
     dataset = open_dataset(config, split)
     n = len(evaluated_ids(config, dataset))
-    return f"{title} {n} faces of {dataset.root.name}. {substitutes(config)}".strip()
+    return f"{title} There are {n} faces of {dataset.root.name}. {substitutes(config)}".strip()
 
 
 # -------------------------------------------------------------------------------------- sentences

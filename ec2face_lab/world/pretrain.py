@@ -28,6 +28,7 @@ from ec2face_core.losses import class_weights
 from ec2face_core.metrics import psnr
 from ec2face_core.runs import read_metrics, whole_file, write_json
 
+from .graphs import Replayed, optimiser_options
 from .networks import SECOND, Plan, tiny_backbone
 from .sources import DataSource, dense_condition
 from .training import descend, set_learning_rates, train
@@ -118,7 +119,9 @@ def train_vae(
     with torch.no_grad():  # at a noise of 1, as it would begin, latents say little for long
         vae.encoder.conv_out.weight[channels:] *= 0.1
         vae.encoder.conv_out.bias[channels:] = LOG_VARIANCE
-    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), weight_decay=1e-4, **optimiser_options(device, 2e-3)
+    )
     held_out = source.held_out_scenes(SEED, 128).image
     # Weights of small parts (eyes, lips, jewellery) replace the perceptual loss of a large model.
     counts = pixel_counts(source.held_out_scenes(SEED, 256).label_map.cpu()).sum(0)
@@ -128,6 +131,8 @@ def train_vae(
     kinds = [kind for kind in source.condition_shares if kind != "low resolution"]
     n = batch * 3 // 10
     blocks = FaceBlocks(source, batch)
+    side = source.size // 2 ** (len(vae.config.block_out_channels) - 1)
+    latent = (batch, channels, side, side)
 
     def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         set_learning_rates(optimizer, progress, WARMUP)
@@ -135,8 +140,12 @@ def train_vae(
         image, condition, label_map = blocks(number, kind, generator)
         x = torch.cat([image[n:], condition[:n]])
         w = detail[torch.cat([label_map[n:], label_map[:n]])][:, None]
+        noise = torch.randn(latent, generator=generator, device=device)
+        return learn(x=x, w=w, noise=noise)
+
+    def update(x: Tensor, w: Tensor, noise: Tensor) -> dict[str, Tensor]:
         posterior = DiagonalGaussianDistribution(_in_bf16(vae.encoder, x))
-        z = posterior.sample(generator)
+        z = posterior.mean + posterior.std * noise
         y = _in_bf16(vae.decoder, z)
         half = _in_bf16(vae.decoder, F.avg_pool2d(z[: batch // 2], 2))
         edges = (w[..., :-1, :-1] * _gradient(y - x)).mean()
@@ -148,6 +157,8 @@ def train_vae(
         loss = loss + 1e-7 * posterior.kl().mean() + 0.01 * spread
         descend(optimizer, loss, clip=1.0)
         return {"loss": loss}
+
+    learn = Replayed(update, device)
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:

@@ -31,6 +31,7 @@ from ec2face_core.flow import interpolate, target_velocity
 from ec2face_core.mask_branch import predict_velocity
 from ec2face_core.runs import provenance, write_json
 
+from .graphs import Replayed, optimiser_options
 from .pool import Pool
 from .pretrain import SEED, WARMUP, autocast, device_name, steps_done, with_trained_vae
 from .sources import DataSource
@@ -87,10 +88,12 @@ class TextToVelocity(nn.Module):
         """
         clip_ids, t5_ids = ids.unbind(1)
         text = TextEmbedding(self.t5(t5_ids)[0], self.clip(clip_ids).pooler_output)
+        if not isinstance(guidance, Tensor):  # made on the device: a CUDA graph copies nothing
+            guidance = torch.full((len(z_t),), guidance, device=z_t.device)
         velocities = []
         for rows, z_c in ((slice(alone), None), (slice(alone, None), z_condition[alone:])):
             if len(z_t[rows]):
-                g = torch.as_tensor(guidance).expand(len(z_t))[rows].to(z_t.device)
+                g = guidance[rows]
                 self.transformer.time_text_embed.exact = (1000 * t[rows], 1000 * g)
                 velocities.append(
                     predict_velocity(self.transformer, z_t[rows], t[rows], text[rows], z_c, None, g)
@@ -176,7 +179,7 @@ def train_flux(
     model = TextToVelocity(backbone).train().to(device)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True
+        model.parameters(), weight_decay=0.01, betas=(0.9, 0.99), **optimiser_options(device, lr)
     )
     pool = Pool(work, device)
     net, learn, precision = _fastest(model, device)
@@ -186,13 +189,20 @@ def train_flux(
         x0, z_c, ids = pool.sample(batch, 0.1, generator)
         noise = torch.randn(x0.shape, generator=generator, device=device)
         t = sample_times(batch, generator, device)
+        values = update(_alone(number, batch), x0=x0, z_c=z_c, ids=ids, noise=noise, t=t)
+        blend(average, model, max(0.002, 9 / (number + 11)))
+        return values
+
+    def descend_once(
+        alone: int, x0: Tensor, z_c: Tensor, ids: Tensor, noise: Tensor, t: Tensor
+    ) -> dict[str, Tensor]:
         with precision(device), attention(device):
-            v = net(interpolate(x0, noise, t), t, ids, z_c, _alone(number, batch))
+            v = net(interpolate(x0, noise, t), t, ids, z_c, alone)
         loss = F.mse_loss(v.float(), target_velocity(x0, noise))
         learn(optimizer, loss, 1.0)
-        blend(average, model, max(0.002, 9 / (number + 11)))
         return {"loss": loss}
 
+    update = Replayed(descend_once, device)
     evaluate = functools.partial(_flow_losses, average, pool)
     spent = train(
         work / "flux",
@@ -277,7 +287,9 @@ def distill_guidance(
     average = copy.deepcopy(model)
     model.transformer.requires_grad_(True)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(
+        trainable, weight_decay=0.0, betas=(0.9, 0.99), **optimiser_options(device, lr)
+    )
     pool = Pool(work, device)
     net, learn, precision = _fastest(model, device)
     if device.type == "cuda":
@@ -290,11 +302,20 @@ def distill_guidance(
         null = pool.null.long().expand_as(ids)
         noise = torch.randn(x0.shape, **options)
         t = sample_times(batch, generator, device)
-        z_t = interpolate(x0, noise, t)
         low, high = GUIDANCE
         g = low + (high - low) * torch.rand(batch, **options)
         g = torch.where(torch.rand(batch, **options) < 0.25, low, g)
-        alone = _alone(number, batch)
+        values = update(
+            _alone(number, batch), x0=x0, z_c=z_c, ids=ids, null=null, noise=noise, t=t, g=g
+        )
+        blend(average, model, max(0.005, 9 / (number + 11)))
+        return values
+
+    def descend_once(
+        alone: int, x0: Tensor, z_c: Tensor, ids: Tensor, null: Tensor, noise: Tensor, t: Tensor,
+        g: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        z_t = interpolate(x0, noise, t)
         with precision(device), attention(device):
             with torch.no_grad():
                 v_text = teacher(z_t, t, ids, z_c, alone).float()
@@ -303,9 +324,9 @@ def distill_guidance(
         target = v_null + g.view(-1, 1, 1, 1) * (v_text - v_null)
         loss = F.mse_loss(v.float(), target)
         learn(optimizer, loss, 1.0)
-        blend(average, model, max(0.005, 9 / (number + 11)))
         return {"loss": loss}
 
+    update = Replayed(descend_once, device)
     spent = train(
         work / "distill",
         step,

@@ -155,8 +155,12 @@ def set_learning_rates(
     warmup, hold: shares of the training.
     """
     for group in optimizer.param_groups:
-        peak = group.setdefault("initial_lr", group["lr"])
-        group["lr"] = warmup_cosine(1000 * progress, 1000, peak, 1000 * warmup, hold)
+        peak = group.setdefault("initial_lr", float(group["lr"]))
+        rate = warmup_cosine(1000 * progress, 1000, peak, 1000 * warmup, hold)
+        if isinstance(group["lr"], Tensor):  # a CUDA graph reads it there (`graphs`)
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def descend(optimizer: Optimizer, loss: Tensor, clip: float = 0.0) -> None:

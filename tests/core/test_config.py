@@ -133,9 +133,9 @@ def test_paths_start_at_the_repository_root_wherever_one_stands(monkeypatch, tmp
     assert resolve("data/mini") == ROOT / "data" / "mini"
     assert resolve(tmp_path) == tmp_path
     mini = load_profile("mini")
-    assert mini.run_dir == ROOT / "runs" / "mini" and mini.figure_dir == ROOT / "figures" / "mini"
-    # a smoke run can never replace a kept figure
-    assert load_profile("smoke").figure_dir.is_relative_to(ROOT / "runs" / "smoke")
+    # a run can never replace a published figure
+    assert mini.run_dir == ROOT / "runs" / "mini" and mini.figure_dir == mini.run_dir / "figures"
+    assert mini.published_dir == ROOT / "figures" / "mini"
 
 
 def test_adapters_come_from_the_profile_and_unknown_variants_are_named():

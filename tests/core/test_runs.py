@@ -78,7 +78,7 @@ def test_digests_name_the_content(tmp_path):
 
 
 def test_provenance_names_everything_that_made_a_result(monkeypatch):
-    monkeypatch.setenv("EC2FACE_NOTEBOOK", "05_quantitative")
+    monkeypatch.setenv("EC2FACE_NOTEBOOK", "06_comparison")
     config = load_profile("mini")
     table = ROOT / "data" / "paper" / "table1.csv"
     record = provenance(config, seconds=1.234, inputs=[table, "no/such/file"], faces=3)
@@ -86,16 +86,16 @@ def test_provenance_names_everything_that_made_a_result(monkeypatch):
         "notebook", "profile", "seeds", "parameters", "commit", "dirty", "config_hash", "inputs",
         "packages", "device", "seconds",
     }  # fmt: skip
-    assert record["notebook"] == "05_quantitative" and record["parameters"] == {"faces": 3}
+    assert record["notebook"] == "06_comparison" and record["parameters"] == {"faces": 3}
     assert record["config_hash"] == config.digest() and record["seconds"] == 1.23
     assert record["inputs"]["data/paper/table1.csv"] == path_digest(table)
     assert record["inputs"]["no/such/file"] == "absent"
     assert {"torch", "diffusers", "numpy", "python"} <= set(record["packages"])
 
 
-def test_only_changes_outside_figures_make_a_tree_dirty(tmp_path, monkeypatch):
+def test_every_change_makes_a_tree_dirty(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "CODE", tmp_path)
-    assert runs._git_state() == (None, None)  # no repository: unknown, not clean
+    assert runs.git_state() == (None, None)  # no repository: unknown, not clean
 
     def git(*command):
         user = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -105,9 +105,7 @@ def test_only_changes_outside_figures_make_a_tree_dirty(tmp_path, monkeypatch):
     (tmp_path / "code.py").write_text("x = 1\n")
     git("add", "-A")
     git("commit", "-qm", "one")
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "fig.png").write_bytes(b"new")
-    commit, dirty = runs._git_state()
+    commit, dirty = runs.git_state()
     assert re.fullmatch(r"[0-9a-f]{40}", commit) and dirty is False
     (tmp_path / "code.py").write_text("x = 2\n")
-    assert runs._git_state()[1] is True
+    assert runs.git_state()[1] is True

@@ -53,6 +53,11 @@ ALL = {
     "class accuracy": lambda: charts.class_accuracy(
         class_rows(), {"without_ltal": "without LTAL", "with_ltal": "with LTAL"}
     ),
+    "class accuracy with details": lambda: charts.class_accuracy(
+        class_rows(),
+        {"without_ltal": "without LTAL", "with_ltal": "with LTAL"},
+        details={"mask": [np.zeros((8, 8, 3))] * 3, "with LTAL": [np.ones((8, 8, 3))] * 3},
+    ),
     "class table": lambda: charts.class_table(class_rows(), {"with_ltal": "with", "real": "real"}),
 }
 
@@ -71,10 +76,20 @@ def test_reliability_shows_estimates_bands_and_beta():
     assert len(bands) == 2  # one for each metric
     ends = bands[0].get_path().vertices[:, 1]
     assert ends.min() == pytest.approx(0) and ends.max() == pytest.approx(1)
-    dashed = next(line for ax in charts for line in ax.lines if line.get_color() == "0.45")
-    t = torch.tensor(dashed.get_xdata())
-    assert np.allclose(dashed.get_ydata(), beta(t).numpy())
+    (line,) = charts[-1].lines
+    t = torch.tensor(line.get_xdata())
+    assert np.allclose(line.get_ydata(), beta(t).numpy())
     assert any("t_c$ = 0.4" in text for text in texts(fig))
+
+
+def test_reliability_has_the_axes_of_another_figure():
+    wider = curves().assign(value=curves()["value"] * 3)
+    plots = [
+        charts.reliability_figure(images(1, 3), TIMES, first, beside=second)
+        for first, second in ((curves(), wider), (wider, curves()))
+    ]
+    limits = [[ax.get_ylim() for ax in fig.subfigs[1].axes] for fig in plots]
+    assert limits[0] == limits[1]
 
 
 def test_training_curves_read_the_file_and_smooth(tmp_path):

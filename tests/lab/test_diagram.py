@@ -20,6 +20,7 @@ def facts() -> dict:
         "rank": 16,
         "loss": LossConfig(alpha_text=0.25, center=0.3),
         "weights": dict(zip(CLASSES, np.geomspace(0.1, 500, NUM_CLASSES), strict=True)),
+        "t": 0.3,
         "caption": "She wears earrings. " * 9,
         "pictures": {k: np.ones((4, 4, 3)) for k in ("image", "mask", "estimate", "weights")},
     }

@@ -16,6 +16,7 @@ import pytest
 
 from ec2face_core.io.paths import ROOT
 from ec2face_lab import launch
+from ec2face_lab.gallery import last_states
 
 
 @pytest.fixture
@@ -47,6 +48,25 @@ def test_output_arrives_line_by_line_with_the_wanted_environment(module, monkeyp
     assert one == "one PASSIVE 0\n"
     assert two == f"two ['--steps', '3'] x {ROOT}\n"
     assert second - first > 0.3  # not all at the end
+
+
+def test_a_progress_bar_stays_one_line(module, capsys):
+    name, env = module(
+        "counts",
+        "import sys\n"
+        "from tqdm import tqdm\n"
+        "for _ in tqdm(range(300), mininterval=0): pass\n"
+        "print('after', flush=True)\n"
+        "sys.stdout.write('half\\rwhole\\n')\n",
+    )
+    for processes in (1, 2):  # torchrun writes each state as a line of its own
+        launch.run(name, env=env, num_processes=processes)
+        shown = last_states(capsys.readouterr().out).splitlines()[1:]
+        bars = [line for line in shown if "300/300" in line]
+        assert len(bars) == 1 and not any("299/300" in line for line in shown)
+        others = [line for line in shown if line not in bars and line != "half"]
+        assert others == ["after", "whole"] and ("half" in shown) == (processes == 2)
+        assert not any("[rank0]" in line for line in shown)
 
 
 def test_a_failure_carries_the_last_lines(module, capsys):

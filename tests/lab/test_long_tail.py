@@ -1,4 +1,4 @@
-"""Notebook 01: frequencies by hand, class weights, and what reductions lose."""
+"""The long tail: frequencies by hand, class weights, and what reductions lose."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from ec2face_core.attributes import CLASS_ID, CLASSES
-from ec2face_core.config import Config
+from ec2face_core.config import Config, LossConfig
 from ec2face_core.data import FaceDataset
+from ec2face_core.losses import class_weights
 from ec2face_lab.study import long_tail
 from ec2face_lab.study.long_tail import (
     attribute_frequency,
     reduction_table,
-    weight_table,
+    trained_weights,
     weighting_effect,
 )
 
@@ -41,13 +42,12 @@ def test_weights_and_what_reductions_lose(tiny_faces):
     dataset = FaceDataset(tiny_faces, "train")
     maps = torch.stack([dataset.label_map(name) for name in dataset.ids])
     counts = dataset.label_counts()
-    table = weight_table(counts, clip=5.0)
-    share = table["pixels"] / table["pixels"].sum()
-    for column in ("normalised", "clipped at 5"):
-        assert (share * table[column] ** 2).sum() == pytest.approx(1)
-    assert table["squared_share"].sum() == pytest.approx(100)
-    clipped = table["clipped at 5"]
-    assert clipped.max() / clipped.min() <= 5 / table["raw"].min() + 1e-9
+    share = counts.double() / counts.sum()
+    clipped = trained_weights(counts, LossConfig(clip=5.0))
+    assert (share * clipped**2).sum() == pytest.approx(1)
+    present = clipped[counts > 0]
+    assert present.max() / present.min() <= 5 / class_weights(counts)[counts > 0].min() + 1e-9
+    assert torch.equal(trained_weights(counts, LossConfig(normalize="none")), class_weights(counts))
 
     config = Config().replace(backbone={"path": "nowhere"}, data={"size": 64})
     kept = reduction_table(maps, counts, config).set_index(["reduction", "class"])

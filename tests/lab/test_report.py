@@ -8,20 +8,20 @@ import pytest
 from ec2face_core.config import load_profile
 from ec2face_lab.plots.save import save_table
 from ec2face_lab.study import report
-from ec2face_lab.study.report import Measured
+from ec2face_lab.study.claims import CLAIMS, DIFFERENCES
 from ec2face_lab.study.scores import ROLES
 from ec2face_lab.study.summary import with_holm
+from ec2face_lab.study.sweeps import MINUS, SWEEPS
 
-LABELS = tuple(dict.fromkeys(claim.label for claim in report.CLAIMS))
+LABELS = tuple(dict.fromkeys(item.label for item in DIFFERENCES.values()))
+METRICS_OF_SWEEPS = ("RFA", "OAA", "HFA", "Text")
 OVERLAP = ("F1", "F1_HFA", "F1_RFA", "mIoU")
 RARE = ("ear_r", "precision_ear_r", "f1_ear_r", "iou_ear_r")
 METRICS = ("Text", "OAA", "HFA", "NFA", "RFA", *OVERLAP, "skin", "hair", *RARE)
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "kept_sweeps", lambda config: (None, None))
-    monkeypatch.setattr(report, "conclusion", lambda rows, sweep: f"what {sweep} says")
+def config(tmp_path):
     return load_profile("mini", profile=str(tmp_path / "run"))
 
 
@@ -54,25 +54,6 @@ def save_tables(config, value: float = 2.0, f1: float | None = None) -> None:
         save_table(pd.concat(parts), name, config)
 
 
-def test_verdicts():
-    holds = Measured(1.0, 0.1, 2.0, (0.5, 1.5))
-    some = Measured(1.0, 0.1, 2.0, (-0.5, 2.5))
-    unclear = Measured(1.0, -0.1, 2.0)
-    below = Measured(-1.0, -2.0, -0.1)
-    assert report.verdict([holds]) == "holds"
-    assert report.verdict([some]) == "not for every seed"
-    assert report.verdict([unclear]) == "inconclusive"
-    assert report.verdict([below]) == "does not hold"
-    assert report.verdict([Measured(-0.2, -0.4, 0.0)], bound=-0.5) == "holds"
-    assert report.verdict([Measured(-0.7, -0.8, -0.6)], bound=-0.5) == "does not hold"
-    assert report.verdict([holds, holds], p=0.04) == "holds"
-    assert report.verdict([holds, holds], p=0.06) == "not after Holm's adjustment"
-    assert report.verdict([holds, unclear]) == "in recall only; F1: inconclusive"
-    assert report.verdict([below, holds]) == "in F1 only; recall: does not hold"
-    assert report.verdict([unclear, below]) == "does not hold"
-    assert report.verdict([some, unclear]) == "inconclusive"
-
-
 def test_leads_stand_beside_the_paper_s(config):
     save_tables(config)
     assert "No system has pictures" in report.report(config)
@@ -80,39 +61,35 @@ def test_leads_stand_beside_the_paper_s(config):
     save_table(pd.concat([rows(["EC²Face - UaC"], 2.0, 1.0), behind]), "table1_lead", config)
     lines = [line for line in report.report(config).splitlines() if "paper +" in line]
     assert lines[0].startswith("| UaC |") and lines[1].startswith("| TediGAN |")
-    assert f"F1_RFA +2.00 [+1.00, +3.00], paper {62.78 - 18.19:+.2f}: holds" in lines[0]
+    assert f"F1 +2.0 [1.0, 3.0], paper {62.78 - 18.19:+.2f}: holds" in lines[0]
     assert f"paper {62.78 - 0.61:+.2f}: does not hold" in lines[1]
-
-
-def test_the_paper_s_differences_are_its_tables(config):
-    paper = report.paper_differences().set_index(["method", "metric"])["value"]
-    assert paper["with LTAL - without", "RFA"] == pytest.approx(61.12 - 52.04)
-    assert paper["mask - none", "OAA"] == pytest.approx(88.59 - 87.64)
-    assert paper["text - none", "Text"] == pytest.approx(27.22 - 26.12)
 
 
 def test_the_report_says_what_the_tables_say(config):
     save_tables(config)
     text = report.save_report(config).read_text()
-    line = next(line for line in text.splitlines() if "lifts the rare attributes" in line)
+    interval = "+2.0 [1.0, 3.0]"
+    line = next(line for line in text.splitlines() if "accuracy of rare attributes." in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    interval = "+2.00 [+1.00, +3.00]"
-    assert cells[1:] == ["RFA", "+9.08", interval, "–", "+1.50, +1.50", interval, "holds"]
-    assert f"|  | F1_RFA |  | {interval} | – | +1.50, +1.50 | {interval} |  |" in text
+    assert cells[1:] == [
+        "abstract, Table 3", "RFA +9.08", f"RFA {interval}, F1 {interval}", "holds"
+    ]  # fmt: skip
+    label = "with LTAL - without"
+    assert f"| {label} | RFA | {interval} | – | +1.50, +1.50 | {interval} |" in text
     assert f"| earring | {interval} | {interval} | {interval} | {interval} |" in text
-    assert "Intervals are over faces; the trainings are held fixed." in text
-    assert "| test | mIoU | 40.00 [38.00, 42.00] | 80.00 | 50 % |" in text
-    assert "| test | RFA | 40.00 [38.00, 42.00] | 80.00 | 50 % |" in text
-    assert "every edit keeps: 35.0 with parsed masks, at worst 30.0 (dilated)" in text
-    assert "what beta says" in text and "OAA 40.0 on the zero-shot faces" in text
-    assert "300 test faces, training seeds 42-43" in text
-    save_tables(config, value=-2.0)
-    assert report.report(config).count("does not hold") == len(report.CLAIMS)
-    save_tables(config, f1=0.5)
-    in_attributes = sum(claim.metric != "Text" for claim in report.CLAIMS)
-    said = report.report(config)
-    # F1 is above the bound of one claim, -0.5, but not above 0
-    assert said.count("in recall only; F1: inconclusive |") == in_attributes
+    assert "| test | mIoU | 40.0 [38.0, 42.0] | 80.0 | 50 % |" in text
+    assert "every edit keeps, accuracy is 35.0 with masks as parsed, and falls to 30.0" in text
+    assert "OAA is 40.0 on the zero-shot faces" in text
+    assert "300 test faces" in text and "seeds 42-43" in text
+
+
+def test_every_part_of_the_paper_that_claims_something_is_in_the_report(config):
+    save_tables(config)
+    text = report.report(config)
+    for where in ("abstract", "Sec. 3.5", "Sec. 4.2", "Sec. 4.3", "Sec. 4.4", "App. C", "App. D"):
+        assert where in text
+    for claim in CLAIMS:
+        assert claim.statement in text and claim.statement.endswith(".")
 
 
 def test_accessories_that_are_found_stand_in_the_report(config):
@@ -123,9 +100,30 @@ def test_accessories_that_are_found_stand_in_the_report(config):
              "RFA": "false_presence_neck_l"}  # fmt: skip
     found = found[found["metric"].isin(kinds)].replace({"metric": kinds})
     save_table(found, "presence_ltal", config)
-    assert "| necklace | 30.0, 30.0 | 30.0, 30.0 | 30.0, 30.0 |" in report.report(config)
+    cell = "30 where it is, 30 where it is not"
+    assert f"| necklace | {cell} | {cell} | {cell} |" in report.report(config)
+
+
+def test_sweeps_are_answered_in_sentences():
+    reference, *others = SWEEPS["dropout"]
+    cell = {"source": "ours", "critic": "independent", "n": 200}
+
+    def difference(name, metric, value):
+        cells = cell | {"table": f"dropout, {MINUS.format(reference)}", "method": name}
+        bounds = {"ci_low": value - 1, "ci_high": value + 1}
+        return cells | {"metric": metric, "value": value} | bounds
+
+    rows = pd.DataFrame(
+        [difference(name, metric, 3.0 if name == others[0] and metric == "OAA" else 0.1)
+         for name in others for metric in METRICS_OF_SWEEPS]
+    )  # fmt: skip
+    label = SWEEPS["dropout"][others[0]].label
+    said = report.sweep_answer(rows, "dropout")
+    assert said.endswith(f"OAA changes by +3.0 with “{label}”.")
+    assert "No setting differs" in report.sweep_answer(rows.assign(ci_low=-9.0), "dropout")
+    assert "SWEEPS=1" in report.sweep_answer(rows[:0], "dropout")
 
 
 def test_a_table_that_is_missing_is_named(config):
-    with pytest.raises(FileNotFoundError, match=r'ablation_differences\.csv.*ONLY="05 06 10"'):
+    with pytest.raises(FileNotFoundError, match=r"ablation_differences\.csv is missing: `make rep"):
         report.report(config)

@@ -37,7 +37,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    typed = 'lr: float = 0.1\nseeds: int = 1\ntrain: bool = False\nname: str = "a"'
+    typed = 'lr: float = 0.1\nseeds: int = 1\ntrain: bool = False\nname: str = "a"\nmore: dict = {}'
     write_notebook(tmp_path / "nb" / "01_first.ipynb", "x = 1")
     write_notebook(tmp_path / "nb" / "02_second.ipynb", "x = 1", parameters=typed)
     write_notebook(tmp_path / "nb" / "draft.ipynb", "x = 1")
@@ -56,9 +56,11 @@ def test_notebooks_are_selected_by_number_in_order(folder):
 
 def test_parameters_reach_those_that_declare_them_with_the_declared_type(folder):
     requested = {"profile": "mini", "lr": "1e-4", "seeds": "3", "train": "True", "name": "7"}
+    requested["more"] = "{loss: {center: 0.5}}"
     first, second = reproduce.assign(reproduce.select(folder), requested).values()
     assert first == {"profile": "mini"}
-    assert second == {"profile": "mini", "lr": 1e-4, "seeds": 3, "train": True, "name": "7"}
+    typed = {"lr": 1e-4, "seeds": 3, "train": True, "more": {"loss": {"center": 0.5}}}
+    assert second == {"profile": "mini", "name": "7"} | typed
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,8 @@ def test_parameters_reach_those_that_declare_them_with_the_declared_type(folder)
         ({"profile": "mini", "seed": "1"}, "no selected notebook has 'seed', did you mean 'seeds'"),
         ({"profile": "mini", "seeds": "two"}, "parameter seeds: expected int, got 'two'"),
         ({"profile": "mini", "train": "yes!"}, "parameter train: expected bool"),
+        ({"profile": "mini", "more": "loss.center"}, "parameter more: expected dict"),
+        ({"profile": "mini", "more": "{a: "}, "more is not valid YAML"),
     ],
 )
 def test_what_no_notebook_understands_is_refused(folder, requested, message):

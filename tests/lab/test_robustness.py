@@ -127,7 +127,30 @@ def test_sentences():
         in describe_conflicts(fights)
     )
     pairs = pd.DataFrame(
-        [{"class": "hat", "beside": "neck_l", "together": 0, "alone": 90.0, "value": 70.0}]
+        [{"class": "hat", "beside": "neck_l", "gain": -20.0, "ci_low": -31.0, "ci_high": -9.0}]
     )
-    assert "hat beside necklace -20" in describe_pairs(pairs)
+    assert "hat beside necklace -20 [-31, -9]" in describe_pairs(pairs)
     assert len(CLASSES) == 19
+
+
+def test_a_share_of_all_pictures_has_an_interval():
+    share = robustness.share(12, 12)
+    assert share["value"] == share["ci_high"] == 100 and 70 < share["ci_low"] < 80
+
+
+def test_accessories_are_counted_in_pictures_whose_caption_names_them(tiny_config, monkeypatch):
+    class Parser:
+        device = "cpu"
+
+        def parse(self, images):
+            return images[:, 0].long()
+
+    models = SimpleNamespace(parsers={"independent": Parser()})
+    monkeypatch.setattr(robustness, "perception_models", lambda config: models)
+    images = torch.zeros(3, 4, 3, 16, 16)
+    images[0, 0, 0, :8] = CLASS_ID["hat"]
+    images[1, :, 0, :8] = CLASS_ID["hat"]  # not asked for
+    texts = ["She wears a hat.", "She smiles.", "He wears a hat."]
+    rows = robustness.named_accessories(tiny_config, texts, images)
+    assert list(rows["class"]) == ["hat"]
+    assert rows["n"][0] == 8 and rows["value"][0] == 100 / 8

@@ -19,6 +19,7 @@ from ec2face_lab.study.intervals import (
     two_level_interval,
 )
 from ec2face_lab.study.scores import ROLES, counts
+from ec2face_lab.study.verdicts import verdict_of
 
 FACES = 30
 CONFIG = Config().replace(evaluation={"bootstrap": 200}, seed=5)
@@ -166,15 +167,15 @@ def test_verdicts_in_recall_and_f1():
         ("thin", "RFA", 0.5, 1.0), ("thin", "F1_RFA", 2.0, 1.0),
         ("down", "Text", -3.0, 1.0), ("none", "RFA", 0.5, 1.0), ("none", "F1_RFA", 0.5, 1.0),
     )  # fmt: skip
-    said = {name: summary.verdict_of(rows, name, "RFA") for name in ("up", "painted", "split")}
+    said = {name: verdict_of(rows, name, "RFA") for name in ("up", "painted", "split")}
     assert said == {
         "up": "higher", "painted": "higher in recall only",
         "split": "higher in recall, lower in F1",
     }  # fmt: skip
-    assert summary.verdict_of(rows, "thin", "RFA") == "higher in F1 only"
-    assert summary.verdict_of(rows, "down", "Text") == "lower"
-    assert summary.verdict_of(rows, "none", "RFA") == "not significant"
+    assert verdict_of(rows, "thin", "RFA") == "higher in F1 only"
+    assert verdict_of(rows, "down", "Text") == "lower"
+    assert verdict_of(rows, "none", "RFA") == "not significant"
     late = rows.assign(p_holm=0.2)
-    assert summary.verdict_of(late, "up", "RFA") == "higher before Holm's adjustment"
+    assert verdict_of(late, "up", "RFA") == "higher before Holm's adjustment"
     wide = rows.assign(joint_low=-9.0, joint_high=9.0)
-    assert summary.verdict_of(wide, "up", "RFA") == "not significant"
+    assert verdict_of(wide, "up", "RFA") == "not significant"

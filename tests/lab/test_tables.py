@@ -169,9 +169,10 @@ def test_profile_names_its_substitutes():
 
     said = tables.substitutes(load_profile("mini"))
     for words in (
-        "randomly initialised AlexNet",
-        "refitted on the training faces, block 32",
-        "mini",
+        "The faces are procedural.",
+        "LPIPS has a random trunk",
+        "refitted on the training faces, in blocks of 32 pixels",
+        "miniatures, instead of FaRL",
     ):
         assert words in said
     assert tables.substitutes(load_profile("paper")) == ""
