@@ -27,7 +27,8 @@ from ec2face_core.config import VARIANTS, BackboneConfig, Config, ConfigError, a
 from ec2face_core.data import FaceDataset
 from ec2face_core.io.paths import resolve
 from ec2face_core.io.texts import LostWordsWarning
-from ec2face_core.mask_branch import ADAPTER, LORA_FILE
+from ec2face_core.lora_file import LORA_FILE, find_mask_lora
+from ec2face_core.mask_branch import ADAPTER
 from ec2face_core.perception import LOCAL_DIR
 from ec2face_core.runs import path_digest
 
@@ -47,6 +48,7 @@ SHAPING = (  # modules that decide the pixels of EC²Face and of the round trip
     "ec2face_core.attributes",
     "ec2face_core.backbone",
     "ec2face_core.fast.decoupled",
+    "ec2face_core.inputs",
     "ec2face_core.mask_branch",
     "ec2face_core.pipeline",
     "ec2face_lab.study.painters",
@@ -194,15 +196,17 @@ class EC2Face(Painter):
         return _chunks(f"EC2Face on {self.config.backbone.path}{lora}", prompt, seed)
 
     def check(self) -> None:
-        """Raise a ConfigError if the LoRA is missing."""
+        """Raise a ConfigError if the LoRA is missing, or was trained with other settings."""
         if self.method == BASE:
             return
-        if not (folder := adapter_dir(self.config, self.method)).is_dir():
+        try:
+            find_mask_lora(self.config, self.method)
+        except FileNotFoundError as error:
             seeds = max(1, self.config.seed - Config.seed + 1)
             raise ConfigError(
-                f"no LoRA in {folder}: `make reproduce PROFILE={self.config.profile} TRAIN=1 "
-                f"SEEDS={seeds}` trains it"
-            )
+                f"no LoRA in {adapter_dir(self.config, self.method)}: `make reproduce "
+                f"PROFILE={self.config.profile} TRAIN=1 SEEDS={seeds}` trains it"
+            ) from error
 
     def sample(
         self, prompts: Sequence[str], masks: Sequence[Tensor] | None, seeds: Sequence[int]
@@ -279,7 +283,7 @@ class EC2Face(Painter):
         if wanted:
             pipe.load_mask_lora(wanted[0])
         else:
-            pipe.transformer.delete_adapters(ADAPTER)
+            pipe.delete_adapters(ADAPTER)
         pipe.loaded = wanted
         return pipe
 

@@ -10,6 +10,7 @@ from PIL import Image
 from ec2face_core.backbone import decode_latents, encode_images, pack, unpack
 from ec2face_core.data import FaceDataset
 from ec2face_core.edit import changed_pixels, keep_outside, read_pictures
+from ec2face_core.inputs import draw_noise
 from ec2face_core.io.report import DataError
 from ec2face_core.mask_branch import add_mask_lora
 from ec2face_core.pipeline import EC2FacePipeline
@@ -86,7 +87,7 @@ def test_kept_latents_follow_the_path_between_picture_and_noise(pipe, face):
     factor = face.image.shape[-1] // z.shape[-1]
     changed = changed_pixels(face.label_map[None], new[None])
     sampled = torch.nn.functional.max_pool2d(changed[:, None].float(), factor).bool()
-    noise = pipe._noise(tuple(z.shape), seeded(), torch.device("cpu"))
+    noise = draw_noise(tuple(z.shape), seeded(), torch.device("cpu"))
     seen = []
 
     def look(pipe, step, time, values):
