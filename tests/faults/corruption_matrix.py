@@ -31,7 +31,7 @@ from ec2face_core.checkpoints import newest_checkpoint
 from ec2face_core.config import Config, UserError, load_config
 from ec2face_core.data import FaceDataset, open_dataset
 from ec2face_core.latents import cache_folder, encode_dataset
-from ec2face_core.mask_branch import LORA_FILE, load_mask_lora
+from ec2face_core.lora_file import LORA_FILE, load_mask_lora
 from ec2face_core.perception import ClipScorer, FaceParser
 from ec2face_core.runs import read_metrics
 from ec2face_core.trainer import Trainer

@@ -322,3 +322,45 @@ def test_a_copy_that_is_no_notebook_is_told_in_a_sentence(tmp_path):
     for content in (b"", b"{", b"half of a noteb"):
         copy.write_bytes(content)
         assert "is the disk full?" in reproduce.describe_failure(copy, 1)
+
+
+def test_settings_reach_every_notebook(tmp_path, monkeypatch):
+    """Those of --set are the profile's wherever it is loaded, and part of the identity."""
+    import os
+
+    from ec2face_core.config import SETTINGS
+    from ec2face_lab.commands import reproduce as command
+
+    monkeypatch.setenv(SETTINGS, "{}")
+    seen = {}
+
+    def note(assigned, config, *_):
+        seen.update(config=config, order=[path.stem for path in assigned])
+        return True
+
+    monkeypatch.setattr(command, "run_notebooks", note)
+    write_notebook(tmp_path / "00_first.ipynb")
+    write_notebook(tmp_path / "01_training.ipynb", parameters="train: bool = False")
+    arguments = ["reproduce", "--profile", "smoke", "--notebooks", str(tmp_path)]
+    settings = ["--set", "sampling.steps=3", "--set", "loss={clip: 2.0}"]
+    assert main([*arguments, *settings, "--train"]) == 0
+    assert seen["order"] == ["01_training", "00_first"]  # what the others need comes first
+    config = load_profile("smoke")  # as in the notebooks, which inherit the environment
+    assert config == seen["config"] and (config.sampling.steps, config.loss.clip) == (3, 2.0)
+    assert load_profile("smoke", **{"sampling.steps": 5}).sampling.steps == 5
+    monkeypatch.setenv(SETTINGS, "{}")
+    assert load_profile("smoke").digest() != config.digest()
+    assert main([*arguments, "--set", "sampling.stps=3"]) == 2
+    assert os.environ[SETTINGS]
+
+
+def test_a_notebook_of_other_profiles_says_so_and_is_done(tmp_path, config):
+    cell = "from ec2face_lab.study.sweeps import kept_sweeps"
+    load = "from ec2face_core.config import load_profile"
+    ask = "kept_sweeps(load_profile('paper', adapters='nowhere', profile='nowhere'))"
+    path = write_notebook(tmp_path / "09_sweeps.ipynb", cell, load, ask, "1 / 0")
+    outcome = reproduce.run_notebook(path, {}, config)
+    assert (outcome.status, outcome.error) == ("elsewhere", "")
+    copy = (config.run_dir / "notebooks" / "09_sweeps.ipynb").read_text()
+    assert "profile nowhere has none (data.validation)" in copy
+    assert reproduce.run_notebook(path, {}, config).status == "up to date"
