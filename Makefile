@@ -6,6 +6,7 @@ FORCE ?=
 TRAIN ?=
 SEEDS ?=
 SWEEPS ?=
+SET ?=
 DATA ?=
 OUT ?=
 DEVICE ?= cpu
@@ -28,6 +29,7 @@ help:
 	@echo "make setup       make .venv from requirements.lock"
 	@echo "make reproduce   every figure and table, into runs/PROFILE/figures, compared with figures/PROFILE:"
 	@echo "                 PROFILE=mini|smoke|paper ONLY=\"06 07\" FORCE=1 TRAIN=1 SEEDS=3 SWEEPS=1"
+	@echo "                 SET=\"sampling.num_processes=4 trainer.num_processes=4\" overrides settings"
 	@echo "make gallery     the executed notebooks as pages, into docs/gallery"
 	@echo "make publish     figures/PROFILE, docs/gallery and the numbers in the pages from a run of one commit"
 	@echo "make test        every test: first the fast ones (minutes), then those that train, launch"
@@ -62,7 +64,8 @@ $(STAMP): requirements.lock pyproject.toml
 
 reproduce: $(STAMP)
 	exec env EC2FACE_END_WITH_PARENT=1 $(PYTHON) -m ec2face_lab reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
-	  $(if $(FORCE),--force) $(if $(TRAIN),--train) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SWEEPS),--sweeps)
+	  $(if $(FORCE),--force) $(if $(TRAIN),--train) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SWEEPS),--sweeps) \
+	  $(foreach setting,$(SET),--set $(setting))
 
 gallery: $(STAMP)
 	$(PYTHON) -m ec2face_lab gallery --profile $(PROFILE) $(if $(ONLY),--only $(ONLY))

@@ -131,6 +131,7 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
                 str(folder) if folder.is_dir() else config.path,
                 dtype=getattr(torch, config.dtype),
                 use_safetensors=True,  # a pickle runs code when it is opened
+                revision=config.revision or None,
                 **dict.fromkeys(everything - wanted),
             )
     except HubError:
@@ -142,6 +143,23 @@ def load_backbone(config: BackboneConfig, parts: Iterable[str] = tuple(PARTS)) -
     for module in backbone.modules():
         module.requires_grad_(False).eval()
     return backbone
+
+
+def backbone_folder(config: BackboneConfig) -> Path:
+    """The folder of the backbone's files: its own, or the hub's local copy of a revision.
+
+    Raises:
+        FileNotFoundError: as for `load_backbone`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    folder = resolve(config.path)
+    if folder.is_dir():
+        return folder
+    load_backbone(config, ())  # raises a clear error if it is unavailable
+    with answering_hub(config.path, "vae/config.json"):
+        file = hf_hub_download(config.path, "vae/config.json", revision=config.revision or None)
+    return Path(file).parents[1]
 
 
 @contextmanager
@@ -237,24 +255,29 @@ def position_ids(h: int, w: int, first: int = 0, device: torch.device | str = "c
 
 
 @torch.no_grad()
-def encode_text(backbone: Backbone, prompts: Sequence[str], length: int) -> TextEmbedding:
+def encode_text(
+    backbone: Backbone, prompts: Sequence[str], length: int, t5_prompts: Sequence[str] | None = None
+) -> TextEmbedding:
     """Embed captions as `FluxPipeline.encode_prompt` does, `length` T5 tokens each.
 
     Args:
         backbone: anything with the two text encoders and tokenizers, such as a pipeline.
         prompts: captions; the empty one is the null text of Eq. 13.
         length: T5 tokens; longer captions are cut off, shorter ones padded.
+        t5_prompts: what T5 reads instead, equally many.
     """
+    from diffusers.utils.torch_utils import get_module_execution_device
 
-    def ids(tokenizer: Any, n: int) -> Tensor:
+    def ids(tokenizer: Any, encoder: Any, texts: Sequence[str], n: int) -> Tensor:
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        return tokenizer(list(prompts), max_length=n, **options).input_ids
+        found = tokenizer(list(texts), max_length=n, **options).input_ids
+        return found.to(get_module_execution_device(encoder))
 
     clip = backbone.text_encoder
     t5 = backbone.text_encoder_2
-    clip_ids = ids(backbone.tokenizer, backbone.tokenizer.model_max_length)
-    tokens = t5(ids(backbone.tokenizer_2, length).to(t5.device))[0]
-    return TextEmbedding(tokens, clip(clip_ids.to(clip.device)).pooler_output)
+    clip_ids = ids(backbone.tokenizer, clip, prompts, backbone.tokenizer.model_max_length)
+    tokens = t5(ids(backbone.tokenizer_2, t5, t5_prompts or prompts, length))[0]
+    return TextEmbedding(tokens, clip(clip_ids).pooler_output)
 
 
 def warn_of_lost_words(

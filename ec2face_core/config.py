@@ -8,16 +8,13 @@ line to the working directory: see `io/paths.py`.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import functools
 import hashlib
 import json
+import os
 import reprlib
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,13 +37,18 @@ from .guards.bounds import (
     Size,
     Text,
 )
-from .io.paths import ROOT, resolve, user_path, user_setting
+from .io.paths import resolve
 
 PROFILES = Path(__file__).resolve().parent / "profiles"
+SETTINGS = "EC2FACE_SETTINGS"  # environment variable: JSON of settings that profiles are read with
 
 
 class UserError(Exception):
     """The request cannot be met; the message names the remedy. Commands exit with code 2."""
+
+
+class NotInProfileError(UserError):
+    """What was asked for belongs to other profiles; a notebook that ends with it is done."""
 
 
 class ConfigError(UserError, ValueError):
@@ -73,6 +75,9 @@ class DataConfig:
         default="ec2face_lab.world.sources:write_dataset", metadata=ADDED
     )
     cache: Text = field(default="", metadata=ADDED)  # folder of the latents; empty: beside root
+    texts: Literal["disk", "memory"] = field(  # where embedded captions are kept
+        default="disk", metadata=ADDED
+    )
     seed: Seed = 42  # of the procedural faces
     train: Count = 27000  # faces of the training split (ids 0-26999)
     test: Count = 3000  # faces of the test split (ids 27000-29999)
@@ -85,8 +90,9 @@ class BackboneConfig:
     """The FluxPipeline folder or hub id, and how its parts are used."""
 
     path: Name = "black-forest-labs/FLUX.1-dev"
+    revision: Text = field(default="", metadata=ADDED)  # commit, branch or tag of the hub id
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the frozen weights
-    text_length: Size = 128  # T5 tokens; padded, so part of every cache key
+    text_length: Size = 77  # T5 tokens; padded, so part of every cache key
     guidance: NotNegative = 1.0  # value of the guidance embedding in training
     pixel_decoder: Text = ""  # AutoencoderTiny (TAEF1) for the pixel losses; empty: the VAE's own
 
@@ -97,7 +103,7 @@ class LoraConfig:
 
     rank: Size = 4
     alpha: Positive = 4.0
-    tokens: Literal["mask", "all"] = "mask"  # tokens the LoRA is applied to; all: an ablation
+    tokens: Literal["mask", "all"] = "mask"  # with the LoRA; all: profile paper-all-tokens
     attention: Literal["joint", "decoupled"] = "joint"  # Eq. 4 | mask tokens see mask tokens only
     mask_position: Literal["offset", "aligned"] = "offset"  # first position id of mask tokens: 1|0
 
@@ -170,6 +176,10 @@ class TrainerConfig:
     checkpoint_every: Count = 250
     keep_checkpoints: Count = 2
     log_every: Count = 10
+    ema: Fraction = field(default=0.0, metadata=ADDED)  # decay of the LoRA's average; 0: none
+    tracker: Literal["none", "tensorboard", "wandb"] = field(default="none", metadata=ADDED)
+    validate_every: CountOrZero = field(default=0, metadata=ADDED)  # steps; 0: draw no faces
+    validation_faces: Size = field(default=8, metadata=ADDED)
 
     @model_validator(mode="after")
     def _combination(self) -> TrainerConfig:
@@ -314,24 +324,42 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # ---------------------------------------------------------------------------------------- loading
 
 
+def profiles() -> list[str]:
+    """Names of all profiles."""
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
 def load_profile(name: str, **overrides: Any) -> Config:
     """Read `profiles/<name>.yaml` over the defaults, then the overrides.
 
     A profile may name another one as its `base` and then holds only what differs from that.
     Overrides are nested mappings, `trainer={"steps": 5}`, or dotted keys, `**{"trainer.steps": 5}`.
+    The settings of `reproduce --set` reach its notebooks through the environment (`SETTINGS`).
 
     Raises:
         ConfigError: an unknown profile or option (with the nearest match), or a value of the wrong
             type or out of bounds.
     """
-    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    config = shipped_profile(name)
+    for settings in (json.loads(os.environ.get(SETTINGS, "{}")), overrides):
+        config = config.replace(**settings) if settings else config
+    return config
+
+
+def shipped_profile(name: str) -> Config:
+    """A profile as it was shipped: its file over the defaults.
+
+    Raises:
+        ConfigError: as `load_profile`.
+    """
+    known = profiles()
     if name not in known:
         raise ConfigError(f"profile {name!r} does not exist{_hint(name, known)}; known: {known}")
     values = yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) or {}
     base = values.pop("base", "")
-    merged = dataclasses.asdict(load_profile(base) if base else Config())
+    merged = dataclasses.asdict(shipped_profile(base) if base else Config())
     _merge(merged, values)
-    return load_config({**merged, "profile": name}, **overrides)
+    return load_config({**merged, "profile": name})
 
 
 def load_config(values: Path | dict[str, Any], **overrides: Any) -> Config:
@@ -418,10 +446,14 @@ def adapter_name(config: Config, variant: str) -> str:
 
 def adapter_dir(config: Config, variant: str) -> Path:
     """Folder of a variant's LoRA: this profile's retrained one, otherwise that of `adapters`."""
-    name = adapter_name(config, variant)
-    retrained = config.run_dir / "adapters" / name
-    there = any(retrained.glob("*.safetensors"))
-    return retrained if there else resolve(config.adapters) / name
+    trained = trained_dir(config, variant)
+    there = any(trained.glob("*.safetensors"))
+    return trained if there else resolve(config.adapters) / trained.name
+
+
+def trained_dir(config: Config, variant: str) -> Path:
+    """Where a training of a variant puts its LoRA at the end."""
+    return config.run_dir / "adapters" / adapter_name(config, variant)
 
 
 def trained_seeds(config: Config) -> int:
@@ -430,65 +462,3 @@ def trained_seeds(config: Config) -> int:
     while all(adapter_dir(config.replace(seed=config.seed + k), v).is_dir() for v in VARIANTS):
         k += 1
     return k
-
-
-# ---------------------------------------------------------------------------------- command lines
-
-
-def cli(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Give `main` an exit code: its own or 0; 2 after one line on stderr for a `UserError`.
-
-    `OSError` (a file that is missing or cannot be read or written) and a child process that ended
-    with 2 are reported in the same way. Any other exception is a bug and keeps its traceback.
-    """
-
-    @functools.wraps(main)
-    def cli_main(*arguments: Any) -> int:
-        try:
-            return main(*arguments) or 0
-        except (UserError, OSError, subprocess.CalledProcessError) as error:
-            if isinstance(error, subprocess.CalledProcessError) and error.returncode != 2:
-                raise
-            print(f"error: {error}", file=sys.stderr)  # a child's error ends with its message
-            return 2
-
-    return cli_main
-
-
-def add_config_options(parser: argparse.ArgumentParser, default: str = "mini") -> None:
-    """Add --profile or --config, and --set; `config_from_args` reads them."""
-    profiles = ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml")))
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--profile", default=default, help=f"one of {profiles}")
-    source.add_argument("--config", type=user_path, metavar="FILE", help="a saved config.yaml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="override a setting, e.g. loss.alpha_mask=1; repeatable; paths begin at "
-        f"{ROOT}, with ./ or ../ where you stand",
-    )  # fmt: skip
-
-
-def config_from_args(options: argparse.Namespace, **overrides: Any) -> Config:
-    """The configuration that the options of `add_config_options` ask for.
-
-    Args:
-        options: parsed arguments.
-        overrides: settings that win over --set, e.g. `**{"trainer.steps": 7}`.
-
-    Raises:
-        ConfigError: an unknown profile, file or setting.
-    """
-    settings = {key: value for text in options.set for key, value in parse_override(text).items()}
-    if options.config is None:
-        return load_profile(options.profile, **(settings | overrides))
-    if not options.config.is_file():
-        raise ConfigError(f"--config {options.config}: no such file")
-    return load_config(options.config, **(settings | overrides))
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """`trainer.steps=5` from a command line -> `{"trainer.steps": 5}`; the value is YAML."""
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise ConfigError(f"--set {text!r}: expected option=value, for example trainer.steps=10")
-    return {key: user_setting(read_yaml(value, f"--set {reprlib.repr(text)}: the value"))}

@@ -10,13 +10,20 @@ content, which is compared when a run opens the cache; a damaged file is made ag
 continues with the missing files, and several ranks share the work.
 Latents are found by the face's id and embeddings by the caption's text. They are float16: half the
 disk space, and finer than the bfloat16 of FLUX's own weights.
+
+At paper scale embeddings of all drawn captions are 60 GB and more on disk, and embedding them takes
+minutes. So with `data.texts=memory` each rank embeds the captions of its own samples when it starts
+and keeps them in host memory. Captions are embedded in batches of one fixed shape, so an embedding
+does not depend on the others of its batch, and a resumed training has the same ones.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,14 +36,13 @@ from .attributes import pixel_counts
 from .backbone import (
     Backbone,
     TextEmbedding,
+    backbone_folder,
     check_side,
     encode_images,
     encode_text,
-    load_backbone,
     warn_of_lost_words,
 )
 from .config import BackboneConfig, Config, UserError
-from .io.hub import answering_hub
 from .io.paths import resolve
 from .mask_branch import mask_latents_of
 from .runs import content_key, parallel, path_digest, remove_leftovers, write_tensors
@@ -91,6 +97,10 @@ class LatentCache:
     def captions(self, id: str) -> tuple[str, ...]:
         """Every caption of a face."""
         return self._captions[id]
+
+    def add_text(self, captions: Sequence[str], tensors: dict[str, Tensor]) -> None:
+        """Keep embeddings in memory: `tokens` and `pooled`, a row for each caption."""
+        self._text |= {caption: (tensors, row) for row, caption in enumerate(captions)}
 
     def has_text(self, caption: str) -> bool:
         """Whether the caption's embedding is here."""
@@ -159,6 +169,7 @@ def encode_dataset(
     progress: bool = True,
     captions: Callable[[LatentCache], Iterable[str]] | None = None,
     accelerator: Accelerator | None = None,
+    memory: bool = False,
 ) -> LatentCache:
     """Encode whatever is not yet in the cache of these encoders and data, and open it.
 
@@ -172,10 +183,11 @@ def encode_dataset(
         captions: which captions to embed, given the cache of the images; None: all. The empty
             caption is always embedded.
         accelerator: its processes share the work and wait for each other.
+        memory: embeddings that are not on disk are kept in memory, those of this rank's captions.
 
     Raises:
-        CacheError: the disk is full or not shared by the ranks, or the encoders give values that
-            float16 cannot hold.
+        CacheError: disk or memory is too small, or the disk not shared by the ranks, or the
+            encoders give values that float16 cannot hold.
     """
     rank = accelerator.process_index if accelerator else 0
     ranks = accelerator.num_processes if accelerator else 1
@@ -190,6 +202,11 @@ def encode_dataset(
     wait()
     if missing:
         check_side(encoders().vae, config.data.size)
+        vae = encoders().vae.config
+        side = config.data.size // 2 ** (len(vae.block_out_channels) - 1)
+        face = 4 * vae.latent_channels * side**2 + config.data.size**2
+        _check_room(folder, len(missing) * FACES * face, f"{len(missing) * FACES} faces")
+        wait()
     for first in _bar(missing[rank::ranks], "images and masks", progress and rank == 0):
         rows = range(first, min(first + FACES, len(dataset.ids)))
         _write(folder / _image_file(first), *_encode_faces(dataset, rows, encoders()))
@@ -211,16 +228,46 @@ def encode_dataset(
     cache = LatentCache(folder)
     wanted = captions(cache) if captions else (c for i in cache.ids for c in cache.captions(i))
     absent = sorted(c for c in {EMPTY, *wanted} if not cache.has_text(c))
-    parts = [absent[i : i + CAPTIONS] for i in range(0, len(absent), CAPTIONS)]
     if absent and rank == 0:
         warn_of_lost_words(encoders(), absent, config.backbone.text_length)
+    if absent:
+        width = encoders().text_encoder_2.config.d_model
+        size = 2 * len(absent) * config.backbone.text_length * width
+        _check_room(None if memory else folder, size, f"{len(absent)} embedded captions")
     wait()
-    for part in _bar(parts[rank::ranks], "captions", progress and rank == 0):
-        name = hashlib.sha256("\n".join(part).encode()).hexdigest()[:16]
-        length = config.backbone.text_length
-        _write(folder / f"text-{name}.safetensors", *_encode_captions(part, encoders(), length))
+    shared = not memory
+    parts = [absent[i : i + CAPTIONS] for i in range(0, len(absent), CAPTIONS)]
+    for part in _bar(parts[rank::ranks] if shared else parts, "captions", progress and rank == 0):
+        tensors = _encode_captions(part, encoders(), config.backbone.text_length)
+        if memory:
+            cache.add_text(part, tensors)
+        else:
+            name = hashlib.sha256("\n".join(part).encode()).hexdigest()[:16]
+            _write(folder / f"text-{name}.safetensors", tensors, {"captions": part})
     wait()
-    return LatentCache(folder)
+    if callable(backbone):  # what was loaded here is not needed any more
+        del encoders
+        gc.collect()
+        torch.cuda.empty_cache()
+    return LatentCache(folder) if shared else cache
+
+
+def _check_room(folder: Path | None, size: int, what: str) -> None:
+    """Refuse to begin what cannot end; folder: on its disk, or None: in this machine's memory."""
+    import psutil
+
+    if folder is None:
+        free = psutil.virtual_memory().available
+        remedy = "set data.texts to disk, or train on fewer processes"
+    else:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(there).free
+        remedy = "make room, name another disk in data.cache, or set data.texts to memory"
+    if size > free:
+        place = "memory" if folder is None else f"on the disk of {folder}"
+        raise CacheError(
+            f"{what} need {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free {place}: {remedy}"
+        )
 
 
 def cache_folder(config: Config) -> Path:
@@ -240,14 +287,8 @@ def cache_key(dataset: FaceDataset, config: Config) -> str:
 
 
 def _encoder_digest(config: BackboneConfig) -> list[str]:
-    folder = resolve(config.path)
-    if not folder.is_dir():  # a hub id: its commit names the content
-        from huggingface_hub import hf_hub_download
-
-        load_backbone(config, ())  # raises a clear error if it is unavailable
-        with answering_hub(config.path, "vae/config.json"):
-            file = hf_hub_download(config.path, "vae/config.json")
-        return [config.path, Path(file).parts[-3]]
+    """Of the content, so a commit or a copy of the same weights makes no other cache."""
+    folder = backbone_folder(config)
     parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     return [path_digest(folder / part) for part in parts]
 
@@ -277,16 +318,17 @@ def _encode_faces(
     return {name: torch.cat([e[name] for e in encoded]) for name in encoded[0]}, about
 
 
-def _encode_captions(
-    captions: list[str], backbone: Backbone, length: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    parts = [captions[i : i + BATCH] for i in range(0, len(captions), BATCH)]
+def _encode_captions(captions: list[str], backbone: Backbone, length: int) -> dict[str, Tensor]:
+    filled = captions + [EMPTY] * (-len(captions) % BATCH)  # every batch has one shape
+    parts = [filled[i : i + BATCH] for i in range(0, len(filled), BATCH)]
     encoded = [encode_text(backbone, part, length) for part in parts]
+    n = len(captions)
     tensors = {
-        "tokens": torch.cat([e.tokens.half().cpu() for e in encoded]),
-        "pooled": torch.cat([e.pooled.half().cpu() for e in encoded]),
+        "tokens": torch.cat([e.tokens.half().cpu() for e in encoded])[:n],
+        "pooled": torch.cat([e.pooled.half().cpu() for e in encoded])[:n],
     }
-    return tensors, {"captions": captions}
+    _check_finite(tensors, "an embedding")
+    return tensors
 
 
 def _missing(folder: Path, files: Sequence[int]) -> list[int]:
@@ -332,14 +374,18 @@ def _intact(path: Path) -> bool:
 def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write one file of the cache atomically."""
     tensors = {name: value.contiguous() for name, value in tensors.items()}
-    for name, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise CacheError(f"{name} of {path.name} is not finite in float16: check the encoders")
+    _check_finite(tensors, path.name)
     metadata = {name: json.dumps(value) for name, value in about.items()}
     try:
         write_tensors(path, tensors, metadata | {"sha256": _content_hash(tensors, metadata)})
     except OSError as error:
         raise CacheError(f"{error}, or name another disk in data.cache") from error
+
+
+def _check_finite(tensors: dict[str, Tensor], what: str) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CacheError(f"{name} of {what} is not finite in float16: check the encoders")
 
 
 def _content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The mask branch (Eq. 4, Sec. 3.5): mask tokens, the LoRA on them, its file, and guidance.
+"""The mask branch (Eq. 4, Sec. 3.5): mask tokens, the LoRA on them, and guidance.
 
 The transformer reads one sequence `[text, noise, mask]` (FluxKontextPipeline's layout). Text and
 noise tokens use the base weights; mask tokens use base + LoRA:
@@ -7,30 +7,37 @@ noise tokens use the base weights; mask tokens use base + LoRA:
 
 Mask tokens are the tail of the image stream (double blocks) and of the joint stream (single
 blocks), so "the last n tokens" is right in every layer, and A and B are computed on those alone.
-The LoRA's file records everything it was trained with, and loading restores it:
+The LoRA's file records how it was trained, and loading restores it (`io/lora_file.py`):
 
     attention      joint (the paper): every token attends to every token, through the transformer's
                    *stock* forward. decoupled: mask tokens attend to mask tokens only, so that
                    `precompute_mask_kv` runs them once for all steps (`fast/decoupled.py`)
-    tokens         mask (the paper), or all as an ablation
+    tokens         mask: text and noise tokens keep the base weights (profile paper);
+                   all: image and mask tokens have the LoRA (profile paper-all-tokens)
     mask_position  first position id of mask tokens: offset (1) or aligned (0, the noise tokens');
                    rows and columns are the noise tokens'
 
 The LoRA is on the visual embedder, all attention projections and the feed-forward output of the
 image stream, and all projections of the single blocks, without AdaLN: 0.091 % of FLUX.1-dev at
-rank 4. The last single block's `to_q`, `proj_mlp` and `proj_out` are left out: the mask tokens'
-output ends there, and no gradient would reach them. A dropped mask (Eq. 13) means that no token
-attends to the mask tokens; it is not a black image.
+rank 4. On mask tokens alone, the last single block's `to_q`, `proj_mlp` and `proj_out` are left
+out: the mask tokens' output ends there, and no gradient would reach them.
+
+A dropped mask (Eq. 13) means that no token attends to the mask tokens; it is not a black image.
+With the LoRA on mask tokens alone, such a sample does not depend on the LoRA: its gradient is
+exactly zero. So Eq. 13's dropout of masks changes no weight, the trainer leaves these samples out
+(`Trainer.step`), and "text alone" is the base model's own picture. That the paper needs p suggests
+the other reading of Sec. 3.5 ("the visual embedding layer and some linear layers"), in which the
+LoRA is on image tokens as well: `lora.tokens=all`, profile paper-all-tokens. There dropout acts,
+and text consistency reaches the tokens that are painted.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,15 +47,13 @@ from .attributes import palette_image
 from .backbone import TextEmbedding, encode_images, pack, position_ids, unpack
 from .config import LoraConfig
 from .fast.transfer import send
-from .io.sums import check_sums, list_sums
-from .runs import write_tensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from peft.tuners.lora import LoraLayer
 
 ADAPTER = "mask"  # peft's name of the mask branch's LoRA
-LORA_FILE = "pytorch_lora_weights.safetensors"
+
 # ------------------------------------------------------ velocity of one joint sequence (Eqs. 1, 4)
 
 
@@ -82,7 +87,7 @@ def mask_latents_of(vae: AutoencoderKL, label_map: Tensor) -> Tensor:
     return encode_images(vae, palette_image(label_map))
 
 
-def predict_velocity(
+def predict_velocity(  # noqa: PLR0913, PLR0917
     transformer: FluxTransformer2DModel,
     z_t: Tensor,
     t: Tensor,
@@ -92,6 +97,7 @@ def predict_velocity(
     guidance: float | Tensor = 1.0,
     lora: LoraConfig | None = None,
     mask_strength: float = 1.0,
+    attention_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
     """The velocity `v_theta(z_t, t, text, mask)` of Eqs. 1 and 4, `b c h w` in `z_t`'s dtype.
 
@@ -109,6 +115,7 @@ def predict_velocity(
         mask_strength: factor on each mask token in the softmax of text and noise tokens (its
             logarithm is added to the logit), >= 0. LoRAs are trained with 1, which costs nothing; 0
             is no mask; other values need an attention backend that takes a mask.
+        attention_kwargs: diffusers' `joint_attention_kwargs`, e.g. the `scale` of all LoRAs.
 
     Raises:
         ValueError: a negative strength, or keys and values for a LoRA with joint attention.
@@ -151,8 +158,11 @@ def predict_velocity(
     attention = _attention_mask(
         keep_mask, mask_strength, text_tokens + noise_tokens, mask_tokens, decoupled, like=tokens
     )
+    attention_kwargs = dict(attention_kwargs or {})
     if attention is not None:
-        options["joint_attention_kwargs"] = {"attention_mask": attention}
+        attention_kwargs["attention_mask"] = attention
+    if attention_kwargs:
+        options["joint_attention_kwargs"] = attention_kwargs
     v = transformer(
         hidden_states=tokens,
         encoder_hidden_states=text.tokens.to(device, module.dtype),
@@ -178,6 +188,7 @@ def guided_velocity(  # noqa: D417, PLR0913, PLR0917
     text_scale: float = 1.0,
     mask_scale: float = 1.0,
     mask_strength: float = 1.0,
+    attention_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
     """Classifier-free guidance for two conditions, `b c h w` (as in InstructPix2Pix, Eq. 3).
 
@@ -195,16 +206,19 @@ def guided_velocity(  # noqa: D417, PLR0913, PLR0917
     if mask_latents is None:
         mask_scale = 0.0
     terms = [
-        (mask_scale, text, mask_latents, keep_mask),
-        (text_scale - mask_scale, text, None, None),
-        (1 - text_scale, null, None, None),
+        ("mask", mask_scale, text, mask_latents, keep_mask),
+        ("text", text_scale - mask_scale, text, None, None),
+        ("null", 1 - text_scale, null, None, None),
     ]
+    caching = getattr(transformer, "is_cache_enabled", False)
     v = torch.zeros_like(z)
-    for factor, caption, mask, keep in terms:
+    for name, factor, caption, mask, keep in terms:
         if factor:
-            v = v + factor * predict_velocity(
-                transformer, z, t, caption, mask, keep, guidance, mask_strength=mask_strength
-            )
+            with transformer.cache_context(name) if caching else nullcontext():
+                v = v + factor * predict_velocity(
+                    transformer, z, t, caption, mask, keep, guidance,
+                    mask_strength=mask_strength, attention_kwargs=attention_kwargs,
+                )  # fmt: skip
     return v
 
 
@@ -214,12 +228,17 @@ def is_decoupled(transformer: FluxTransformer2DModel) -> bool:
     return branch is not None and branch.config.attention == "decoupled"
 
 
-def precompute_mask_kv(transformer: FluxTransformer2DModel, mask_latents: Tensor) -> MaskKVCache:
+def precompute_mask_kv(
+    transformer: FluxTransformer2DModel,
+    mask_latents: Tensor,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> MaskKVCache:
     """Run the mask branch of decoupled attention once, for all later calls of `predict_velocity`.
 
     Args:
         transformer: FluxTransformer2DModel with a decoupled mask LoRA, also wrapped.
         mask_latents: `m c h w`, from `mask_latents_of`.
+        attention_kwargs: diffusers' `joint_attention_kwargs`.
 
     Returns:
         Keys and values of these masks, differentiable; `cache[rows]` lays them out for another
@@ -236,7 +255,13 @@ def precompute_mask_kv(transformer: FluxTransformer2DModel, mask_latents: Tensor
     module = _unwrap(transformer)
     ids = _mask_ids(mask_latents, module.mask_branch.config)
     tokens = pack(mask_latents).to(module.dtype)
-    return MaskKVCache(transformer(hidden_states=tokens, img_ids=ids, mask_tokens=len(ids)))
+    pairs = transformer(
+        hidden_states=tokens,
+        img_ids=ids,
+        mask_tokens=len(ids),
+        joint_attention_kwargs=dict(attention_kwargs or {}),
+    )
+    return MaskKVCache(pairs)
 
 
 def _unwrap(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
@@ -291,13 +316,15 @@ def add_mask_lora(transformer: FluxTransformer2DModel, config: LoraConfig) -> li
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig as PeftConfig
 
-    last = transformer.config.num_single_layers - 1
     targets = (
-        rf"(?!single_transformer_blocks\.{last}\.(attn\.to_q|proj_mlp|proj_out)$)("
-        r"x_embedder"
+        r"(x_embedder"
         r"|transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.2)"
         r"|single_transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out))"
     )
+    if config.tokens == "mask":  # nothing reads what mask tokens become in the last block
+        last = transformer.config.num_single_layers - 1
+        without = rf"(?!single_transformer_blocks\.{last}\.(attn\.to_q|proj_mlp|proj_out)$)"
+        targets = without + targets
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -329,6 +356,8 @@ def install_mask_branch(
     layers = [m for m in transformer.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
     if not layers:
         raise ValueError("the transformer has no `mask` LoRA: call add_mask_lora or load_mask_lora")
+    if any(getattr(module, "fused_projections", False) for module in transformer.modules()):
+        raise ValueError("fused projections leave a LoRA out: unfuse_qkv_projections() first")
     branch = getattr(transformer, "mask_branch", None)
     if config is None and branch is None:
         raise ValueError(
@@ -339,6 +368,7 @@ def install_mask_branch(
         branch = MaskBranch()
         transformer.mask_branch = branch
         transformer.register_forward_pre_hook(branch.set_tokens, with_kwargs=True)
+        transformer.fuse_qkv_projections = MethodType(_fuse_qkv_projections, transformer)
     if config is not None:
         if config.attention != branch.config.attention:
             from .fast.decoupled import set_attention
@@ -347,8 +377,47 @@ def install_mask_branch(
         branch.config = config
     for layer in layers:
         layer.lora_variant[ADAPTER] = branch
-        layer.cast_input_dtype_enabled = False  # peft would cast all tokens for the sake of some
+    _cast_inputs(transformer)
     return branch
+
+
+@contextmanager
+def keep_loras_active(transformer: FluxTransformer2DModel) -> Iterator[None]:
+    """What is loaded inside is active together with what was active before, at its own scale.
+
+    peft, and with it diffusers, makes the LoRA that was loaded last the only active one.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    before = transformer.active_adapters() if getattr(transformer, "peft_config", {}) else []
+    yield
+    loaded = transformer.active_adapters() if getattr(transformer, "peft_config", {}) else []
+    active = list(dict.fromkeys(n for n in [*before, *loaded] if n in transformer.peft_config))
+    for layer in transformer.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(active, inference_mode=True)
+    _cast_inputs(transformer)
+
+
+def _cast_inputs(transformer: FluxTransformer2DModel) -> None:
+    """Let peft cast a layer's input only where a LoRA other than the mask's needs it.
+
+    It casts all tokens, and the mask branch reads some.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = set(layer.lora_A) != {ADAPTER}
+
+
+def _fuse_qkv_projections(self: FluxTransformer2DModel) -> None:
+    """The transformer's own, unless it would leave the mask LoRA out."""
+    if ADAPTER in getattr(self, "peft_config", {}):
+        raise RuntimeError(
+            "fuse_qkv_projections() would leave the mask LoRA out of the attention: delete it first"
+        )
+    type(self).fuse_qkv_projections(self)
 
 
 class MaskBranch:
@@ -365,6 +434,7 @@ class MaskBranch:
 
     def __init__(self) -> None:
         self.config = LoraConfig()  # what the LoRA was trained with
+        self.record: Any = None  # what its file says (`lora_file.LoraRecord`), if it has one
         self.tokens = 0
 
     def set_tokens(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -372,6 +442,11 @@ class MaskBranch:
         tokens = kwargs.pop("mask_tokens", None)
         if tokens is None:
             tokens = int((kwargs["img_ids"].reshape(-1, 3)[:, 0] != 0).sum())
+        if getattr(module.get_submodule("transformer_blocks.0.attn.to_q"), "merged", False):
+            raise RuntimeError(
+                "a LoRA was fused into the base weights, which switches the mask LoRA off: "
+                "unfuse_lora(), or fuse before the mask LoRA is loaded"
+            )
         self.tokens = tokens
         return args, kwargs
 
@@ -419,81 +494,3 @@ class _AddToTail(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, gradient[:, -ctx.tokens :]
-
-
-# ----------------------------------------------------------------------------------- the LoRA file
-
-
-def save_mask_lora(
-    transformer: FluxTransformer2DModel, folder: Path | str, config: LoraConfig, text_length: int
-) -> None:
-    """Write the LoRA as a diffusers file, `folder/pytorch_lora_weights.safetensors`.
-
-    The metadata record config and text_length (T5 tokens in training). Load it with
-    `load_mask_lora`, also into stock pipelines: their own `load_lora_weights` would apply the LoRA
-    to all tokens silently.
-    """
-    from diffusers import FluxPipeline
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-    from peft import get_peft_model_state_dict
-
-    peft = transformer.peft_config[ADAPTER].to_dict()
-    metadata = {
-        "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(
-            {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in peft.items()}
-        ),
-        "ec2face": json.dumps({**dataclasses.asdict(config), "text_length": text_length}),
-    }
-
-    FluxPipeline.save_lora_weights(
-        str(folder),
-        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
-        save_function=lambda weights, path: write_tensors(Path(path), weights, metadata),
-    )
-    list_sums(Path(folder) / LORA_FILE)
-
-
-def read_mask_lora(folder: Path | str) -> tuple[LoraConfig, int]:
-    """The LoraConfig and the text length that a LoRA was trained with.
-
-    Raises:
-        FileNotFoundError: there is no LoRA.
-        DamagedError: the file is not the one that was kept (`io/sums.py`).
-        ValueError: the file is damaged, or no mask LoRA.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(folder) / LORA_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no mask LoRA at {path}: train it with `python -m ec2face_core.train`, or give the "
-            "folder of another one"
-        )
-    check_sums(path)
-    try:
-        with safe_open(path, "pt") as file:
-            values = json.loads((file.metadata() or {}).get("ec2face", "null"))
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or incomplete ({error}): copy or train it again"
-        ) from error
-    if values is None:
-        raise ValueError(f"{path} is not a mask LoRA of this project: it has no `ec2face` metadata")
-    text_length = values.pop("text_length")
-    return LoraConfig(**values), text_length
-
-
-def load_mask_lora(transformer: FluxTransformer2DModel, folder: Path | str) -> LoraConfig:
-    """Load a LoRA into the mask branch, replacing the one that is there.
-
-    Returns the LoraConfig that it was trained with; raises what `read_mask_lora` raises.
-    """
-    config, _ = read_mask_lora(folder)
-    if ADAPTER in getattr(transformer, "peft_config", {}):
-        transformer.delete_adapters(ADAPTER)
-    transformer.load_lora_adapter(
-        str(folder), prefix="transformer", weight_name=LORA_FILE, adapter_name=ADAPTER
-    )
-    install_mask_branch(transformer, config)
-    return config

@@ -6,48 +6,66 @@
 
 Sampling is FluxPipeline's: FlowMatchEulerDiscreteScheduler, timesteps shifted by the sequence
 length. Without a mask and with the same noise the picture is FluxPipeline's own. Each picture has
-its own noise stream, so it does not depend on its batch.
+its own noise stream, so it does not depend on its batch. Arguments and methods have FluxPipeline's
+names and meaning, and other LoRAs work beside the mask's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+)
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from .backbone import decode_latents, encode_text, load_backbone, warn_of_lost_words
-from .config import BackboneConfig, Config, ConfigError, SamplingConfig, adapter_dir
-from .guards.checks import NotFiniteError, check_floats, check_number, check_texts
-from .io.masks import mask_ids, split_masks
-from .io.paths import user_path
+from .backbone import (
+    TextEmbedding,
+    decode_latents,
+    encode_text,
+    load_backbone,
+    pack,
+    unpack,
+    warn_of_lost_words,
+)
+from .config import BackboneConfig, Config, DataConfig, SamplingConfig
+from .guards.checks import NotFiniteError, check_number
+from .inference.edit import EditMixin
+from .inference.inputs import (
+    MaskLike,
+    Texts,
+    draw_noise,
+    flux_timesteps,
+    given_latents,
+    mask_list,
+    resize_mask,
+    text_list,
+)
+from .inference.loras import MaskLoraMixin, saved_mask_lora
+from .io.lora_file import LORA_FOLDER, MaskLora, find_mask_lora
 from .io.sums import check_sums
-from .io.texts import clean
 from .mask_branch import (
     ADAPTER,
     MaskKVCache,
     guided_velocity,
     is_decoupled,
-    load_mask_lora,
     mask_latents_of,
     precompute_mask_kv,
-    read_mask_lora,
-    save_mask_lora,
 )
-
-MaskLike = Tensor | np.ndarray | Image.Image | str | Path
-
-LORA_FOLDER = "mask_lora"  # inside a saved pipeline
 
 
 @dataclass
@@ -57,29 +75,33 @@ class EC2FacePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class EC2FacePipeline(DiffusionPipeline):
+class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
     """Text and mask to face, on the parts of a FluxPipeline and a mask LoRA.
 
     Args:
         scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer: the parts
-            of a FluxPipeline.
-        text_length: T5 tokens of a prompt; a loaded mask LoRA sets the length of its training.
-        image_size: default side of the pictures in pixels.
+            of a FluxPipeline. The text parts may be None if calls give embeddings.
+        mask_lora: of a saved pipeline; None: the one that is on the transformer, if there is one.
+        text_length: T5 tokens of a prompt; default: those of the mask LoRA's training.
+        image_size: default side of the pictures in pixels; default: that of its training.
         guidance: default value of the guidance embedding.
         text_guidance, mask_guidance: default classifier-free guidance scales.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+    _optional_components: ClassVar = [LORA_FOLDER]
+    _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds"]
 
     def __init__(  # noqa: PLR0913, PLR0917
         self,
-        scheduler: Any,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        text_encoder_2: Any,
-        tokenizer_2: Any,
-        transformer: Any,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: T5EncoderModel,
+        tokenizer_2: T5TokenizerFast,
+        transformer: FluxTransformer2DModel,
+        mask_lora: MaskLora | None = None,
         text_length: int | None = None,
         image_size: int | None = None,
         guidance: float = SamplingConfig.guidance,
@@ -87,6 +109,10 @@ class EC2FacePipeline(DiffusionPipeline):
         mask_guidance: float = SamplingConfig.mask_guidance,
     ) -> None:
         super().__init__()
+        if mask_lora is not None:
+            mask_lora.load(transformer)
+        elif ADAPTER in getattr(transformer, "peft_config", {}):
+            mask_lora = MaskLora(transformer)
         self.register_modules(
             scheduler=scheduler,
             vae=vae,
@@ -95,31 +121,67 @@ class EC2FacePipeline(DiffusionPipeline):
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
             transformer=transformer,
+            mask_lora=mask_lora,
         )
+        longest = BackboneConfig.text_length
+        if tokenizer_2 is not None:
+            longest = min(longest, tokenizer_2.model_max_length)
+        side = vae.config.sample_size if vae else DataConfig.size
         self.register_to_config(
-            text_length=text_length
-            or min(BackboneConfig.text_length, tokenizer_2.model_max_length),
-            image_size=image_size or vae.config.sample_size,
+            text_length=text_length or self._trained("text_length") or longest,
+            image_size=image_size or self._trained("size") or side,
             guidance=guidance,
             text_guidance=text_guidance,
             mask_guidance=mask_guidance,
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * 2)
+        self._guidance_scale = guidance
+        self._interrupt = False
+        self._num_timesteps = 0
+        self._current_timestep: Tensor | None = None
+        self._joint_attention_kwargs: dict[str, Any] = {}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """FluxPipeline's parts; the mask LoRA is on the transformer."""
+        return {name: part for name, part in super().components.items() if name != LORA_FOLDER}
+
+    @property
+    def guidance_scale(self) -> float:
+        """Value of the guidance embedding in the call under way; a callback may change it."""
+        return self._guidance_scale
+
+    @property
+    def joint_attention_kwargs(self) -> dict[str, Any]:
+        """Of the call under way."""
+        return self._joint_attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Euler steps of the call under way."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """1000 t of the step under way."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback that sets `_interrupt` skips the remaining steps."""
+        return self._interrupt
 
     # ------------------------------------------------------------------------ loading and saving
 
     @classmethod
     def from_config(cls, config: Config, variant: str | None = "both") -> EC2FacePipeline:
-        """The pipeline of a profile with the LoRA of a variant; None: the base model alone."""
-        adapter = adapter_dir(config, variant) if variant else None
-        if adapter:
-            _, length = read_mask_lora(adapter)  # before the slow part
-            if length != config.backbone.text_length:
-                raise ConfigError(
-                    f"backbone.text_length is {config.backbone.text_length}, but {adapter} was "
-                    f"trained with {length}: set backbone.text_length to {length}"
-                )
+        """The pipeline of a profile with the LoRA of a variant; None: the base model alone.
+
+        Raises:
+            ConfigError: the variant's LoRA was trained with other settings.
+        """
+        adapter = find_mask_lora(config, variant) if variant else None  # before the slow part
         pipeline = cls(
             **load_backbone(config.backbone).components(),
             text_length=config.backbone.text_length,
@@ -134,43 +196,81 @@ class EC2FacePipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> EC2FacePipeline:
-        """A folder of `save_pretrained`, or any FluxPipeline folder or hub id (base alone)."""
-        kwargs.setdefault("use_safetensors", True)  # a pickle runs code when it is opened
+        """A pipeline that was saved or pushed, or any FluxPipeline (base alone): folder or hub id.
+
+        Pickles of the hub are not opened, those of a folder as tensors alone.
+        """
         if Path(path).is_dir():
             check_sums(Path(path))
-        pipeline = super().from_pretrained(str(path), **kwargs)
-        if (Path(path) / LORA_FOLDER).is_dir():
-            pipeline.load_mask_lora(Path(path).absolute() / LORA_FOLDER)
-        return pipeline
-
-    def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
-        """Write all parts, and the mask LoRA into the sub-folder `mask_lora`."""
-        folder = Path(path).absolute() / LORA_FOLDER
-        has_lora = ADAPTER in getattr(self.transformer, "peft_config", {})
-        if has_lora:  # the base must be saved without the LoRA's wrappers
-            config = self.transformer.mask_branch.config
-            save_mask_lora(self.transformer, folder, config, self.config.text_length)
-            self.transformer.unload_lora()
-        try:
-            super().save_pretrained(str(path), **kwargs)
-        finally:
-            if has_lora:
-                self.load_mask_lora(folder)
-
-    def load_mask_lora(self, folder: str | Path) -> None:
-        """Load a mask LoRA from its folder or file, replacing the one that is there."""
-        folder = user_path(folder)
-        folder = folder.parent if folder.is_file() else folder
-        _, text_length = read_mask_lora(folder)
-        load_mask_lora(self.transformer, folder)
-        self.register_to_config(text_length=text_length)
+        else:
+            kwargs.setdefault("use_safetensors", True)
+        if (lora := saved_mask_lora(path, kwargs)) is not None:
+            kwargs.setdefault(LORA_FOLDER, lora)  # else diffusers would open it as foreign code
+        return super().from_pretrained(str(path), **kwargs)
 
     # ---------------------------------------------------------------------------------- sampling
 
-    @torch.no_grad()
-    def __call__(  # noqa: PLR0913, PLR0917
+    def encode_prompt(
         self,
-        prompt: str | Sequence[str] = "",
+        prompt: Texts = None,
+        prompt_2: Texts = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        lora_scale: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """FluxPipeline's: embed b prompts, or pass on what is embedded already.
+
+        Args:
+            prompt: of CLIP and T5; "" or None is no text.
+            prompt_2: of T5 instead.
+            device: of the embeddings; default: where the pipeline runs.
+            num_images_per_prompt: pictures of each prompt; they stay together.
+            prompt_embeds: T5's tokens `b T d`, instead of prompts.
+            pooled_prompt_embeds: CLIP's vectors `b p`, likewise.
+            max_sequence_length: T; default: `text_length`.
+            lora_scale: of the text encoders' LoRAs.
+
+        Returns:
+            Tokens, pooled vectors, and position ids of the tokens, `(T, 3)` zeros.
+
+        Raises:
+            ValueError: one kind of embeddings without the other, or no text encoders.
+        """
+        device = device or self._execution_device
+        if (prompt_embeds is None) != (pooled_prompt_embeds is None):
+            raise ValueError("give prompt_embeds and pooled_prompt_embeds, or neither")
+        if prompt_embeds is not None and (prompt or prompt_2):
+            raise ValueError("give prompts or prompt_embeds, not both")
+        if prompt_embeds is None or pooled_prompt_embeds is None:
+            if self.text_encoder is None or self.text_encoder_2 is None:
+                raise ValueError(
+                    "this pipeline has no text encoders: give prompt_embeds and "
+                    "pooled_prompt_embeds, with guidance the negative ones too"
+                )
+            texts = text_list(prompt)
+            texts_2 = text_list(prompt_2) if prompt_2 else texts
+            length = max_sequence_length or self.config.text_length
+            warn_of_lost_words(self, texts_2, length, stacklevel=6)
+            for encoder in (self.text_encoder, self.text_encoder_2):
+                scale_lora_layers(encoder, lora_scale or 1.0)
+            text = encode_text(self, texts, length, texts_2)
+            for encoder in (self.text_encoder, self.text_encoder_2):
+                unscale_lora_layers(encoder, lora_scale or 1.0)
+            prompt_embeds = text.tokens
+            pooled_prompt_embeds = text.pooled
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, 0).to(device)
+        pooled_prompt_embeds = pooled_prompt_embeds.repeat_interleave(num_images_per_prompt, 0)
+        pooled_prompt_embeds = pooled_prompt_embeds.to(device)
+        text_ids = torch.zeros(prompt_embeds.shape[1], 3, device=device, dtype=prompt_embeds.dtype)
+        return prompt_embeds, pooled_prompt_embeds, text_ids
+
+    @torch.no_grad()
+    def __call__(  # noqa: D417, PLR0913, PLR0917
+        self,
+        prompt: Texts = None,
         mask: MaskLike | Sequence[MaskLike | None] | None = None,
         num_inference_steps: int = SamplingConfig.steps,
         guidance_scale: float | None = None,
@@ -183,12 +283,29 @@ class EC2FacePipeline(DiffusionPipeline):
         output_type: str = "pil",
         latents: Tensor | None = None,
         mask_strength: float = 1.0,
-    ) -> EC2FacePipelineOutput:
+        *,
+        prompt_2: Texts = None,
+        negative_prompt: Texts = None,
+        negative_prompt_2: Texts = None,
+        true_cfg_scale: float | None = None,
+        sigmas: Sequence[float] | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+    ) -> EC2FacePipelineOutput | tuple[Any]:
         """Generate faces. Mask only: leave `prompt` empty. Text only: leave `mask` out.
 
+        The arguments after mask_strength are FluxPipeline's.
+
         Args:
-            prompt: one text or one per picture; "" is no text. A warning names words that the text
-                encoders do not read.
+            prompt: one text or one per picture; None or "" is no text. A warning names words that
+                the text encoders do not read.
             mask: one mask or one per picture (None in the list: no mask for that picture). A mask
                 is a label map (int tensor or array `h w`; `b h w` is b masks), a PIL image or a
                 path: a palette or grey image of label ids, or an RGB image in the palette's
@@ -202,13 +319,28 @@ class EC2FacePipeline(DiffusionPipeline):
                 transformer for every factor of `guided_velocity` that is not 0: one at 1 and 1,
                 two where both are equal or text_guidance is 1, otherwise three.
             generator: one per picture, or one from which the pictures' noise is drawn in turn.
-            height: pixels, a multiple of 2 * vae_scale_factor; default: the model's own.
+            height: pixels, a multiple of 2 * vae_scale_factor; default: the model's own. A mask
+                LoRA was trained at one size; a warning says so at another.
             width: likewise.
             num_images_per_prompt: pictures of each prompt-mask pair; they stay together.
-            output_type: "pil"; "np" or "pt": in [0, 1].
-            latents: initial noise `b c h/f w/f`, instead of `generator`'s.
+            output_type: "pil"; "np" or "pt": in [0, 1]; "latent": tokens `b n 4c`.
+            latents: initial noise `b c h/f w/f`, or its tokens `b n 4c`, instead of `generator`'s.
             mask_strength: factor >= 0 on each mask token in the softmax of text and noise tokens;
                 1 is as trained, 0 is no mask.
+            prompt_2: read by T5 instead of `prompt`.
+            negative_prompt: what text_guidance leads away from; default: no text.
+            negative_prompt_2: read by T5 instead of `negative_prompt`.
+            true_cfg_scale: FluxPipeline's name of text_guidance.
+            sigmas: times to pass through, before the shift by the sequence length.
+            prompt_embeds, pooled_prompt_embeds: instead of prompts, see `encode_prompt`.
+            negative_prompt_embeds, negative_pooled_prompt_embeds: instead of negative_prompt.
+            return_dict: False: a tuple with the pictures.
+            joint_attention_kwargs: for the attention, and `scale` of all LoRAs.
+            callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after each step;
+                what it returns replaces `latents` (tokens `b n 4c`) and `prompt_embeds`. It ends
+                the sampling by `pipeline._interrupt = True`.
+            callback_on_step_end_tensor_inputs: which tensors it is given.
+            max_sequence_length: T5 tokens; default: those of the training.
 
         Returns:
             The pictures.
@@ -222,64 +354,121 @@ class EC2FacePipeline(DiffusionPipeline):
         """
         side = self.config.image_size
         size = (side if height is None else height, side if width is None else width)
+        if sigmas is not None:
+            num_inference_steps = len(sigmas)
         self._check(size, num_inference_steps, output_type)
         check_number(num_images_per_prompt, "num_images_per_prompt", 1, whole=True)
         check_number(mask_strength, "mask_strength", 0)
-        guidance = self._setting("guidance", guidance_scale)
-        text_scale = self._setting("text_guidance", text_guidance)
+        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        if unknown := [name for name in wanted if name not in self._callback_tensor_inputs]:
+            raise ValueError(f"callbacks are given {self._callback_tensor_inputs}, not {unknown}")
+        if text_guidance is not None and true_cfg_scale is not None:
+            raise ValueError("true_cfg_scale is another name of text_guidance: give one of them")
+        self._guidance_scale = self._setting("guidance", guidance_scale)
+        text_scale = self._setting(
+            "text_guidance", true_cfg_scale if text_guidance is None else text_guidance
+        )
         mask_scale = self._setting("mask_guidance", mask_guidance)
+        self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
+        self._interrupt = False
         device = self._execution_device
-        f = self.vae_scale_factor
-        prompts = [clean(text) for text in check_texts(prompt)]  # as captions are
-        masks = _mask_list(mask)
-        pairs = max(len(prompts), len(masks))
-        if len(prompts) not in (1, pairs) or len(masks) not in (1, pairs):
-            raise ValueError(f"{len(prompts)} prompts and {len(masks)} masks do not pair up")
+
+        masks = mask_list(mask)
+        about = {
+            "num_images_per_prompt": num_images_per_prompt,
+            "max_sequence_length": max_sequence_length,
+            "lora_scale": self._joint_attention_kwargs.get("scale"),
+        }
+        text = self._embed(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, about)
+        prompts = len(text) // num_images_per_prompt
+        pairs = max(prompts, len(masks))
+        if prompts not in (1, pairs) or len(masks) not in (1, pairs):
+            raise ValueError(f"{prompts} prompts and {len(masks)} masks do not pair up")
         b = pairs * num_images_per_prompt
 
         # text embedded once per prompt, masks encoded once each, then laid out for b pictures
-        warn_of_lost_words(self, prompts, self.config.text_length, stacklevel=4)
-        text = encode_text(self, prompts, self.config.text_length)
-        text = text[torch.arange(b) // num_images_per_prompt % len(prompts)]
-        mask_latents: Tensor | MaskKVCache | None = None
-        keep_mask: Tensor | None = None
-        if any(m is not None for m in masks):
-            maps = [torch.zeros(size).long() if m is None else _resize(m, size) for m in masks]
-            index = torch.arange(b) // num_images_per_prompt % len(masks)
-            z_mask = mask_latents_of(self.vae, torch.stack(maps).to(device))
-            if is_decoupled(self.transformer):  # one pass over the masks serves every step
-                mask_latents = precompute_mask_kv(self.transformer, z_mask)[index]
-            else:
-                mask_latents = z_mask[index]
-            keep_mask = torch.tensor([m is not None for m in masks])[index]
+        text = text[torch.arange(b) % len(text)]
+        null = text
+        if text_scale != 1:
+            null = self._embed(
+                negative_prompt, negative_prompt_2, negative_prompt_embeds,
+                negative_pooled_prompt_embeds, about,
+            )  # fmt: skip
+            null = _laid_out(null, text)
+        rows = torch.arange(b) // num_images_per_prompt % len(masks)
+        mask_latents, keep_mask = self._mask_condition(masks, size, rows)
 
-        shape = (b, self.vae.config.latent_channels, size[0] // f, size[1] // f)
-        z = self._noise(shape, generator, device) if latents is None else _noise_given(latents)
-        z = z.to(device)
-        if z.shape != shape:
-            raise ValueError(f"latents have shape {tuple(z.shape)}, expected {shape}")
+        f = self.vae_scale_factor
+        shape = (b, self.transformer.config.in_channels // 4, size[0] // f, size[1] // f)
+        if latents is None:
+            z = draw_noise(shape, generator, device)
+        else:
+            z = given_latents(latents, shape).to(device)
         tokens = shape[-2] * shape[-1] // 4
-        timesteps = flux_timesteps(self.scheduler, num_inference_steps, tokens, device)
-        null = text if text_scale == 1 else encode_text(self, [""] * b, self.config.text_length)
-        condition = (text, null, mask_latents, keep_mask)
+        timesteps = flux_timesteps(self.scheduler, num_inference_steps, tokens, device, sigmas)
+        self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as bar:
-            for time in timesteps:
+            for step, time in enumerate(timesteps):
+                if self._interrupt:
+                    continue
+                self._current_timestep = time
                 t = (time / 1000).expand(b)
                 v = guided_velocity(
-                    self.transformer, z, t, *condition, guidance, text_scale, mask_scale,
-                    mask_strength,
+                    self.transformer, z, t, text, null, mask_latents, keep_mask,
+                    self._guidance_scale, text_scale, mask_scale, mask_strength,
+                    self._joint_attention_kwargs,
                 )  # fmt: skip
                 z = self.scheduler.step(v, time, z, return_dict=False)[0]  # Eq. 2, one Euler step
+                if callback_on_step_end is not None:
+                    given = {"latents": pack(z), "prompt_embeds": text.tokens}
+                    given = {name: given[name] for name in wanted}
+                    changed = callback_on_step_end(self, step, time, given) or {}
+                    z = unpack(changed.get("latents", pack(z)), *shape[-2:])
+                    text = TextEmbedding(changed.get("prompt_embeds", text.tokens), text.pooled)
                 bar.update()
-        decoded = decode_latents(self.vae, z)
+        self._current_timestep = None
+        images = pack(z) if output_type == "latent" else self._decode(z, output_type)
+        self.maybe_free_model_hooks()
+        return EC2FacePipelineOutput(images=images) if return_dict else (images,)
+
+    def _embed(
+        self,
+        prompt: Texts,
+        prompt_2: Texts,
+        tokens: Tensor | None,
+        pooled: Tensor | None,
+        about: dict[str, Any],
+    ) -> TextEmbedding:
+        tokens, pooled, _ = self.encode_prompt(
+            prompt, prompt_2, prompt_embeds=tokens, pooled_prompt_embeds=pooled, **about
+        )
+        return TextEmbedding(tokens, pooled)
+
+    def _mask_condition(
+        self, masks: Sequence[Tensor | None], size: tuple[int, int], rows: Tensor
+    ) -> tuple[Tensor | MaskKVCache | None, Tensor | None]:
+        """Mask latents, or keys and values, of b pictures, and which of them have a mask `(b,)`."""
+        if all(m is None for m in masks):
+            return None, None
+        self._warn_of_size(size)
+        maps = [torch.zeros(size).long() if m is None else resize_mask(m, size) for m in masks]
+        stacked = torch.stack(maps).to(get_module_execution_device(self.vae))
+        z_mask = mask_latents_of(self.vae, stacked).to(self._execution_device)
+        keep_mask = torch.tensor([m is not None for m in masks])[rows]
+        if is_decoupled(self.transformer):  # one pass over the masks serves every step
+            kv = precompute_mask_kv(self.transformer, z_mask, self._joint_attention_kwargs)
+            return kv[rows], keep_mask
+        return z_mask[rows], keep_mask
+
+    def _decode(self, z: Tensor, output_type: str) -> Any:
+        """Latents `b c h w` -> pictures."""
+        decoded = decode_latents(self.vae, z.to(get_module_execution_device(self.vae)))
         if not decoded.isfinite().all():  # they would be written as black pictures
             raise NotFiniteError(
                 "the pictures are not finite: lower the guidance scales "
-                f"({guidance:g}, {text_scale:g}, {mask_scale:g}) or check the weights"
+                f"({self._guidance_scale:g} and those of text and mask) or check the weights"
             )
-        images = self.image_processor.postprocess(decoded, output_type)
-        self.maybe_free_model_hooks()
-        return EC2FacePipelineOutput(images=images)
+        return self.image_processor.postprocess(decoded, output_type)
 
     def _check(self, size: tuple[int, int], steps: int, output_type: str) -> None:
         multiple = 2 * self.vae_scale_factor
@@ -288,8 +477,8 @@ class EC2FacePipeline(DiffusionPipeline):
         if any(side % multiple for side in size):
             raise ValueError(f"height and width {size} must be multiples of {multiple}")
         check_number(steps, "num_inference_steps", 1, whole=True)
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type {output_type!r}: use pil, np or pt")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r}: use pil, np, pt or latent")
 
     def _setting(self, name: str, given: float | None) -> float:
         """A scale that was given, or the model's own; finite and not negative."""
@@ -297,77 +486,12 @@ class EC2FacePipeline(DiffusionPipeline):
         check_number(value, name, 0)
         return float(value)
 
-    def _noise(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
-        """Noise, one picture after another, so that batches do not change it."""
-        b = shape[0]
-        streams = list(generator) if isinstance(generator, Sequence) else [generator] * b
-        if len(streams) != b:
-            raise ValueError(f"{len(streams)} generators for {b} pictures: give one or {b}")
-        if wrong := [g for g in streams if not isinstance(g, torch.Generator | None)]:
-            raise TypeError(f"generator: expected a torch.Generator, got {wrong[0]!r}")
-        single = (1, *shape[1:])
-        noise = [randn_tensor(single, g, device, torch.float32) for g in streams]
-        return torch.cat(noise)
 
-
-def _noise_given(latents: Tensor) -> Tensor:
-    """The caller's noise as float32; refused where it is not finite."""
-    check_floats(latents, "latents")
-    if not latents.isfinite().all():
-        raise ValueError("latents must be finite")
-    return latents.float()
-
-
-def flux_timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device | str) -> Tensor:
-    """FluxPipeline's timesteps: linear in t, shifted towards noise for long sequences.
-
-    Args:
-        scheduler: it is set to begin with the first of them.
-        steps: Euler steps.
-        tokens: noise tokens of a picture.
-        device: where they are needed.
-
-    Returns:
-        1000 t, `(steps,)` in (0, 1000].
-    """
-    config = scheduler.config
-    mu = calculate_shift(
-        tokens,
-        config.base_image_seq_len,
-        config.max_image_seq_len,
-        config.base_shift,
-        config.max_shift,
-    )
-    sigmas = np.linspace(1.0, 1 / steps, steps)
-    timesteps, _ = retrieve_timesteps(scheduler, device=device, sigmas=sigmas, mu=mu)
-    scheduler.set_begin_index(0)
-    return timesteps
-
-
-# ----------------------------------------------------------------------------- prompts and masks
-
-
-def _mask_list(mask: Any) -> list[Tensor | None]:
-    """The user's masks -> one label map `h w`, or None, per mask."""
-    if isinstance(mask, (Tensor, np.ndarray)):
-        mask = split_masks(mask)
-    masks = mask if isinstance(mask, Sequence) and not isinstance(mask, str) else [mask]
-    if not masks:
-        raise ValueError("mask is an empty list: give None for no mask")
-    return [None if m is None else torch.from_numpy(mask_ids(m)) for m in masks]
-
-
-def _resize(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize by nearest neighbour, aligned at pixel centres; another shape is refused."""
-    if labels.shape == size:
-        return labels
-    h, w = labels.shape
-    if abs(h * size[1] - w * size[0]) > max(size):  # a pixel of rounding is none
+def _laid_out(null: TextEmbedding, text: TextEmbedding) -> TextEmbedding:
+    """The negative texts for b pictures."""
+    if null.tokens.shape[1] != text.tokens.shape[1] or len(text) % len(null):
         raise ValueError(
-            f"a mask of {w}x{h} would be stretched to a picture of {size[1]}x{size[0]}: crop or "
-            "pad it to the same shape"
+            "prompt_embeds and negative_prompt_embeds must have the same shape when passed "
+            f"directly, got {tuple(text.tokens.shape)} and {tuple(null.tokens.shape)}"
         )
-    resized = torch.nn.functional.interpolate(
-        labels[None, None].double(), size, mode="nearest-exact"
-    )
-    return resized[0, 0].long()
+    return null[torch.arange(len(text)) % len(null)]

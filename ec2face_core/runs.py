@@ -229,14 +229,19 @@ def file_sha256(path: Path) -> str:
 # ------------------------------------------------------------------------------------- metrics log
 
 
-def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
+METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"  # a row for each drawing of validation faces
+
+
+def read_metrics(run_dir: Path | str, name: str = METRICS_FILE) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl, in order; broken lines are left out.
 
     A row has step, samples (so far, over all processes), lr, seconds (of the step),
-    samples_per_second, grad_norm (before clipping) and batch means: t, total, flow, text, mask,
-    beta (the parts of Eq. 12) and unweighted_flow (Eq. 3 whatever the weights are).
+    samples_per_second, peak_memory_gb (of rank 0 so far), grad_norm (before clipping) and means
+    over the computed samples: t, total, flow, text, mask, beta (the parts of Eq. 12) and
+    unweighted_flow (Eq. 3 whatever the weights are).
     """
-    path = user_path(run_dir) / "metrics.jsonl"
+    path = user_path(run_dir) / name
     rows: list[dict[str, float]] = []
     text = path.read_text(errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -249,16 +254,18 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, float]]:
     return rows
 
 
-def cut_metrics(run_dir: Path, step: int) -> None:
+def cut_metrics(run_dir: Path, step: int, name: str = METRICS_FILE) -> None:
     """Drop the rows after `step`: a resumed run does these steps again."""
-    rows = [row for row in read_metrics(run_dir) if row["step"] <= step]
-    with whole_file(run_dir / "metrics.jsonl") as part:
+    rows = [row for row in read_metrics(run_dir, name) if row["step"] <= step]
+    with whole_file(run_dir / name) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def add_metrics(run_dir: Path, rows: Sequence[Mapping[str, float]]) -> None:
+def add_metrics(
+    run_dir: Path, rows: Sequence[Mapping[str, float]], name: str = METRICS_FILE
+) -> None:
     """Append rows."""
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / name
     try:
         with open(path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -274,7 +281,7 @@ def progress_line(rows: Sequence[Mapping[str, float]], steps: int) -> str:
         f"step {step}/{steps}  loss {mean['total']:.4f}  flow {mean['flow']:.4f}  "
         f"text {mean['text']:.4f}  mask {mean['mask']:.4f}  gradient {mean['grad_norm']:.3f}  "
         f"lr {rows[-1]['lr']:.1e}  {mean['seconds']:.3f} s/step  "
-        f"{mean['samples_per_second']:.1f} samples/s  "
+        f"{mean['samples_per_second']:.1f} samples/s  {rows[-1]['peak_memory_gb']:.1f} GB  "
         f"{(steps - step) * mean['seconds'] / 60:.1f} min left"
     )
 

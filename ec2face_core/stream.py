@@ -36,6 +36,19 @@ class Samples:
     keep_mask: Tensor  # (b,) bool
     pixel_weight: Tensor | None = None  # (b,) weight of the pixel losses, 1/p or 0; None: 1 for all
 
+    def __getitem__(self, rows: Tensor) -> Samples:
+        """Some of the samples, by their numbers."""
+        numbers = rows.tolist()
+        return Samples(
+            [self.ids[i] for i in numbers],
+            [self.caption_indices[i] for i in numbers],
+            self.t[rows],
+            self.noise[rows],
+            self.keep_text[rows],
+            self.keep_mask[rows],
+            None if self.pixel_weight is None else self.pixel_weight[rows],
+        )
+
 
 class SampleStream:
     """The endless sequence of training samples of one seed.

@@ -1,6 +1,7 @@
 """`python -m ec2face_core.train`: train one LoRA. The same command again resumes it.
 
-SIGTERM ends a training on one process after its step, with a checkpoint and exit code 143.
+SIGTERM and SIGINT end a training after its step, with a checkpoint and exit code 143 or 130.
+`--variant all` trains every variant, one after another.
 
 On N processes, with or without GPUs:
 
@@ -12,16 +13,21 @@ On N processes, with or without GPUs:
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import distributed
 
-from .config import VARIANTS, add_config_options, cli, config_from_args
+from .command_line import add_config_options, cli, config_from_args
+from .config import VARIANTS, Config, ConfigError
 from .guards.checks import number
 from .guards.parent import end_with_parent
 from .io.paths import user_path
+
+ALL = "all"
 
 
 @cli
@@ -31,17 +37,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     settings = {} if options.steps is None else {"trainer.steps": options.steps}
     config = config_from_args(options, **settings)
+    everything = options.variant == ALL
+    if everything and options.run_dir:
+        raise ConfigError("--run-dir is of one variant: leave it out, or name the variant")
+    try:
+        for variant in VARIANTS if everything else (options.variant,):
+            _train(config, variant, options.run_dir)
+            gc.collect()  # its memory is free for the next
+    finally:
+        leave_group()
+
+
+def _train(config: Config, variant: str, run_dir: Path | None) -> None:
+    """Train one variant; a signal ends it after its step."""
     from .trainer import Trainer
 
-    trainer = Trainer(config, options.variant, options.run_dir)
-    before = signal.getsignal(signal.SIGTERM)
-    if config.trainer.num_processes == 1:  # ranks would not stop after the same step
-        signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
+    trainer = Trainer(config, variant, run_dir)
+    before = {sent: signal.getsignal(sent) for sent in (signal.SIGTERM, signal.SIGINT)}
+    for sent in before:
+        signal.signal(sent, lambda sent, _: trainer.stop(sent))
     try:
         trainer.fit()
     finally:
-        signal.signal(signal.SIGTERM, before)
-        leave_group()
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,8 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_config_options(parser)
     parser.add_argument(
-        "--variant", default="both", choices=list(VARIANTS), help="row of Tables 3 and 4"
-    )
+        "--variant", default="both", choices=[*VARIANTS, ALL],
+        help="row of Tables 3 and 4, or all of them",
+    )  # fmt: skip
     parser.add_argument(
         "--run-dir", type=user_path,
         help="output folder (default: runs/<profile>/training/<variant>)",

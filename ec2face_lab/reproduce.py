@@ -45,7 +45,7 @@ Parameters = dict[str, Any]
 class Outcome:
     """How one notebook ended; `key` names everything that shaped it."""
 
-    status: str  # done | up to date | FAILED
+    status: str  # done | up to date | elsewhere (of other profiles) | FAILED
     key: str
     parameters: Parameters
     seconds: float = 0.0
@@ -193,10 +193,11 @@ def run_notebook(
     seconds = round(time.monotonic() - started, 1)
     after = _modified(config.figure_dir)
     artefacts = tuple(sorted(name for name in after if after[name] != before.get(name)))
-    error = describe_failure(copy, code)
+    elsewhere = _is_elsewhere(copy, code)
+    error = "" if elsewhere else describe_failure(copy, code)
     if not error:
         tidy_file(copy)
-    status = "FAILED" if error else "done"
+    status = "FAILED" if error else "elsewhere" if elsewhere else "done"
     digests = _digests(copy, artefacts, config.figure_dir)
     outcome = Outcome(
         status, key, parameters, seconds, memory, artefacts, error, digests, commit, dirty
@@ -290,6 +291,21 @@ def describe_failure(copy: Path, code: int) -> str:
     if errors:
         reason = f"{errors[-1].ename}: {errors[-1].evalue}"
     return f"cell {executed[-1]} `{_first_line(cell.source)}`: {reason}"
+
+
+def _is_elsewhere(copy: Path, code: int) -> bool:
+    """Whether a notebook ended by saying that it does not belong to the profile."""
+    import nbformat
+
+    if code == 0 or not copy.exists():
+        return False
+    try:
+        cells = nbformat.read(copy, as_version=4).cells
+    except (OSError, ValueError):
+        return False
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    errors = [output for output in outputs if output.output_type == "error"]
+    return bool(errors) and errors[-1].ename == "NotInProfileError"
 
 
 def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int, int]:

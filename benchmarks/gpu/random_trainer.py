@@ -17,7 +17,8 @@ from ec2face_core.consistency import PixelConsistency
 from ec2face_core.fast.blocks import blocks_of, prepare_blocks
 from ec2face_core.fast.decoupled import set_attention
 from ec2face_core.mask_branch import install_mask_branch
-from ec2face_core.trainer import Trainer, make_accelerator
+from ec2face_core.trainer import Trainer
+from ec2face_core.training.ema import AveragedLora
 
 FACES = 8  # of the random data
 
@@ -123,8 +124,7 @@ class RandomTrainer(Trainer):
     def setup(self) -> None:
         """Put the transformer into the state of the settings; make cache, stream and optimiser."""
         c = self.config.trainer
-        self.accelerator = make_accelerator(c, self.device_name)
-        self.device = self.accelerator.device
+        self._start_processes()
         self.cache: Any = RandomCache(self.size, self.config.backbone.text_length)
         self.stream = self._stream(self.cache)
         self.null_text = self.cache.text([""])
@@ -136,6 +136,7 @@ class RandomTrainer(Trainer):
             p.grad = None  # of a measurement that ran out of memory
         reset(self.transformer, self.config, self.size)
         prepare_blocks(self.transformer, c)
+        self.average = AveragedLora(self.parameters, c.ema)
         self.consistency = PixelConsistency(n.vae, n.clip, n.parser, self.config.loss)
         optimizer = torch.optim.AdamW(
             self.parameters, lr=c.learning_rate, weight_decay=c.weight_decay,

@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 
 Pair = tuple[Tensor, Tensor]  # keys (after rope) and values of one block, `b tokens heads d`
 
+
+class Collector:
+    """Where a block leaves its keys and values; hooks of offloading would copy a list."""
+
+    pair: Pair
+
+
 TIME = 0.0  # mask tokens are modulated with this time, this guidance and a pooled zero
 GUIDANCE = 1.0
 
@@ -53,13 +60,13 @@ class KVProcessor(FluxAttnProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        collected: list[Pair] | None = None,
+        collected: Collector | None = None,
         mask_kv: Pair | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of a block; the arguments not listed are FluxAttnProcessor's.
 
         Args:
-            collected: this block's keys and values are appended.
+            collected: this block's keys and values are left there.
             mask_kv: keys and values to attend to besides the block's own, after these.
         """
         parts = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
@@ -75,7 +82,7 @@ class KVProcessor(FluxAttnProcessor):
         q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
         k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
         if collected is not None:
-            collected.append((k, v))
+            collected.pair = (k, v)
         if mask_kv is not None:
             pairs = zip((k, v), mask_kv, strict=True)
             k, v = (torch.cat([x, more.to(x.dtype)], dim=1) for x, more in pairs)
@@ -135,6 +142,11 @@ def forward(  # noqa: D417, PLR0913, PLR0917 (the stock signature)
         joint_attention_kwargs: an `attention_mask` `(b or 1, 1, 1, text + noise + mask tokens)`
             says which keys text and noise attend to, or what is added to their logits.
     """
+    if self.is_cache_enabled:
+        raise RuntimeError(
+            "enable_cache() does not know decoupled attention's pass over the mask, which is "
+            "computed once anyway: disable_cache(), or take a LoRA with joint attention"
+        )
     tokens = self.mask_branch.tokens
     if tokens == hidden_states.shape[1]:
         return _mask_pass(self, hidden_states, img_ids)
@@ -191,11 +203,11 @@ def _run(
 
     def call(image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         self.mask_branch.tokens = tokens  # set here, for recomputation in backward as well
-        collected: list[Pair] = []
-        arguments = attention | {"collected": collected} if tokens else attention
-        return *block(image, text, modulation, rope, arguments), *(
-            collected[0] if collected else ()
-        )
+        if not tokens:
+            return block(image, text, modulation, rope, attention)
+        collected = Collector()
+        outputs = block(image, text, modulation, rope, attention | {"collected": collected})
+        return *outputs, *collected.pair
 
     if torch.is_grad_enabled() and self.gradient_checkpointing:
         return self._gradient_checkpointing_func(call, image, text)

@@ -47,6 +47,13 @@ def shard_base(transformer: FluxTransformer2DModel, accelerator: Any) -> FluxTra
     return transformer
 
 
+def ignore_frozen(transformer: FluxTransformer2DModel) -> None:
+    """Spare DDP the broadcast of the frozen base, which every rank has read from the same files."""
+    frozen = [name for name, p in transformer.named_parameters() if not p.requires_grad]
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace the gradients by their mean over all processes, in one all-reduce."""
     gradients = [p.grad for p in parameters if p.grad is not None]

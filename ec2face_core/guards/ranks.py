@@ -20,17 +20,21 @@ import torch
 from ..config import ConfigError, TrainerConfig
 
 LOCK = ".lock"
+FOREIGN = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DYNAMO_BACKEND")
 
 
-def make_accelerator(config: TrainerConfig, device: str | None = None) -> Any:
+def make_accelerator(
+    config: TrainerConfig, device: str | None = None, folder: Path | None = None
+) -> Any:
     """Accelerate with DDP over the LoRA only, checked against the configuration.
 
     Every process holds the whole frozen base (or 1/n of it, `trainer.shard`), and DDP averages the
     LoRA's gradients: 43 MB at paper scale.
 
     Args:
-        config: mixed_precision and num_processes are used.
+        config: mixed_precision, num_processes and tracker are used.
         device: "cpu" keeps it off a GPU; None: accelerate chooses.
+        folder: of the tracker's files.
 
     Raises:
         ConfigError: it was started on another number of processes, or cannot work on this machine.
@@ -38,6 +42,13 @@ def make_accelerator(config: TrainerConfig, device: str | None = None) -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
+    for name in FOREIGN:
+        if os.environ.get(name, "no").lower() not in ("", "no", "false", "0"):
+            raise ConfigError(
+                f"{name} is set, as by an `accelerate launch` with a configuration of its own, "
+                "which would change this training. Start it by torchrun (`python -m "
+                "ec2face_core.train --help`); trainer.shard and trainer.compile are its settings"
+            )
     cpu = device == "cpu" or not torch.cuda.is_available()
     if cpu and config.mixed_precision == "fp16":
         raise ConfigError("trainer.mixed_precision: fp16 needs a GPU; use bf16 or no")
@@ -46,6 +57,8 @@ def make_accelerator(config: TrainerConfig, device: str | None = None) -> Any:
     accelerator = Accelerator(
         cpu=cpu,  # without it each rank of a machine without a GPU runs alone
         mixed_precision=config.mixed_precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=folder,
         kwargs_handlers=[ddp],
     )
     if accelerator.num_processes != config.num_processes:

@@ -13,12 +13,15 @@ date, but the verdict on a claim of the paper is not the published one.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import signal
 import sys
 
-from ec2face_core.config import ConfigError, load_profile
+from ec2face_core.command_line import parse_override
+from ec2face_core.config import SETTINGS, ConfigError, load_profile
 from ec2face_core.guards.checks import number
-from ec2face_core.io.paths import ROOT, user_path
+from ec2face_core.io.paths import CODE, user_path
 
 from ..reproduce import assign, run_notebooks, select
 from ..study.agreement import compare
@@ -35,8 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sweeps", action="store_true", help="train and score every point of every sweep (hours)")
     add("--keep-going", action="store_true", help="run the other notebooks after a failure")
     add(
-        "--notebooks", type=user_path, default=ROOT / "notebooks", metavar="DIR",
+        "--notebooks", type=user_path, default=CODE / "notebooks", metavar="DIR",
         help="folder of numbered notebooks",
+    )  # fmt: skip
+    add(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="override a setting of the profile in every notebook, e.g. sampling.num_processes=4",
     )  # fmt: skip
     add(
         "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
@@ -56,8 +63,12 @@ def run(options: argparse.Namespace) -> int:
         requested["seeds"] = str(options.seeds)
     if options.sweeps:
         requested["sweeps"] = "True"
+    settings = {key: value for text in options.set for key, value in parse_override(text).items()}
+    os.environ[SETTINGS] = json.dumps(settings)  # for this process and the notebooks
     config = load_profile(options.profile)
     assigned = assign(select(options.notebooks, options.only), requested)
+    if options.train:  # first what the others need
+        assigned = dict(sorted(assigned.items(), key=lambda item: "train" not in item[1]))
     complete = run_notebooks(assigned, config, options.force, options.keep_going)
     if not complete:
         return 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,12 @@ import numpy as np
 from ec2face_core.config import VARIANTS, Config, adapter_dir, adapter_name
 from ec2face_core.data import open_dataset
 from ec2face_core.flow import interpolate, target_velocity
+from ec2face_core.io.lora_file import LORA_FILE
 from ec2face_core.io.paths import resolve
 from ec2face_core.latents import LatentCache, cache_folder, encode_dataset
 from ec2face_core.losses import flow_matching_loss
-from ec2face_core.mask_branch import LORA_FILE, predict_velocity
-from ec2face_core.runs import read_metrics, whole_folder
+from ec2face_core.mask_branch import predict_velocity
+from ec2face_core.runs import read_metrics
 
 from ..launch import run
 
@@ -127,13 +127,7 @@ def retrain(config: Config, methods: Sequence[str] = tuple(VARIANTS), seeds: int
     for k, method in itertools.product(range(seeds), methods):
         seeded = config.replace(seed=config.seed + k)
         name = adapter_name(seeded, method)
-        folder = seeded.run_dir / "training" / name
-        target = seeded.run_dir / "adapters" / name
-        _train(seeded, method, folder)
-        if not target.exists() or _content(target) != _content(folder / "final"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with whole_folder(target) as part:
-                _copy(folder / "final", part)
+        _train(seeded, method, seeded.run_dir / "training" / name)  # which publishes it
 
 
 def _train(config: Config, method: str, folder: Path) -> None:
@@ -143,14 +137,6 @@ def _train(config: Config, method: str, folder: Path) -> None:
         "ec2face_core.train", "--config", str(settings), "--variant", method,
         "--run-dir", str(folder), num_processes=config.trainer.num_processes, logs=folder / "logs",
     )  # fmt: skip
-
-
-def _content(folder: Path) -> bytes:
-    return (folder / LORA_FILE).read_bytes()
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def lora_table(config: Config) -> DataFrame:

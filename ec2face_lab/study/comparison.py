@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from ec2face_core.config import Config, ConfigError, adapter_dir
 from ec2face_core.data import open_dataset
+from ec2face_core.io.lora_file import LORA_FILE
 from ec2face_core.io.paths import resolve
 from ec2face_core.io.sums import list_sums
-from ec2face_core.mask_branch import LORA_FILE
 from ec2face_core.runs import path_digest
 
 from ..baselines import NEWER, PAPER, SYSTEMS, WEIGHTS, systems, trained, weights_dir
 from ..baselines.int8_weights import shared_file
+from ..baselines.system import SIDE
 from ..baselines.training_inputs import recorded_inputs, shared_inputs, training_inputs
 from ..launch import run, side_by_side
 from ..plots.render_tables import METHODS
@@ -52,6 +53,13 @@ def retrain_systems(
         names: some of `SYSTEMS`.
         keep: folder to copy weights and provenance to, as `data/mini/baselines`.
     """
+    if config.data.size != SIDE:
+        print(
+            f"The comparison systems are written for the miniature ({SIDE} px). At "
+            f"{config.data.size} px score the pictures of the official repositories: "
+            f"`python -m ec2face_lab evaluate --profile {config.profile} --images DIR --layout ...`"
+        )
+        return
     classes = systems()
     folder = config.run_dir / "baselines"
     settings = folder / "config.yaml"

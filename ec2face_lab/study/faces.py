@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, GROUPS, pixel_counts
 from ec2face_core.data import FaceDataset
+from ec2face_core.runs import parallel
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -34,7 +35,7 @@ def pick_faces(
         limit: choose among the first faces only; 0: among all.
     """
     ids = dataset.ids[: limit or None]
-    areas = torch.stack([pixel_counts(dataset.label_map(name)[None])[0] for name in ids])
+    areas = class_areas(dataset, ids)
     chosen: list[str] = []
     for wanted in classes:
         area = areas[:, CLASS_ID[wanted]]
@@ -43,6 +44,15 @@ def pick_faces(
         free = [n for n in [*fitting, *ids] if n not in chosen and n not in skip]
         chosen.append(free[0] if free else ids[len(chosen) % len(ids)])
     return chosen
+
+
+def class_areas(dataset: FaceDataset, ids: Sequence[str]) -> Tensor:
+    """Pixels of each class in the masks of some faces, `(n, 19)` int64; no mask is kept."""
+
+    def count(name: str) -> Tensor:
+        return pixel_counts(dataset.label_map(name)[None])[0]
+
+    return torch.stack(list(parallel(count, ids)))
 
 
 def faces(dataset: FaceDataset, ids: Sequence[str]) -> tuple[list[str], Tensor, Tensor]:

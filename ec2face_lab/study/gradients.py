@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ec2face_core.config import Config
-from ec2face_core.consistency import PixelConsistency
+from ec2face_core.consistency import PIXELS_AT_ONCE, PixelConsistency
 from ec2face_core.data import FaceDataset, open_dataset
 from ec2face_core.flow import interpolate, reverse_estimate, target_velocity
 from ec2face_core.losses import beta, flow_matching_loss, latent_weights
@@ -126,18 +126,49 @@ class Terms:
         batch["captions"] = [self.dataset.manifest_caption(name) for name in ids]
         return batch
 
-    def losses(self, batch: dict[str, Any], t: Tensor) -> dict[str, Tensor]:
-        """Flow matching, alpha_1 L_text and alpha_2 L_mask without beta, each `(b,)`."""
+    def gradients(
+        self, batch: dict[str, Any], t: Tensor, modulated: bool = False
+    ) -> dict[str, Tensor]:
+        """The gradient of each loss's mean over the batch at the LoRA, flat.
+
+        As few faces at once as a GPU of training holds.
+
+        Args:
+            batch: of `batch`.
+            t: times `(b,)`.
+            modulated: with beta(t) of each face before the consistency losses.
+        """
         c = self.config.loss
-        z = batch["z"]
+        b = len(t)
         weights = None
         if c.long_tail:
-            weights = latent_weights(batch["label_map"], self.counts, z.shape[-1], c)
-        z_t = interpolate(z, batch["noise"], t)
-        v = self.model.velocity(z_t, t, batch)
-        flow = flow_matching_loss(v, target_velocity(z, batch["noise"]), weights)
+            weights = latent_weights(batch["label_map"], self.counts, batch["z"].shape[-1], c)
+        at_once = max(1, PIXELS_AT_ONCE // self.config.data.size**2)
+        total: dict[str, Tensor] = {}
+        for rows in torch.arange(b, device=t.device).split(at_once):
+            w = None if weights is None else weights[rows]
+            fading = beta(t[rows], c.steepness, c.center) if modulated else torch.ones_like(t[rows])
+            for name, loss in self.losses(batch, t, rows, w).items():
+                factor = 1.0 if name == FLOW else fading
+                gradient = self.gradient((factor * loss).sum() / b, last=name == MASK)
+                total[name] = total[name] + gradient if name in total else gradient
+        return total
+
+    def losses(
+        self, batch: dict[str, Any], t: Tensor, rows: Tensor, weights: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Flow matching, alpha_1 L_text and alpha_2 L_mask without beta, of some faces."""
+        c = self.config.loss
+        z = batch["z"][rows]
+        noise = batch["noise"][rows]
+        t = t[rows]
+        part = {name: batch[name][rows] for name in ("text", "z_mask")}
+        z_t = interpolate(z, noise, t)
+        v = self.model.velocity(z_t, t, part)
+        flow = flow_matching_loss(v, target_velocity(z, noise), weights)
         z_hat = reverse_estimate(z_t, v, t)
-        text, mask = self.consistency.losses(z_hat, batch["captions"], batch["label_map"])
+        captions = [batch["captions"][i] for i in rows.tolist()]
+        text, mask = self.consistency.losses(z_hat, captions, batch["label_map"][rows])
         return {FLOW: flow, TEXT: c.alpha_text * text, MASK: c.alpha_mask * mask}
 
     def gradient(self, loss: Tensor, last: bool) -> Tensor:
@@ -157,8 +188,8 @@ def _norms(terms: Terms, batches: int) -> DataFrame:
         for time in TIMES:
             t = torch.full_like(batch["t"], time)
             modulation = float(beta(t[:1], c.steepness, c.center))
-            for name, loss in terms.losses(batch, t).items():
-                norm = float(terms.gradient(loss.mean(), last=name == MASK).norm())
+            for name, gradient in terms.gradients(batch, t).items():
+                norm = float(gradient.norm())
                 row = {"t": time, "loss": name, "modulated": False, "norm": norm}
                 rows.append(row)
                 if name != FLOW:
@@ -170,14 +201,11 @@ def _systematic(terms: Terms, batches: int) -> DataFrame:
     """The rows of `systematic_gradients`."""
     import pandas as pd
 
-    c = terms.config.loss
     gradients: dict[str, list[Tensor]] = {name: [] for name in (FLOW, TEXT, MASK)}
     for k in range(batches):
         batch = terms.batch(k)
-        modulation = beta(batch["t"], c.steepness, c.center)
-        for name, loss in terms.losses(batch, batch["t"]).items():
-            whole = (loss if name == FLOW else modulation * loss).mean()
-            gradients[name].append(terms.gradient(whole, last=name == MASK).cpu())
+        for name, gradient in terms.gradients(batch, batch["t"], modulated=True).items():
+            gradients[name].append(gradient.cpu())
     rows = [{"loss": name, **systematic_part(torch.stack(x))} for name, x in gradients.items()]
     return pd.DataFrame(rows)
 

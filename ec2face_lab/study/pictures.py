@@ -159,13 +159,16 @@ def generate_missing(sets: Iterable[PictureSet]) -> None:
             start = (pictures.config, pictures.split, pictures.limit)
             starts.setdefault(start, []).append(pictures.method)
     for (config, split, limit), methods in starts.items():
-        if config.sampling.num_processes > 1:
+        processes = config.sampling.num_processes
+        if torch.cuda.is_available():  # a rank of its own for each GPU, and no more
+            processes = min(processes, torch.cuda.device_count())
+        if processes > 1:
             settings = config.run_dir / "images" / f"{split}-{config.seed}.yaml"
             config.save(settings)
             run(
                 "ec2face_lab", "generate", "--config", str(settings), "--method", *methods,
                 "--split", split, "--limit", str(limit),
-                num_processes=config.sampling.num_processes,
+                num_processes=processes,
             )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ that Eq. 9 uses. Faces are test faces; the noise is the same at every t.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ec2face_core.backbone import decode_latents, encode_images, encode_text, load_backbone
-from ec2face_core.config import Config, adapter_dir
+from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset, open_dataset
 from ec2face_core.flow import interpolate, reverse_estimate
+from ec2face_core.io.lora_file import find_mask_lora, load_mask_lora
 from ec2face_core.losses import beta
-from ec2face_core.mask_branch import load_mask_lora, mask_latents_of, predict_velocity
+from ec2face_core.mask_branch import mask_latents_of, predict_velocity
 from ec2face_core.metrics import mask_counts, psnr
 from ec2face_core.runs import content_key
 
@@ -72,9 +74,13 @@ class Estimator:
         self.dataset = dataset
         self.masked = method != BASE
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone = load_backbone(config.backbone).to(self.device)
+        gc.collect()  # another model of the same notebook may wait for it
+        torch.cuda.empty_cache()
+        self.backbone = load_backbone(config.backbone)
+        for part in (self.backbone.transformer, self.backbone.vae):
+            part.to(self.device)
         if self.masked:
-            load_mask_lora(self.backbone.transformer, adapter_dir(config, method))
+            load_mask_lora(self.backbone.transformer, find_mask_lora(config, method))
 
     @torch.no_grad()
     def batch(self, ids: Sequence[str]) -> dict[str, Any]:
@@ -82,10 +88,16 @@ class Estimator:
         maps = torch.stack([self.dataset.label_map(name) for name in ids]).to(self.device)
         image = torch.stack([self.dataset.image(name) for name in ids]).to(self.device)
         captions = [self.dataset.manifest_caption(name) for name in ids]
+        encoders = (self.backbone.text_encoder, self.backbone.text_encoder_2)
+        for encoder in encoders:
+            encoder.to(self.device)
+        text = encode_text(self.backbone, captions, self.config.backbone.text_length)
+        for encoder in encoders:  # T5 and the transformer's gradient do not fit together
+            encoder.to("cpu")
         return {
             "z": encode_images(self.backbone.vae, image),
             "z_mask": mask_latents_of(self.backbone.vae, maps) if self.masked else None,
-            "text": encode_text(self.backbone, captions, self.config.backbone.text_length),
+            "text": text,
             "image": image,
             "label_map": maps,
         }

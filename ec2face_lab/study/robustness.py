@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ec2face_core.attributes import CLASS_ID, display_name, pixel_counts
+from ec2face_core.attributes import CLASS_ID, display_name
 from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset, open_dataset
 
-from .faces import faces
+from .faces import class_areas, faces
 from .pictures import sample_grid
 from .scores import evaluated_ids, perception_models
 from .tables import PRESENT
@@ -180,8 +180,9 @@ def conflicts(
     import pandas as pd
 
     dataset = open_dataset(config, "test")
-    texts, maps, _ = faces(dataset, evaluated_ids(config, dataset))
-    areas = pixel_counts(maps)
+    ids = evaluated_ids(config, dataset)
+    texts = [dataset.manifest_caption(name) for name in ids]
+    areas = class_areas(dataset, ids)
     parser = perception_models(config).parsers["independent"]
     rows = []
     shown = {}
@@ -197,7 +198,8 @@ def conflicts(
             if not len(masks) or not len(sentences):
                 continue
             n = min(count, max(len(masks), len(sentences)))
-            given = maps[masks[torch.arange(n) % len(masks)]]
+            chosen = masks[torch.arange(n) % len(masks)].tolist()
+            given = torch.stack([dataset.label_map(ids[i]) for i in chosen])
             prompts = [texts[sentences[i % len(sentences)]] for i in range(n)]
             images = sample_grid(config, method, f"conflict_{name}", prompts, given, seeds=1)[:, 0]
             parsed = parser.parse(images.to(parser.device)).cpu()
@@ -257,8 +259,8 @@ def conflict_rows(rows: DataFrame) -> DataFrame:
 
 def rarest_pairs(dataset: FaceDataset, classes: Sequence[str]) -> list[tuple[str, str, int]]:
     """Pairs of classes with the number of faces that have both, rarest pair first."""
-    maps = torch.stack([dataset.label_map(name) for name in dataset.ids])
-    has = {name: pixel_counts(maps)[:, CLASS_ID[name]] > 0 for name in classes}
+    areas = class_areas(dataset, dataset.ids)
+    has = {name: areas[:, CLASS_ID[name]] > 0 for name in classes}
     pairs = [(a, b, int((has[a] & has[b]).sum())) for a, b in itertools.combinations(classes, 2)]
     return sorted(pairs, key=lambda pair: pair[2])
 
@@ -283,8 +285,9 @@ def rare_pairs(
     import pandas as pd
 
     dataset = open_dataset(config, "test")
-    texts, maps, _ = faces(dataset, evaluated_ids(config, dataset))
-    areas = pixel_counts(maps)
+    ids = evaluated_ids(config, dataset)
+    texts = [dataset.manifest_caption(name) for name in ids]
+    areas = class_areas(dataset, ids)
     parser = perception_models(config).parsers["independent"]
     rows = []
     shown = {}
@@ -310,8 +313,11 @@ def rare_pairs(
             continue
         numbers = torch.arange(count)
         hosts = hosts[numbers % len(hosts)]
-        host_maps = maps[hosts]
-        donor_maps = maps[donors[numbers % len(donors)]]
+        donors = donors[numbers % len(donors)]
+        host_maps, donor_maps = (
+            torch.stack([dataset.label_map(ids[i]) for i in rows.tolist()])
+            for rows in (hosts, donors)
+        )
         composed = torch.where(donor_maps == CLASS_ID[second], donor_maps, host_maps)
         prompts = [texts[i] for i in hosts]
         in_host, in_donor, in_both = (

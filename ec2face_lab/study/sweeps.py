@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ec2face_core.config import Config, adapter_dir, adapter_name, trained_seeds
-from ec2face_core.mask_branch import LORA_FILE
+from ec2face_core.config import Config, NotInProfileError, adapter_dir, adapter_name, trained_seeds
+from ec2face_core.io.lora_file import LORA_FILE
 from ec2face_core.runs import read_metrics
 
 from ..cache import kept_file
@@ -227,8 +227,14 @@ def kept_sweeps(config: Config) -> tuple[DataFrame, Path]:
 
     Raises:
         FileNotFoundError: there are none; the message names the remedy.
+        NotInProfileError: the profile has no validation faces, by which settings are chosen.
     """
     path = kept_file(config, "sweeps")
+    if not path.is_file() and not config.data.validation:
+        raise NotInProfileError(
+            f"sweeps are measured on validation faces, and profile {config.profile} has none "
+            "(data.validation): they are the miniature's"
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: `make reproduce PROFILE={config.profile} TRAIN=1 SWEEPS=1` makes "

@@ -19,15 +19,15 @@ from ec2face_core.backbone import (
     unpack,
 )
 from ec2face_core.config import BackboneConfig, LoraConfig
-from ec2face_core.io.sums import DamagedError
-from ec2face_core.mask_branch import (
+from ec2face_core.io.lora_file import (
     LORA_FILE,
-    add_mask_lora,
+    LoraRecord,
     load_mask_lora,
-    predict_velocity,
     read_mask_lora,
     save_mask_lora,
 )
+from ec2face_core.io.sums import DamagedError
+from ec2face_core.mask_branch import add_mask_lora, predict_velocity
 from ec2face_lab.world.networks import tiny_backbone
 
 CORPUS = [
@@ -158,8 +158,9 @@ def test_lora_file_round_trip(tiny, tmp_path):
     for p in add_mask_lora(transformer, config):
         torch.nn.init.normal_(p, std=0.2)
     save_mask_lora(transformer, tmp_path, config, text_length=24)
-    assert {p.name for p in tmp_path.iterdir()} == {LORA_FILE, "SHA256SUMS"}
-    assert read_mask_lora(tmp_path) == (config, 24)
+    beside = {"SHA256SUMS", "adapter_config.json", "README.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {LORA_FILE, *beside}
+    assert read_mask_lora(tmp_path) == LoraRecord(config, 24)
 
     z, z_mask = torch.randn(2, 1, 8, 16, 16)
     text = encode_text(tiny, [CORPUS[0]], 24)

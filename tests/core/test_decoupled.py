@@ -12,19 +12,18 @@ from torch.nn import functional as F
 
 from ec2face_core.backbone import TextEmbedding, encode_text, pack, unpack
 from ec2face_core.config import Config, ConfigError, LoraConfig
+from ec2face_core.inference.inputs import flux_timesteps
+from ec2face_core.io.lora_file import LoraRecord, load_mask_lora, read_mask_lora, save_mask_lora
 from ec2face_core.mask_branch import (
     add_mask_lora,
     guided_velocity,
     install_mask_branch,
     is_decoupled,
-    load_mask_lora,
     mask_latents_of,
     precompute_mask_kv,
     predict_velocity,
-    read_mask_lora,
-    save_mask_lora,
 )
-from ec2face_core.pipeline import EC2FacePipeline, flux_timesteps
+from ec2face_core.pipeline import EC2FacePipeline
 from ec2face_core.trainer import Trainer
 from ec2face_lab.world.networks import tiny_backbone
 
@@ -315,7 +314,7 @@ def test_the_file_decides_the_mode(tiny, batch, tmp_path):
     for attention in MODES:
         net = adapted(tiny, attention)
         save_mask_lora(net, tmp_path / attention, lora(attention), text_length=T)
-        assert read_mask_lora(tmp_path / attention) == (lora(attention), T)
+        assert read_mask_lora(tmp_path / attention) == LoraRecord(lora(attention), T)
         expected[attention] = predict_velocity(net, **batch)
     assert (expected["joint"] - expected["decoupled"]).abs().max() > 1e-2
     offloaded = copy.deepcopy(tiny.transformer)
@@ -340,7 +339,7 @@ def test_a_plain_load_is_told_to_name_the_mode(tiny, transformer, batch, tmp_pat
     pipe.load_lora_weights(str(tmp_path), adapter_name="mask")
     with pytest.raises(ValueError, match="settings of the `mask` LoRA are unknown"):
         install_mask_branch(net)
-    install_mask_branch(net, read_mask_lora(tmp_path)[0])
+    install_mask_branch(net, read_mask_lora(tmp_path).lora)
     expected = predict_velocity(transformer, **batch)
     assert_close(predict_velocity(net, **batch), expected, atol=1e-5)
     with pytest.raises(RuntimeError, match="cannot be fused"):
@@ -505,7 +504,7 @@ def test_the_trainer_trains_it_and_the_pipeline_obeys_the_file(tiny_config: Conf
         lora={"attention": "decoupled"}, trainer={"steps": 2, "gradient_checkpointing": True}
     )
     final = Trainer(config, "none", tmp_path / "run").fit()
-    assert read_mask_lora(final)[0].attention == "decoupled"
+    assert read_mask_lora(final).lora.attention == "decoupled"
     pipe = EC2FacePipeline.from_config(config.replace(lora={"attention": "joint"}), variant=None)
     pipe.load_mask_lora(final)
     assert is_decoupled(pipe.transformer)

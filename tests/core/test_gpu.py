@@ -199,7 +199,7 @@ def test_a_step_never_waits_for_the_gpu(tiny_config, tmp_path, changes):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.steps_done == 8
-    assert all(values.isfinite().all() for _, values in trainer._unlogged)
+    assert all(values.isfinite().all() for _, values in trainer.log._unlogged)
 
 
 # ------------------------------------------------------------------------------------ the training

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from ec2face_core import backbone as backbone_module
 from ec2face_core import latents
 from ec2face_core.attributes import palette_image
 from ec2face_core.backbone import encode_images, encode_text, load_backbone
@@ -175,3 +176,61 @@ def test_ranks_share_the_work(dataset, encoders, tiny_config, cache, tmp_path, m
     everything = cache.ids, [k % 10 for k in range(len(cache.ids))]
     for each in caches.values():
         torch.testing.assert_close(each.batch(*everything)["z"], cache.batch(*everything)["z"])
+
+
+def test_embeddings_in_memory_are_those_on_disk(dataset, encoders, tiny_config, tmp_path):
+    """Bit for bit, whichever captions are embedded together."""
+    on_disk = encode_dataset(dataset, encoders, tiny_config, tmp_path)
+    wanted = sorted({c for i in on_disk.ids for c in on_disk.captions(i)})[1::3]
+    kept = encode_dataset(
+        dataset, encoders, tiny_config, tmp_path / "other", captions=lambda _: wanted, memory=True
+    )
+    assert not list(kept.folder.glob("text-*"))
+    for caption in ["", *wanted]:
+        left, right = kept.text([caption]), on_disk.text([caption])
+        assert torch.equal(left.tokens, right.tokens) and torch.equal(left.pooled, right.pooled)
+    with pytest.raises(CacheError, match="no embedding of"):
+        kept.text(["another one"])
+
+
+def test_what_cannot_end_is_not_begun(dataset, encoders, tiny_config, tmp_path, monkeypatch):
+    import psutil
+
+    usage = SimpleNamespace(free=1000, total=1, used=1)
+    monkeypatch.setattr(latents.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CacheError, match=r"faces need .* GB, and 0\.0 GB are free on the disk of"):
+        encode_dataset(dataset, encoders, tiny_config, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(CacheError, match=r"captions need .* free memory: set data\.texts to disk"):
+        encode_dataset(dataset, encoders, tiny_config, tmp_path, memory=True)
+
+
+def test_the_key_is_that_of_the_content(dataset, tiny_config, tmp_path, monkeypatch):
+    """A folder, a copy of it and the hub's snapshot of any commit have one key."""
+    import os
+    import shutil
+
+    import huggingface_hub
+
+    key = cache_key(dataset, tiny_config)
+    source = tiny_config.backbone.path
+    snapshots = []
+    for commit in ("abc", "def"):  # as the hub's local copies are: links to blobs
+        place = tmp_path / "snapshots" / commit
+        shutil.copytree(source, place, copy_function=os.symlink)
+        snapshots.append(place)
+    shutil.copytree(source, tmp_path / "copy")
+    copied = tiny_config.replace(**{"backbone.path": str(tmp_path / "copy")})
+    assert cache_key(dataset, copied) == key
+    monkeypatch.setattr(backbone_module, "load_backbone", lambda *_: None)
+    asked = []
+    for place in snapshots:
+        monkeypatch.setattr(
+            huggingface_hub,
+            "hf_hub_download",
+            lambda repo, file, revision, place=place: asked.append(revision) or str(place / file),
+        )
+        hub = {"backbone.path": "owner/flux", "backbone.revision": place.name}
+        assert cache_key(dataset, tiny_config.replace(**hub)) == key
+    assert asked == ["abc", "def"]

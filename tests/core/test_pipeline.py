@@ -11,7 +11,8 @@ from torch import nn
 from ec2face_core.attributes import PALETTE, palette_image
 from ec2face_core.backbone import save_backbone
 from ec2face_core.config import ConfigError, LoraConfig, load_profile
-from ec2face_core.mask_branch import add_mask_lora, save_mask_lora
+from ec2face_core.io.lora_file import save_mask_lora
+from ec2face_core.mask_branch import add_mask_lora
 from ec2face_core.pipeline import EC2FacePipeline
 from ec2face_lab.world.networks import tiny_backbone
 
@@ -305,7 +306,7 @@ def test_errors_name_what_is_wrong(pipe, label_map, tmp_path):
         pipe(height=30)
     with pytest.raises(ValueError, match="at least 1"):
         pipe(num_inference_steps=0)
-    with pytest.raises(ValueError, match="use pil, np or pt"):
+    with pytest.raises(ValueError, match="use pil, np, pt or latent"):
         pipe(output_type="jpg")
     with pytest.raises(ValueError, match="2 generators for 1 pictures"):
         pipe(generator=seeded(1, 2))

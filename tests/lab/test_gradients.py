@@ -9,8 +9,9 @@ import torch
 from ec2face_core.backbone import load_backbone
 from ec2face_core.config import Config
 from ec2face_core.data import open_dataset
+from ec2face_core.io.lora_file import save_mask_lora
 from ec2face_core.losses import beta
-from ec2face_core.mask_branch import add_mask_lora, save_mask_lora
+from ec2face_core.mask_branch import add_mask_lora
 from ec2face_lab.study import gradients
 from ec2face_lab.study.gradients import FLOW, MASK, TEXT
 
@@ -50,7 +51,7 @@ def test_norms_follow_the_equations(config):
 
 
 @pytest.mark.slow
-def test_systematic_gradients_are_those_of_training_batches(config):
+def test_systematic_gradients_are_those_of_training_batches(config, monkeypatch):
     """More batches than faces: they begin again with other noise; alpha is a factor."""
     table = gradients.systematic_gradients(config, batches=8).set_index("loss")
     assert (table["batch_norm"] > 0).all() and (table["systematic"] <= table["batch_norm"]).all()
@@ -59,11 +60,16 @@ def test_systematic_gradients_are_those_of_training_batches(config):
     norms = []
     for k in range(8):
         batch = terms.batch(k)
-        loss = terms.losses(batch, batch["t"])[MASK]
+        everything = torch.arange(len(batch["t"]))
+        loss = terms.losses(batch, batch["t"], everything, None)[MASK]
         whole = (beta(batch["t"], 10.0, 0.4) * loss).mean()
         norms.append(float(terms.gradient(whole, last=True).norm()) ** 2)
     expected = (sum(norms) / 8) ** 0.5
     assert table.loc[MASK, "batch_norm"] == pytest.approx(expected, rel=1e-3)
+    whole = terms.gradients(batch, batch["t"], modulated=True)
+    monkeypatch.setattr(gradients, "PIXELS_AT_ONCE", 1)  # one face after another
+    for name, apart in terms.gradients(batch, batch["t"], modulated=True).items():
+        torch.testing.assert_close(apart, whole[name], rtol=1e-3, atol=1e-6)
     assert (batch["captions"], len(set(batch["t"].tolist()))) == (terms.batch(1)["captions"], 2)
 
 

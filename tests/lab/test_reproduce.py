@@ -11,6 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ec2face_core.config import ConfigError, load_profile
 from ec2face_core.io.paths import ROOT
+from ec2face_core.runs import git_state
 from ec2face_lab import reproduce
 from ec2face_lab.__main__ import main
 
@@ -207,6 +208,7 @@ import os, pathlib
 block = bytearray(os.urandom(1)) * 400_000_000
 import time; time.sleep(2)
 assert lr == 1e-5 and flag is True
+print("\\r 1%\\r100%")
 pathlib.Path({str(artefact)!r}).write_text(os.environ["EC2FACE_NOTEBOOK"] + os.getcwd())
 """
     notebook = write_notebook(
@@ -217,8 +219,12 @@ pathlib.Path({str(artefact)!r}).write_text(os.environ["EC2FACE_NOTEBOOK"] + os.g
     assert (outcome.status, outcome.artefacts, outcome.error) == ("done", ("fig.txt",), "")
     assert artefact.read_text() == f"01_works{notebook.parent}"
     assert outcome.memory > 400_000_000 and outcome.seconds > 2
+    executed_copy = nbformat.read(config.run_dir / "notebooks" / notebook.name, as_version=4)
+    output = executed_copy.cells[-1].outputs[0]
+    assert output.text == "100%\n"  # tidied before its hash was taken
     stamp = config.run_dir / "notebooks" / "01_works.json"
-    assert json.loads(stamp.read_text())["key"] == outcome.key
+    kept = json.loads(stamp.read_text())
+    assert kept["key"] == outcome.key and (kept["commit"], kept["dirty"]) == git_state()
     again = reproduce.run_notebook(notebook, parameters, config)
     assert again.status == "up to date" and again.memory == outcome.memory
     artefact.unlink()
@@ -257,6 +263,14 @@ def ran(monkeypatch):
 def test_an_untouched_stamp_is_up_to_date(tmp_path, config, ran):
     notebook = stamped(tmp_path, config)
     assert reproduce.run_notebook(notebook, {}, config).status == "up to date" and not ran
+
+
+def test_a_stamp_is_of_its_own_parameters_unless_others_are_asked_for(tmp_path, config):
+    notebook = stamped(tmp_path, config)
+    assert reproduce.up_to_date(notebook, config).artefacts == ("fig.png", "table.csv")
+    assert reproduce.up_to_date(notebook, config, {}) is not None
+    assert reproduce.up_to_date(notebook, config, {"profile": "smoke"}) is None
+    assert reproduce.up_to_date(notebook.with_name("02_other.ipynb"), config) is None
 
 
 @pytest.mark.parametrize(
@@ -308,3 +322,45 @@ def test_a_copy_that_is_no_notebook_is_told_in_a_sentence(tmp_path):
     for content in (b"", b"{", b"half of a noteb"):
         copy.write_bytes(content)
         assert "is the disk full?" in reproduce.describe_failure(copy, 1)
+
+
+def test_settings_reach_every_notebook(tmp_path, monkeypatch):
+    """Those of --set are the profile's wherever it is loaded, and part of the identity."""
+    import os
+
+    from ec2face_core.config import SETTINGS
+    from ec2face_lab.commands import reproduce as command
+
+    monkeypatch.setenv(SETTINGS, "{}")
+    seen = {}
+
+    def note(assigned, config, *_):
+        seen.update(config=config, order=[path.stem for path in assigned])
+        return True
+
+    monkeypatch.setattr(command, "run_notebooks", note)
+    write_notebook(tmp_path / "00_first.ipynb")
+    write_notebook(tmp_path / "01_training.ipynb", parameters="train: bool = False")
+    arguments = ["reproduce", "--profile", "smoke", "--notebooks", str(tmp_path)]
+    settings = ["--set", "sampling.steps=3", "--set", "loss={clip: 2.0}"]
+    assert main([*arguments, *settings, "--train"]) == 0
+    assert seen["order"] == ["01_training", "00_first"]  # what the others need comes first
+    config = load_profile("smoke")  # as in the notebooks, which inherit the environment
+    assert config == seen["config"] and (config.sampling.steps, config.loss.clip) == (3, 2.0)
+    assert load_profile("smoke", **{"sampling.steps": 5}).sampling.steps == 5
+    monkeypatch.setenv(SETTINGS, "{}")
+    assert load_profile("smoke").digest() != config.digest()
+    assert main([*arguments, "--set", "sampling.stps=3"]) == 2
+    assert os.environ[SETTINGS]
+
+
+def test_a_notebook_of_other_profiles_says_so_and_is_done(tmp_path, config):
+    cell = "from ec2face_lab.study.sweeps import kept_sweeps"
+    load = "from ec2face_core.config import load_profile"
+    ask = "kept_sweeps(load_profile('paper', adapters='nowhere', profile='nowhere'))"
+    path = write_notebook(tmp_path / "09_sweeps.ipynb", cell, load, ask, "1 / 0")
+    outcome = reproduce.run_notebook(path, {}, config)
+    assert (outcome.status, outcome.error) == ("elsewhere", "")
+    copy = (config.run_dir / "notebooks" / "09_sweeps.ipynb").read_text()
+    assert "profile nowhere has none (data.validation)" in copy
+    assert reproduce.run_notebook(path, {}, config).status == "up to date"

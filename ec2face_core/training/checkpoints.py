@@ -1,6 +1,6 @@
 """Checkpoints of a training, and what a resumed training must share with its beginning.
 
-    checkpoints/step_000250/{state.safetensors, state.json}
+    checkpoints/step_000250/{state.safetensors, state.json}    and the LoRA as in `final`
 
 state.json holds the counters that steer a resume, the SHA-256 of the tensors, and a digest of all
 of this. A checkpoint that was damaged later is recognised by them, named, and the one before it is
@@ -12,17 +12,17 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .config import Config, ConfigError, digest_values
-from .io.paths import resolve
-from .io.sums import weights_digest
-from .runs import content_key, file_sha256, remove, whole_folder
+from ..config import Config, ConfigError, digest_values
+from ..io.paths import resolve
+from ..io.sums import weights_digest
+from ..runs import content_key, file_sha256, remove, whole_folder
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
@@ -30,16 +30,22 @@ STATE = "state.json"
 # Settings that may change when a training is resumed.
 MAY_CHANGE = {
     "profile", "adapters", "data.validation", "data.test", "data.zero_shot", "data.zero_shot_root",
-    "data.cache", "sampling", "evaluation", "baselines",
+    "data.cache", "data.texts", "sampling", "evaluation", "baselines",
     "perception.scoring_parser", "perception.scoring_clip", "perception.scoring_facts",
     "trainer.steps", "trainer.batch_size", "trainer.accumulation", "trainer.num_processes",
     "trainer.gradient_checkpointing", "trainer.recompute_every", "trainer.compile",
     "trainer.shard", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.log_every",
+    "trainer.tracker", "trainer.validate_every", "trainer.validation_faces",
 }  # fmt: skip
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    keep: int,
+    write_more: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """Write `folder/step_<step>` and delete all but the newest `keep` checkpoints.
 
@@ -51,6 +57,7 @@ def save_checkpoint(
         tensors: the training state, see `training_tensors`.
         about: further JSON-ready state.
         keep: checkpoints to keep, at least 1.
+        write_more: writes further files into the checkpoint's folder.
 
     Returns:
         The checkpoint's folder.
@@ -67,6 +74,7 @@ def save_checkpoint(
         state = {**about, "step": step, "sha256": file_sha256(part / TENSORS)}
         state["digest"] = _state_digest(state)
         (part / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        write_more(part)
     there = _newest_first(folder)
     older = [old for old in there if _step_of(old) <= step]
     later = [old for old in there if _step_of(old) > step]
@@ -185,7 +193,7 @@ def restore_training(
 
 def final_steps(final: Path) -> int | None:
     """Steps of the finished LoRA in a folder; None if there is none."""
-    from .mask_branch import LORA_FILE
+    from ..io.lora_file import LORA_FILE
 
     try:
         steps = json.loads((final / "provenance.json").read_text())["parameters"]["steps"]
@@ -216,8 +224,8 @@ def training_identity(config: Config) -> dict[str, Any]:
 
 def training_content(config: Config) -> dict[str, str]:
     """Digests of what the paths of a training lead to, by setting; what is not here is left out."""
-    from .data import FaceDataset
-    from .perception import LOCAL_DIR
+    from ..data import FaceDataset
+    from ..perception import LOCAL_DIR
 
     content: dict[str, str] = {}
     paths = {
