@@ -115,8 +115,11 @@ def _shown(output: Iterable[str]) -> Iterator[str]:
     output: pieces that end with a line feed, or with a carriage return where the line is redrawn.
     """
     drawn = ""  # the state that stands in the last line
-    for piece in output:
-        text = piece.removeprefix(f"[{ROLE}0]:").rstrip("\r\n")
+    mark = f"[{ROLE}0]:"
+    # torchrun copies two streams, so a line of one may begin within a line of the other
+    pieces = (part for piece in output for part in piece.replace(mark, f"\0{mark}").split("\0"))
+    for piece in filter(None, pieces):
+        text = piece.removeprefix(mark).rstrip("\r\n")
         if (not text and piece != "\n") or piece.endswith("\r") or BAR.search(text):
             if text.strip():
                 print(f"\r{text}", end="", flush=True)

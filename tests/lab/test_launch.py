@@ -56,8 +56,7 @@ def test_a_progress_bar_stays_one_line(module, capsys):
         "import sys\n"
         "from tqdm import tqdm\n"
         "for _ in tqdm(range(300), mininterval=0): pass\n"
-        "print('after', flush=True)\n"
-        "sys.stdout.write('half\\rwhole\\n')\n",
+        "sys.stderr.write('after\\nhalf\\rwhole\\n')\n",
     )
     for processes in (1, 2):  # torchrun writes each state as a line of its own
         launch.run(name, env=env, num_processes=processes)
@@ -225,3 +224,9 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
+
+
+def test_lines_of_two_streams_that_run_into_each_other_are_told_apart(capsys):
+    pieces = ["[rank0]: 35%|### | 1/3 [00:00<00:01][rank0]:after\n", "[rank0]:next\n"]
+    assert list(launch._shown(pieces)) == ["after\n", "next\n"]
+    assert "[rank0]" not in capsys.readouterr().out
