@@ -44,7 +44,8 @@ from .backbone import (
 )
 from .config import BackboneConfig, Config, DataConfig, SamplingConfig
 from .guards.checks import NotFiniteError, check_number
-from .inputs import (
+from .inference.edit import EditMixin
+from .inference.inputs import (
     MaskLike,
     Texts,
     draw_noise,
@@ -54,9 +55,9 @@ from .inputs import (
     resize_mask,
     text_list,
 )
+from .inference.loras import MaskLoraMixin, saved_mask_lora
+from .io.lora_file import LORA_FOLDER, MaskLora, find_mask_lora
 from .io.sums import check_sums
-from .lora_file import LORA_FOLDER, MaskLora, find_mask_lora
-from .lora_mixin import MaskLoraMixin, saved_mask_lora
 from .mask_branch import (
     ADAPTER,
     MaskKVCache,
@@ -74,7 +75,7 @@ class EC2FacePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class EC2FacePipeline(MaskLoraMixin, DiffusionPipeline):
+class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
     """Text and mask to face, on the parts of a FluxPipeline and a mask LoRA.
 
     Args:

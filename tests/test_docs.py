@@ -63,7 +63,7 @@ def test_readme_s_lines_run(tmp_path):
         command = line.replace("--profile mini", "--profile smoke").split()
         assert command[0] == "python"
         subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, env=environment, check=True)
-    program = "\n".join(blocks("python")).replace('load_profile("mini")', 'load_profile("smoke")')
+    program = "\n".join(blocks("python")).replace('load_profile("mini"', 'load_profile("smoke"')
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment,
         capture_output=True, text=True, check=True,

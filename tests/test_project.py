@@ -203,11 +203,7 @@ def test_notebook_parameters_are_understood_by_papermill(notebook):
         assert about["inferred_type_name"] in kinds and about["help"]
 
 
-# The painter has lessons of its own.
-LESSONS = [path for path in NOTEBOOKS if path.name[:2] != "14"]
-
-
-@pytest.mark.parametrize("notebook", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_a_lesson(notebook):
     """It says what it needs, has its neighbours, sources and an exercise, and takes overrides."""
     cells = nbformat.read(notebook, as_version=4).cells
@@ -217,7 +213,7 @@ def test_notebook_is_a_lesson(notebook):
         r"\]\(([^)#]+)\)", "\n".join(c.source for c in cells if c.cell_type == "markdown")
     )
     missing = [link for link in links if not (notebook.parent / link).exists()]
-    assert set(missing) <= {"14_draw_a_face.ipynb"}, missing
+    assert not missing
     number = int(notebook.name[:2])
     beside = {path.name for path in NOTEBOOKS if abs(int(path.name[:2]) - number) == 1}
     assert beside <= set(links)

@@ -158,8 +158,10 @@ class PixelDiffuser(nn.Module):
             resnet_time_scale_shift="scale_shift",
             class_embed_type=None if maps else "identity",
         )
-        door = nn.Conv2d(maps, MAP_WIDTH, FOLD, FOLD, bias=False)
-        self.door = door if maps else nn.Linear(features, time, bias=False)
+        if maps:
+            self.door = nn.Conv2d(maps, MAP_WIDTH, FOLD, FOLD, bias=False)
+        else:
+            self.door = nn.Linear(features, time, bias=False)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Predicted x_0."""

@@ -124,7 +124,12 @@ def beta_curves(
         measured = reliability.assign(curve="measured: " + reliability["metric"])
         seaborn.lineplot(measured, style="curve", markers=True, dashes=False, ls=":",
                          color="0.35", lw=1, ms=6, **lines)  # fmt: skip
-    ax.set(xlabel="t  (0 data, 1 noise)", ylabel="β(t)", xlim=(0, 1), ylim=(-0.02, 1.03))
+    ax.set(
+        xlabel="t  (0 data, 1 noise)",
+        ylabel="β(t), and scaled reliability",
+        xlim=(0, 1),
+        ylim=(-0.02, 1.03),
+    )
     ax.grid(axis="y")
     seaborn.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title="")
     return fig
@@ -235,6 +240,9 @@ def class_accuracy(
         above, below = fig.subfigures(2, 1, height_ratios=[strip, 3.3])
         _detail_rows(above, details)
     plot.on(below).plot()
+    if details:  # seaborn gives its legend to the whole figure
+        below.legends.extend(fig.legends)
+        fig.legends.clear()
     ax = below.axes[0]
     ax.set_xlim(-0.6, len(classes) - 0.4)
     for i, name in enumerate(classes):

@@ -55,6 +55,14 @@ def rare_boxes(
     return boxes
 
 
+def _largest_rare(
+    label_maps: Tensor, classes: Sequence[int] = GROUPS["RFA"]
+) -> list[tuple[int, int, int, int] | None]:
+    """The largest of the `rare_boxes` of each map; None without one."""
+    boxes = [rare_boxes(mask, classes) for mask in label_maps]
+    return [max(some, key=lambda box: box[2] * box[3], default=None) for some in boxes]
+
+
 def rare_details(
     label_maps: Tensor, images: Mapping[str, Tensor], classes: Sequence[int] = GROUPS["RFA"]
 ) -> dict[str, list[np.ndarray]]:
@@ -69,14 +77,7 @@ def rare_details(
         `mask` and the names of images -> b square pictures `h w 3`.
     """
     height, width = label_maps.shape[1:]
-    boxes = [
-        max(
-            rare_boxes(mask, classes),
-            key=lambda box: box[2] * box[3],
-            default=(0, 0, width, height),
-        )
-        for mask in label_maps
-    ]
+    boxes = [box or (0, 0, width, height) for box in _largest_rare(label_maps, classes)]
     rows = {"mask": [mask_picture(mask) for mask in label_maps]}
     rows |= {name: [picture(image) for image in pictures] for name, pictures in images.items()}
     return {
@@ -173,8 +174,8 @@ def comparison_grid(
         for i, mask in enumerate(label_maps)
     ]
     boxes = [rare_boxes(mask, boxed) for mask in label_maps]
-    zooms = [max(some, key=lambda box: box[2] * box[3], default=None) for some in boxes]
-    cell = 1.1 if len(columns) < 6 else 0.92
+    zooms = _largest_rare(label_maps, boxed)
+    cell = min(1.1, 8.2 / (len(columns) + 1) - 0.07)  # ten inches in all
     heads = ["mask", *columns]
     classes = label_maps.unique().tolist()
     return image_grid(rows, captions, heads, cell, boxes, zooms=zooms, legend=classes)
@@ -199,7 +200,9 @@ def unimodal_grid(
     labels = [f"base, text alone: “{caption}”" for caption in captions]
     labels += ["EC²Face, mask alone"] * len(label_maps)
     samples = [f"sample {i + 1}" for i in range(text_images.shape[1])]
-    return image_grid(rows, labels, ["mask", *samples], legend=label_maps.unique().tolist())
+    zooms = [None] * len(captions) + _largest_rare(label_maps)
+    classes = label_maps.unique().tolist()
+    return image_grid(rows, labels, ["mask", *samples], zooms=zooms, legend=classes)
 
 
 def diversity_grid(captions: Sequence[str], label_maps: Tensor, images: Tensor) -> Figure:
@@ -212,7 +215,9 @@ def diversity_grid(captions: Sequence[str], label_maps: Tensor, images: Tensor) 
     """
     rows = [[mask, *row] for mask, row in zip(label_maps, images, strict=True)]
     samples = [f"sample {i + 1}" for i in range(images.shape[1])]
-    return image_grid(rows, captions, ["mask", *samples], legend=label_maps.unique().tolist())
+    zooms = _largest_rare(label_maps)
+    classes = label_maps.unique().tolist()
+    return image_grid(rows, captions, ["mask", *samples], zooms=zooms, legend=classes)
 
 
 @styled
@@ -238,8 +243,9 @@ def conflict_blocks(
                 _, mask, image = cells.get((name, has, says), ("", None, None))
                 for ax, part in zip(pair, (mask, image), strict=True):
                     show(ax, _any_picture(part))
-                value = values.get((name, has, says), float("nan"))
-                pair[1].set_xlabel(f"{value:.0f} % show it", fontsize=8)
+                value = values.get((name, has, says))
+                note = "no such faces" if value is None else f"{value:.0f} % show it"
+                pair[1].set_xlabel(note, fontsize=8)
                 if i == 0:
                     pair[0].set_title("text: yes" if says else "text: no", fontsize=8.5)
             axes[i, 0].set_ylabel("mask: yes" if has else "mask: no", fontsize=8.5)

@@ -41,6 +41,12 @@ MORE = {
     "Facts": "Facts (%) ↑", "KID": "KID ↓", "CMMD": "CMMD ↓", "Diversity": "Diversity",
 }  # fmt: skip
 
+# Pictures that were edited through their masks: what should stay, what was added, who it is.
+EDITS = {
+    "PSNR_copy": "PSNR to the round trip (dB) ↑", "PSNR_photo": "PSNR to the photo (dB) ↑",
+    "F1_added": "F1 of what was added (%) ↑", "Identity": "Distance of features ↓",
+}  # fmt: skip
+
 PRESENCE = {
     "presence_": "where the mask has it (%)",
     "false_presence_": "where it has none (%)",
@@ -149,9 +155,11 @@ def _blocks(rows: DataFrame, name: Callable[[str], str]) -> list[Block]:
         _value_block("", shown, METRICS, name),
         _paper_block(rows[rows["source"] == "paper"], name),
         _value_block("Further scores.", shown, MORE, name),
+        _value_block("", shown, EDITS, name),
         _value_block("How often a class is found.", shown, presence, name),
         _interval_block("95 % intervals of the first table.", shown, METRICS, name),
         _interval_block("95 % intervals of the further scores.", shown, MORE, name),
+        _interval_block("95 % intervals.", shown, EDITS, name),
         _interval_block("95 % intervals of these shares.", shown, presence, name),
         _value_block(GUIDES, guides, METRICS | presence, name),
         _class_block("Recall of each class in percent.", shown, name),

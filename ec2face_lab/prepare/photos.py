@@ -178,7 +178,36 @@ def _parse_photo(
     except DataError:
         pass
     photo = to_rgb(open_picture(path))
-    points = _largest_face(photo, detect)
+    aligned, ids = parse_face(photo, parser, size, detect)
+    if aligned is photo and is_plain(path, photo.width) and path.suffix.lower() == ".png":
+        image_path.unlink(missing_ok=True)
+        os.symlink(path.resolve(), image_path)
+    else:
+        with whole_file(image_path) as part:
+            aligned.save(part, format="png")
+    with whole_file(mask_path) as part:
+        Image.fromarray(ids).save(part, format="png")
+
+
+def parse_face(
+    photo: Image.Image, parser: FaceParser, size: int, detect: Detector | None = None
+) -> tuple[Image.Image, np.ndarray]:
+    """The frame around the largest face of a photo, and its class ids.
+
+    Args:
+        photo: RGB.
+        parser: gives the mask.
+        size: side of the mask in pixels.
+        detect: finds the faces; None: the photo is square and filled by a face, as FFHQ's are.
+
+    Returns:
+        The aligned photo, which is `photo` itself where nothing was cut, and ids `(size, size)`
+        uint8.
+
+    Raises:
+        DataError: no face, without its frame, or with left and right exchanged.
+    """
+    points = _largest_face(photo, detect) if detect else None
     if points is None and photo.width != photo.height:
         raise DataError("no face is found in this photo")
     aligned = photo if points is None else align(photo, points)
@@ -193,14 +222,7 @@ def _parse_photo(
             "left and right are exchanged: the parser's l_eye lies left of its r_eye in the "
             f"picture; its channels have to swap {FLIP_PAIRS}"
         )
-    if aligned is photo and is_plain(path, photo.width) and path.suffix.lower() == ".png":
-        image_path.unlink(missing_ok=True)
-        os.symlink(path.resolve(), image_path)
-    else:
-        with whole_file(image_path) as part:
-            aligned.save(part, format="png")
-    with whole_file(mask_path) as part:
-        Image.fromarray(ids).save(part, format="png")
+    return aligned, ids
 
 
 def _largest_face(photo: Image.Image, detect: Detector) -> np.ndarray | None:

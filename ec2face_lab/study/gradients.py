@@ -297,7 +297,9 @@ def gradient_figure(table: DataFrame) -> Figure:
             dashed = name != FLOW and not modulated
             label = f"{name}, β ≡ 1" if dashed else name if name == FLOW else f"{name}, with β(t)"
             ax.plot(rows["t"], rows["norm"], color=colour, ls="--" if dashed else "-", label=label)
-    ax.set(xlabel="t  (0 data, 1 noise)", ylabel="gradient norm of a batch", yscale="log")
+    ax.set(
+        xlabel="t  (0 data, 1 noise)", ylabel="norm of the LoRA's gradient, one batch", yscale="log"
+    )
     ax.set_xticks(np.linspace(0, 1, 6))
     ax.grid(axis="y")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -7,6 +7,7 @@ typed by hand.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +18,12 @@ from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import whole_file
 
 from ..baselines import NEWER, PAPER
+from ..painter.stamps import STAMPS
 from ..plots.render_tables import METHODS, METRICS
 from ..plots.save import paper_table
 from .claims import CLAIMS, judged, leads
 from .comparison import MINUS
+from .editing import ANEW, EDITED, WORN
 from .fairness import MARKS, kept_fairness
 from .summary import cell_of
 from .verdicts import EVALUATORS, HOLDS, Measured, Results, interval
@@ -29,7 +32,8 @@ SHOWN = "mini"  # profile of the pages' numbers
 DOCS = ROOT / "docs"
 GALLERY = DOCS / "gallery"  # of the profile that the pages show
 MANIFEST = "manifest.json"
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/painter.md")
+LATENCIES = ROOT / "benchmarks" / "painter.csv"
 PART = re.compile(r"(<!-- numbers: ([\w-]+) -->\n)(.*?)(<!-- end of numbers -->)", re.DOTALL)
 
 SHOWN_CLAIMS = (
@@ -193,6 +197,34 @@ def fairness(results: Results) -> str:
     return markdown(header, lines)
 
 
+def edits(results: Results) -> str:
+    """What edits through the mask keep and add, for each stamp."""
+    if results.table("edits") is None:
+        return "Edits were not measured here."
+    both = (EDITED, ANEW)
+    wanted = {"PSNR_copy": both, "F1_added": (*both, WORN), "Identity": both}
+    names = {"PSNR_copy": "PSNR", "F1_added": "F1", "Identity": "distance", WORN: "worn"}
+    rows = []
+    for stamp in STAMPS:
+        line = [stamp]
+        for metric, kinds in wanted.items():
+            for kind in kinds:
+                cell = results.measured("edits", f"{stamp}: {kind}", metric)
+                line.append("–" if cell is None else interval(cell, sign=False))
+        rows.append(line)
+    header = [
+        f"{names[m]}, {names.get(kind, kind)}" for m, kinds in wanted.items() for kind in kinds
+    ]
+    return markdown(("", *header), rows)
+
+
+def latencies(results: Results) -> str:
+    """How fast the painter was, as `benchmarks/painter.py` measured it."""
+    with LATENCIES.open(newline="") as file:
+        rows = [(row["what"], f"{row['value']} {row['unit']}") for row in csv.DictReader(file)]
+    return markdown(("", "measured"), rows)
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], alignment: str = "") -> str:
     """A Markdown table; alignment: `l` or `r` for each column, by default numbers to the right."""
     alignment = alignment or "l" + "r" * (len(header) - 1)
@@ -227,4 +259,6 @@ PARTS: Mapping[str, Callable[[Results], str]] = {
     "long-tail": long_tail,
     "consistency": consistency,
     "fairness": fairness,
+    "edits": edits,
+    "latencies": latencies,
 }

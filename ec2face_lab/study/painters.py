@@ -16,7 +16,7 @@ import hashlib
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from ec2face_core.config import VARIANTS, BackboneConfig, Config, ConfigError, adapter_dir
 from ec2face_core.data import FaceDataset
+from ec2face_core.io.lora_file import LORA_FILE, find_mask_lora
 from ec2face_core.io.paths import resolve
 from ec2face_core.io.texts import LostWordsWarning
-from ec2face_core.lora_file import LORA_FILE, find_mask_lora
 from ec2face_core.mask_branch import ADAPTER
 from ec2face_core.perception import LOCAL_DIR
 from ec2face_core.runs import path_digest
@@ -48,7 +48,7 @@ SHAPING = (  # modules that decide the pixels of EC²Face and of the round trip
     "ec2face_core.attributes",
     "ec2face_core.backbone",
     "ec2face_core.fast.decoupled",
-    "ec2face_core.inputs",
+    "ec2face_core.inference.inputs",
     "ec2face_core.mask_branch",
     "ec2face_core.pipeline",
     "ec2face_lab.study.painters",
@@ -223,6 +223,35 @@ class EC2Face(Painter):
         """
         if self.method == BASE and masks is not None:
             raise ConfigError("the base model has no mask branch: give no masks, or a variant")
+        return self._sample(lambda pipe, **settings: pipe(list(prompts), masks, **settings), seeds)
+
+    def edit(
+        self,
+        images: Tensor,
+        masks: Tensor,
+        new_masks: Tensor,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        margin: int | None = None,
+    ) -> Tensor:
+        """Edited images `b 3 h w` in [0, 1] (`EC2FacePipeline.edit`).
+
+        Args:
+            images: `b 3 h w` in [0, 1].
+            masks: label maps `b h w` of what they show.
+            new_masks: label maps of what they are to show.
+            prompts: b texts.
+            seeds: of the noise of each image.
+            margin: pixels around the change that are sampled, too; None: 1/32 of the side.
+
+        Raises:
+            ConfigError: the LoRA is missing.
+        """
+        given = (images, masks, new_masks, list(prompts), margin)
+        return self._sample(lambda pipe, **settings: pipe.edit(*given, **settings), seeds)
+
+    def _sample(self, call: Callable[..., Any], seeds: Sequence[int]) -> Tensor:
+        """What a call of the pipeline gives with the configured settings."""
         self.check()
         s = self.config.sampling
         pipe = self._pipeline()
@@ -230,9 +259,8 @@ class EC2Face(Painter):
         with half, warnings.catch_warnings():
             if getattr(pipe, "told", False):  # captions are cut in every batch, said in the first
                 warnings.simplefilter("ignore", LostWordsWarning)
-            images = pipe(
-                list(prompts),
-                masks,
+            images = call(
+                pipe,
                 num_inference_steps=s.steps,
                 guidance_scale=s.guidance,
                 text_guidance=s.text_guidance,

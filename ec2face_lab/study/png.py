@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,20 @@ def save_picture(path: Path, image: Tensor, chunks: Mapping[str, str]) -> None:
     Raises:
         NotFiniteError: a value is not finite; it would be written as black.
     """
+    try:
+        content = png_bytes(image, chunks)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"the picture for {path} is not finite and is not written") from error
+    with whole_file(path) as part:
+        part.write_bytes(content)
+
+
+def png_bytes(image: Tensor, chunks: Mapping[str, str]) -> bytes:
+    """The PNG file of an image `3 h w` in [0, 1], with text chunks.
+
+    Raises:
+        NotFiniteError: a value is not finite.
+    """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -28,10 +43,11 @@ def save_picture(path: Path, image: Tensor, chunks: Mapping[str, str]) -> None:
     for name, text in chunks.items():
         info.add_itxt(name, text)
     if not image.isfinite().all():
-        raise NotFiniteError(f"the picture for {path} is not finite and is not written")
+        raise NotFiniteError("the picture is not finite")
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte()
-    with whole_file(path) as part:
-        Image.fromarray(pixels.movedim(0, -1).numpy()).save(part, "PNG", pnginfo=info)
+    file = io.BytesIO()
+    Image.fromarray(pixels.movedim(0, -1).numpy()).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def read_picture(path: Path) -> Tensor:

@@ -119,9 +119,10 @@ def report(config: Config, folder: Path | None = None) -> str:
 
 def save_report(config: Config) -> Path:
     """Write `REPORT.md` beside the tables of a run, and return its path."""
+    text = report(config)
     path = config.figure_dir / "REPORT.md"
     with whole_file(path) as part:
-        part.write_text(report(config))
+        part.write_text(text)
     return path
 
 

@@ -215,12 +215,8 @@ def share(hits: int, n: int) -> dict[str, float]:
     from scipy.stats import binomtest
 
     bounds = binomtest(hits, n).proportion_ci(method="wilson")
-    return {
-        "value": 100 * hits / n,
-        "ci_low": 100 * bounds.low,
-        "ci_high": 100 * bounds.high,
-        "n": n,
-    }
+    low, high = 100 * float(bounds.low), 100 * float(bounds.high)
+    return {"value": 100 * hits / n, "ci_low": low, "ci_high": high, "n": n}
 
 
 def named_accessories(config: Config, texts: Sequence[str], images: Tensor) -> DataFrame:

@@ -279,14 +279,14 @@ def substitutes(config: Config) -> str:
     return " ".join(parts)
 
 
-def table_caption(config: Config, split: str, title: str = "") -> str:
+def table_caption(config: Config, split: str) -> str:
     """The faces that were measured, and the profile's substitutes, as sentences.
 
     What the table shows and what the intervals are over is said by `render_tables`.
     """
     dataset = open_dataset(config, split)
     n = len(evaluated_ids(config, dataset))
-    return f"{title} There are {n} faces of {dataset.root.name}. {substitutes(config)}".strip()
+    return f"There are {n} faces of {dataset.root.name}. {substitutes(config)}".strip()
 
 
 # -------------------------------------------------------------------------------------- sentences

@@ -9,7 +9,7 @@ import torch
 from ec2face_core.backbone import load_backbone
 from ec2face_core.config import Config
 from ec2face_core.data import open_dataset
-from ec2face_core.lora_file import save_mask_lora
+from ec2face_core.io.lora_file import save_mask_lora
 from ec2face_core.losses import beta
 from ec2face_core.mask_branch import add_mask_lora
 from ec2face_lab.study import gradients

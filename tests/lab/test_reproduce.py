@@ -11,6 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ec2face_core.config import ConfigError, load_profile
 from ec2face_core.io.paths import ROOT
+from ec2face_core.runs import git_state
 from ec2face_lab import reproduce
 from ec2face_lab.__main__ import main
 
@@ -207,6 +208,7 @@ import os, pathlib
 block = bytearray(os.urandom(1)) * 400_000_000
 import time; time.sleep(2)
 assert lr == 1e-5 and flag is True
+print("\\r 1%\\r100%")
 pathlib.Path({str(artefact)!r}).write_text(os.environ["EC2FACE_NOTEBOOK"] + os.getcwd())
 """
     notebook = write_notebook(
@@ -217,8 +219,12 @@ pathlib.Path({str(artefact)!r}).write_text(os.environ["EC2FACE_NOTEBOOK"] + os.g
     assert (outcome.status, outcome.artefacts, outcome.error) == ("done", ("fig.txt",), "")
     assert artefact.read_text() == f"01_works{notebook.parent}"
     assert outcome.memory > 400_000_000 and outcome.seconds > 2
+    executed_copy = nbformat.read(config.run_dir / "notebooks" / notebook.name, as_version=4)
+    output = executed_copy.cells[-1].outputs[0]
+    assert output.text == "100%\n"  # tidied before its hash was taken
     stamp = config.run_dir / "notebooks" / "01_works.json"
-    assert json.loads(stamp.read_text())["key"] == outcome.key
+    kept = json.loads(stamp.read_text())
+    assert kept["key"] == outcome.key and (kept["commit"], kept["dirty"]) == git_state()
     again = reproduce.run_notebook(notebook, parameters, config)
     assert again.status == "up to date" and again.memory == outcome.memory
     artefact.unlink()
@@ -257,6 +263,14 @@ def ran(monkeypatch):
 def test_an_untouched_stamp_is_up_to_date(tmp_path, config, ran):
     notebook = stamped(tmp_path, config)
     assert reproduce.run_notebook(notebook, {}, config).status == "up to date" and not ran
+
+
+def test_a_stamp_is_of_its_own_parameters_unless_others_are_asked_for(tmp_path, config):
+    notebook = stamped(tmp_path, config)
+    assert reproduce.up_to_date(notebook, config).artefacts == ("fig.png", "table.csv")
+    assert reproduce.up_to_date(notebook, config, {}) is not None
+    assert reproduce.up_to_date(notebook, config, {"profile": "smoke"}) is None
+    assert reproduce.up_to_date(notebook.with_name("02_other.ipynb"), config) is None
 
 
 @pytest.mark.parametrize(
