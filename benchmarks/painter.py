@@ -42,8 +42,8 @@ STROKES: tuple[tuple[tuple[str, ...], int, tuple[tuple[int, int], ...]], ...] = 
     (("5",), 2, ((22, 30), (26, 30))),
     (("7", "l"), 2, ((20, 26), (27, 25))),
     (("2", "b"), 3, ((31, 29), (31, 38), (29, 39))),
-    (("w",), 2, ((27, 46), (32, 45))),
-    (("r",), 2, ((28, 48), (32, 49))),
+    (("w",), 2, ((27, 45), (32, 45))),
+    (("r",), 2, ((28, 47), (32, 47))),
 )
 STAMPS = {"earrings": "A young woman wearing earrings.", "hat": "A young woman wearing a hat."}
 
@@ -149,19 +149,15 @@ def record(hand: Hand) -> list[Image.Image]:
 
 
 def save_recording(frames: list[Image.Image], path: Path) -> None:
-    """Write an animated GIF with one palette; the last frame stays longer."""
+    """Write an animated GIF; the last frame stays longer."""
     height = max(frame.height for frame in frames)
     same = []
     for frame in frames:
         page = Image.new("RGB", (frame.width, height), "white")
         page.paste(frame)
         same.append(page.resize((WIDTH, round(height * WIDTH / frame.width)), Image.Resampling.BOX))
-    some = same[:: max(1, len(same) // 8)]
-    montage = Image.new("RGB", (same[0].width, len(some) * same[0].height))
-    for i, frame in enumerate(some):
-        montage.paste(frame, (0, i * frame.height))
-    palette = montage.quantize(256)
-    drawn = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in same]
+    none = Image.Dither.NONE  # it would not compress
+    drawn = [frame.quantize(256, Image.Quantize.MAXCOVERAGE, dither=none) for frame in same]
     path.parent.mkdir(exist_ok=True)
     drawn[0].save(
         path, save_all=True, append_images=drawn[1:], loop=0, optimize=True,

@@ -144,6 +144,7 @@ class MaskPainter(anywidget.AnyWidget):
         self._given: Start | None = None
         self._drawings: dict[int, Drawing] = {}
         self._worker = Worker()
+        self._warm = False
         self._here = on_this_loop()
         self.starts = own
         self.drawing: Drawing | None = None
@@ -223,8 +224,18 @@ class MaskPainter(anywidget.AnyWidget):
         settings = (self.caption, self.seed, self.text_scale, self.mask_scale, self.strength)
         return Wish(self.mask, *settings, photo, photo_mask)
 
-    def _ready(self, seconds: float) -> None:
-        self.status = f"ready: the weights were loaded in {seconds:.0f} s"
+    def _warm_up(self) -> None:
+        """Load the weights in the background, when the first browser shows the painter."""
+        artist = self._artist
+        if artist is None or self._warm:
+            return
+        self._warm = True
+
+        def job(_: Stop) -> None:
+            seconds = artist.load()
+            self._later(setattr, self, "status", f"ready: loading took {seconds:.0f} s")
+
+        self._submit(job, "loading the weights")
 
     def _required_artist(self) -> Artist:
         if self._artist is None:
@@ -304,8 +315,8 @@ class MaskPainter(anywidget.AnyWidget):
 
     def _answer(self, message: dict[str, Any], files: list[bytes]) -> None:
         kind = message.get("type")
-        if kind == "ready" and self._artist is not None:  # a browser shows the painter
-            self._submit(lambda _: self._later(self._ready, self._artist.load()), "loading")
+        if kind == "ready":  # a browser shows the painter
+            self._warm_up()
         elif kind == "draw":
             self.request(bool(message.get("live")))
         elif kind == "stamp":

@@ -505,6 +505,18 @@ def test_requests_of_the_browser_and_what_is_wrong_with_them(painter, tmp_path):
     assert painter.wait(PATIENCE) and "caption is empty" in painter.status
 
 
+def test_the_weights_are_loaded_once_when_a_browser_shows_the_painter(painter, monkeypatch):
+    loads = []
+    monkeypatch.setattr(Artist, "load", lambda self: loads.append(1) or 2.4)
+    for _ in range(2):  # two views of one painter
+        sent(painter, {"type": "ready"})
+        assert painter.wait(PATIENCE)
+    assert loads == [1] and painter.status == "ready: loading took 2 s"
+    paints_only = MaskPainter(None)
+    sent(paints_only, {"type": "ready"})
+    assert not paints_only.busy and not paints_only.status
+
+
 def test_saving_sends_a_file_to_the_browser(painter, monkeypatch):
     out = []
     monkeypatch.setattr(MaskPainter, "send", lambda self, m, buffers=None: out.append((m, buffers)))
