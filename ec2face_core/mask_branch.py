@@ -7,7 +7,7 @@ noise tokens use the base weights; mask tokens use base + LoRA:
 
 Mask tokens are the tail of the image stream (double blocks) and of the joint stream (single
 blocks), so "the last n tokens" is right in every layer, and A and B are computed on those alone.
-The LoRA's file records how it was trained, and loading restores it (`lora_file.py`):
+The LoRA's file records how it was trained, and loading restores it (`io/lora_file.py`):
 
     attention      joint (the paper): every token attends to every token, through the transformer's
                    *stock* forward. decoupled: mask tokens attend to mask tokens only, so that

@@ -43,9 +43,9 @@ from .backbone import (
     warn_of_lost_words,
 )
 from .config import BackboneConfig, Config, DataConfig, SamplingConfig
-from .edit import EditMixin
 from .guards.checks import NotFiniteError, check_number
-from .inputs import (
+from .inference.edit import EditMixin
+from .inference.inputs import (
     MaskLike,
     Texts,
     draw_noise,
@@ -55,9 +55,9 @@ from .inputs import (
     resize_mask,
     text_list,
 )
+from .inference.loras import MaskLoraMixin, saved_mask_lora
+from .io.lora_file import LORA_FOLDER, MaskLora, find_mask_lora
 from .io.sums import check_sums
-from .lora_file import LORA_FOLDER, MaskLora, find_mask_lora
-from .lora_mixin import MaskLoraMixin, saved_mask_lora
 from .mask_branch import (
     ADAPTER,
     MaskKVCache,

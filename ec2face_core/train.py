@@ -21,14 +21,8 @@ from pathlib import Path
 
 from torch import distributed
 
-from .config import (
-    VARIANTS,
-    Config,
-    ConfigError,
-    add_config_options,
-    cli,
-    config_from_args,
-)
+from .command_line import add_config_options, cli, config_from_args
+from .config import VARIANTS, Config, ConfigError
 from .guards.checks import number
 from .guards.parent import end_with_parent
 from .io.paths import user_path

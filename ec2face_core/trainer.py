@@ -1,7 +1,7 @@
 """The training step (Sec. 3.5, 4.1) on cached latents; only the mask branch's LoRA is trained.
 
 `Trainer.step` is the paper's training step. `Trainer.update` is one optimiser step over samples
-[n, n + batch x accumulation x processes) of the stream. `training_run.py` is what is around them.
+[n, n + batch x accumulation x processes) of the stream. `training/run.py` is what is around them.
 
 Everything random is a function of (seed, sample index), see `stream.py`, and the learning rate is a
 function of the step. So a checkpoint is the LoRA, the optimiser's state and two counters (and the
@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 
 from .backbone import load_backbone, load_tiny_decoder
-from .checkpoints import training_content
 from .consistency import PixelConsistency
 from .data import open_dataset
-from .ema import AveragedLora
 from .fast.blocks import prepare_blocks
 from .fast.importance import pixel_loss_probability
 from .fast.memory import check_memory
@@ -38,9 +36,11 @@ from .losses import flow_matching_loss, latent_weights, total_loss
 from .mask_branch import MaskKVCache, add_mask_lora, precompute_mask_kv, predict_velocity
 from .perception import ClipScorer, FaceParser
 from .stream import Samples, SampleStream
-from .training_log import METRICS
-from .training_run import TrainingRun
-from .validation import ValidationFaces
+from .training.checkpoints import training_content
+from .training.ema import AveragedLora
+from .training.log import METRICS
+from .training.run import TrainingRun
+from .training.validation import ValidationFaces
 
 
 class Trainer(TrainingRun):

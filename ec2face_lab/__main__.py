@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser(*words[:1]).parse_args(words)
-    from ec2face_core.config import cli
+    from ec2face_core.command_line import cli
     from ec2face_core.guards.parent import end_with_parent
 
     end_with_parent()

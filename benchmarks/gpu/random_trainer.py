@@ -14,11 +14,11 @@ from ec2face_core.attributes import NUM_CLASSES, pixel_counts
 from ec2face_core.backbone import TextEmbedding
 from ec2face_core.config import Config, load_profile
 from ec2face_core.consistency import PixelConsistency
-from ec2face_core.ema import AveragedLora
 from ec2face_core.fast.blocks import blocks_of, prepare_blocks
 from ec2face_core.fast.decoupled import set_attention
 from ec2face_core.mask_branch import install_mask_branch
 from ec2face_core.trainer import Trainer
+from ec2face_core.training.ema import AveragedLora
 
 FACES = 8  # of the random data
 

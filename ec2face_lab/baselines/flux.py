@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ec2face_core.backbone import TextEmbedding, decode_latents, encode_text, load_backbone
 from ec2face_core.config import Config
 from ec2face_core.flow import interpolate, sample_timesteps, target_velocity
-from ec2face_core.inputs import flux_timesteps
+from ec2face_core.inference.inputs import flux_timesteps
 from ec2face_core.io.paths import resolve
 from ec2face_core.losses import flow_matching_loss
 from ec2face_core.mask_branch import (

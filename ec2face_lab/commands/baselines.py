@@ -14,7 +14,8 @@ import argparse
 
 import torch
 
-from ec2face_core.config import ConfigError, add_config_options, config_from_args
+from ec2face_core.command_line import add_config_options, config_from_args
+from ec2face_core.config import ConfigError
 from ec2face_core.guards.checks import number
 from ec2face_core.io.paths import user_path
 

@@ -13,7 +13,8 @@ import argparse
 import os
 from pathlib import Path
 
-from ec2face_core.config import VARIANTS, Config, ConfigError, config_from_args
+from ec2face_core.command_line import config_from_args
+from ec2face_core.config import VARIANTS, Config, ConfigError
 from ec2face_core.data import FaceDataset, open_dataset
 from ec2face_core.io.paths import user_path
 from ec2face_core.io.report import Report

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ec2face_core.config import Config, add_config_options, config_from_args
+from ec2face_core.command_line import add_config_options, config_from_args
+from ec2face_core.config import Config
 from ec2face_core.guards.checks import number
 from ec2face_core.io.paths import user_path
 from ec2face_core.train import leave_group

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from ec2face_core.config import Config, add_config_options, config_from_args
+from ec2face_core.command_line import add_config_options, config_from_args
+from ec2face_core.config import Config
 from ec2face_core.guards.checks import number
 from ec2face_core.io.paths import ROOT, resolve, user_path
 from ec2face_core.io.texts import read_manifest

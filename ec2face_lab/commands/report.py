@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from ec2face_core.config import add_config_options, config_from_args
+from ec2face_core.command_line import add_config_options, config_from_args
 
 from ..study.report import save_report
 

@@ -18,7 +18,8 @@ import os
 import signal
 import sys
 
-from ec2face_core.config import SETTINGS, ConfigError, load_profile, parse_override
+from ec2face_core.command_line import parse_override
+from ec2face_core.config import SETTINGS, ConfigError, load_profile
 from ec2face_core.guards.checks import number
 from ec2face_core.io.paths import CODE, user_path
 

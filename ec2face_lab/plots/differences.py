@@ -157,32 +157,24 @@ def fairness_figure(
 
 @styled
 def guide_gain_figure(
-    rows: DataFrame,
-    labels: Mapping[str, str],
-    ceiling: str = "real",
-    metrics: Sequence[str] = ("Text", "OAA", "RFA"),
+    rows: DataFrame, labels: Mapping[str, str], metrics: Sequence[str] = ("Text", "OAA", "RFA")
 ) -> Figure:
-    """Scores by the guides of training beside those by the independent evaluators.
+    """Paired differences by the guides of training beside those by the independent evaluators.
 
-    Each score is a share of the same model's score of the real images, which makes models with
-    different scales comparable. A guide's dot to the right of the evaluator's dot means overfitting
-    to the guide, unless methods that were never guided show the same.
+    A guide's dot to the right of the evaluator's dot means overfitting to the guide.
 
     Args:
-        rows: long rows of both perception models, including the method `ceiling`.
-        labels: method -> its label, from top to bottom.
-        ceiling: the method of the real images.
+        rows: long rows of paired differences by both perception models.
+        labels: method (a difference such as `mask - none`) -> its label, from top to bottom.
         metrics: one panel each.
     """
-    marks = {"independent critic": ("o", BLUE), "guiding critic": ("o", ORANGE)}
-    shown = rows.assign(method=rows["method"].map(labels), series=rows["critic"] + " critic")
-    top = rows[rows["method"] == ceiling].set_index(["critic", "metric"])["value"]
-    shown = shown.join(top.rename("top"), on=["critic", "metric"])
-    scores = ["value", "ci_low", "ci_high"]
-    shown[scores] = 100 * shown[scores].div(shown["top"], axis=0)
+    marks = {"independent evaluator": ("o", BLUE), "guide of training": ("o", ORANGE)}
+    series = dict(zip(("independent", "guiding"), marks, strict=True))
+    shown = rows.assign(method=rows["method"].map(labels), series=rows["critic"].map(series))
     names = list(labels.values())
-    xlabel = "% of the real images' score"
-    fig = _dots(shown, names, marks, metrics, xlabel, 1.0 + 0.38 * len(names))
+    fig = _dots(shown, names, marks, metrics, "difference (points)", 1.0 + 0.38 * len(names))
+    for ax in fig.axes:
+        ax.axvline(0, color="0.4", lw=1, zorder=0.9)
     outside_legend(fig, 2)
     return fig
 

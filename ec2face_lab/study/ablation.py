@@ -17,9 +17,9 @@ import numpy as np
 from ec2face_core.config import VARIANTS, Config, adapter_dir, adapter_name
 from ec2face_core.data import open_dataset
 from ec2face_core.flow import interpolate, target_velocity
+from ec2face_core.io.lora_file import LORA_FILE
 from ec2face_core.io.paths import resolve
 from ec2face_core.latents import LatentCache, cache_folder, encode_dataset
-from ec2face_core.lora_file import LORA_FILE
 from ec2face_core.losses import flow_matching_loss
 from ec2face_core.mask_branch import predict_velocity
 from ec2face_core.runs import read_metrics

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from ec2face_core.config import Config, ConfigError, adapter_dir
 from ec2face_core.data import open_dataset
+from ec2face_core.io.lora_file import LORA_FILE
 from ec2face_core.io.paths import resolve
 from ec2face_core.io.sums import list_sums
-from ec2face_core.lora_file import LORA_FILE
 from ec2face_core.runs import path_digest
 
 from ..baselines import NEWER, PAPER, SYSTEMS, WEIGHTS, systems, trained, weights_dir

@@ -17,7 +17,7 @@ from torch import Tensor
 from ec2face_core.attributes import CLASS_ID, pixel_counts
 from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset, open_dataset
-from ec2face_core.edit import changed_pixels
+from ec2face_core.inference.edit import changed_pixels
 from ec2face_core.io.report import DataError
 from ec2face_core.metrics import mask_counts
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, GROUPS, pixel_counts
-from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset
 from ec2face_core.runs import parallel
 
-from .scores import perception_models
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ec2face_core.perception import FaceParser
 
 RARE = [("ear_r", "earrings"), ("neck_l", "necklaces")]
 
@@ -59,23 +62,31 @@ def faces(dataset: FaceDataset, ids: Sequence[str]) -> tuple[list[str], Tensor, 
     return [dataset.manifest_caption(name) for name in ids], maps, images
 
 
-def describe_rare_parts(config: Config, maps: Tensor, pictures: Tensor) -> str:
-    """How many pixels of the earrings and necklaces the independent parser finds in pictures.
+def rare_parts_found(
+    parser: FaceParser, maps: Tensor, systems: Mapping[str, Tensor | None]
+) -> DataFrame:
+    """How many pixels of the masks' earrings and necklaces, and of all else, a parser finds.
 
     Args:
-        config: names the parser.
+        parser: reads the pictures.
         maps: the mask conditions, `b h w`.
-        pictures: `b 3 h w` in [-1, 1].
+        systems: name -> pictures of the same faces, `b 3 h w` in [-1, 1]; those without are left
+            out.
+
+    Returns:
+        One row for each system, in percent, best first in all else.
     """
-    parser = perception_models(config).parsers["independent"]
-    correct = parser.parse(pictures.to(parser.device)).cpu() == maps
-    parts = []
-    for name, word in RARE:
-        wanted = maps == CLASS_ID[name]
-        if wanted.any():
-            share = 100 * float((correct & wanted).sum() / wanted.sum())
-            parts.append(f"{share:.0f} % of the {word}")
-    others = ~torch.isin(maps, torch.tensor(GROUPS["RFA"]))
-    rest = 100 * float(correct[others].float().mean())
-    rare = " and ".join(parts) if parts else "no rare parts in these masks"
-    return f"Pixels found by the independent parser: {rare}; {rest:.0f} % of everything else."
+    import pandas as pd
+
+    parts = {word: maps == CLASS_ID[name] for name, word in RARE}
+    parts["all else"] = ~torch.isin(maps, torch.tensor(GROUPS["RFA"]))
+    rows = {}
+    for system, pictures in systems.items():
+        if pictures is not None:
+            hits = parser.parse(pictures.to(parser.device)).cpu() == maps
+            rows[system] = {
+                word: 100 * float(hits[part].double().mean())
+                for word, part in parts.items()
+                if part.any()
+            }
+    return pd.DataFrame(rows).T.sort_values("all else", ascending=False)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from ec2face_core.backbone import load_backbone
 from ec2face_core.config import Config, adapter_dir
+from ec2face_core.io.lora_file import LORA_FILE
 from ec2face_core.io.paths import resolve
 from ec2face_core.io.sums import list_sums
-from ec2face_core.lora_file import LORA_FILE
 from ec2face_core.runs import path_digest
 
 from ..baselines import PAPER, systems, weights_dir

@@ -140,9 +140,7 @@ class Terms:
         """
         c = self.config.loss
         b = len(t)
-        weights = None
-        if c.long_tail:
-            weights = latent_weights(batch["label_map"], self.counts, batch["z"].shape[-1], c)
+        weights = self.weights(batch)
         at_once = max(1, PIXELS_AT_ONCE // self.config.data.size**2)
         total: dict[str, Tensor] = {}
         for rows in torch.arange(b, device=t.device).split(at_once):
@@ -154,10 +152,31 @@ class Terms:
                 total[name] = total[name] + gradient if name in total else gradient
         return total
 
+    def weights(self, batch: dict[str, Any]) -> Tensor | None:
+        """Eq. 10 of the faces of a batch, `b h w`; None: the variant has none."""
+        c = self.config.loss
+        if not c.long_tail:
+            return None
+        return latent_weights(batch["label_map"], self.counts, batch["z"].shape[-1], c)
+
     def losses(
-        self, batch: dict[str, Any], t: Tensor, rows: Tensor, weights: Tensor | None
+        self,
+        batch: dict[str, Any],
+        t: Tensor,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Flow matching, alpha_1 L_text and alpha_2 L_mask without beta, of some faces."""
+        """Flow matching, alpha_1 L_text and alpha_2 L_mask without beta, each `(b,)`.
+
+        Args:
+            batch: of `batch`.
+            t: times of all its faces.
+            rows: numbers of the faces whose losses are computed; None: all.
+            weights: Eq. 10 of these faces; None: of the batch.
+        """
+        if rows is None:
+            rows = torch.arange(len(t), device=t.device)
+            weights = self.weights(batch) if weights is None else weights
         c = self.config.loss
         z = batch["z"][rows]
         noise = batch["noise"][rows]

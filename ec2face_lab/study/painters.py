@@ -25,9 +25,9 @@ from torch import Tensor
 
 from ec2face_core.config import VARIANTS, BackboneConfig, Config, ConfigError, adapter_dir
 from ec2face_core.data import FaceDataset
+from ec2face_core.io.lora_file import LORA_FILE, find_mask_lora
 from ec2face_core.io.paths import resolve
 from ec2face_core.io.texts import LostWordsWarning
-from ec2face_core.lora_file import LORA_FILE, find_mask_lora
 from ec2face_core.mask_branch import ADAPTER
 from ec2face_core.perception import LOCAL_DIR
 from ec2face_core.runs import path_digest
@@ -48,7 +48,7 @@ SHAPING = (  # modules that decide the pixels of EC²Face and of the round trip
     "ec2face_core.attributes",
     "ec2face_core.backbone",
     "ec2face_core.fast.decoupled",
-    "ec2face_core.inputs",
+    "ec2face_core.inference.inputs",
     "ec2face_core.mask_branch",
     "ec2face_core.pipeline",
     "ec2face_lab.study.painters",

@@ -19,7 +19,7 @@ from ec2face_core.backbone import decode_latents, encode_images, encode_text, lo
 from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset, open_dataset
 from ec2face_core.flow import interpolate, reverse_estimate
-from ec2face_core.lora_file import find_mask_lora, load_mask_lora
+from ec2face_core.io.lora_file import find_mask_lora, load_mask_lora
 from ec2face_core.losses import beta
 from ec2face_core.mask_branch import mask_latents_of, predict_velocity
 from ec2face_core.metrics import mask_counts, psnr

@@ -131,7 +131,7 @@ def _claims(results: Results) -> list[str]:
     lines = []
     for claim in CLAIMS:
         answer = answers.get(claim.key)
-        ours, said = answer or ("its table is missing", "–")
+        ours, said = answer or ("not measured here", "–")
         lines.append(f"| {claim.statement} | {claim.where} | {claim.paper} | {ours} | {said} |")
     return lines
 

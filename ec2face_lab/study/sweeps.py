@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ec2face_core.config import Config, NotInProfileError, adapter_dir, adapter_name, trained_seeds
-from ec2face_core.lora_file import LORA_FILE
+from ec2face_core.io.lora_file import LORA_FILE
 from ec2face_core.runs import read_metrics
 
 from ..cache import kept_file

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from ec2face_core.checkpoints import (
+from ec2face_core.guards.ranks import locked
+from ec2face_core.runs import add_metrics, cut_metrics
+from ec2face_core.trainer import learning_rate
+from ec2face_core.training.checkpoints import (
     newest_checkpoint,
     restore_training,
     save_checkpoint,
     training_tensors,
 )
-from ec2face_core.guards.ranks import locked
-from ec2face_core.runs import add_metrics, cut_metrics
-from ec2face_core.trainer import learning_rate
 
 CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints; half of it on a GPU
 

@@ -19,14 +19,14 @@ from ec2face_core.backbone import (
     unpack,
 )
 from ec2face_core.config import BackboneConfig, LoraConfig
-from ec2face_core.io.sums import DamagedError
-from ec2face_core.lora_file import (
+from ec2face_core.io.lora_file import (
     LORA_FILE,
     LoraRecord,
     load_mask_lora,
     read_mask_lora,
     save_mask_lora,
 )
+from ec2face_core.io.sums import DamagedError
 from ec2face_core.mask_branch import add_mask_lora, predict_velocity
 from ec2face_lab.world.networks import tiny_backbone
 

@@ -9,7 +9,9 @@ import warnings
 import pytest
 import torch
 
-from ec2face_core.checkpoints import (
+from ec2face_core.config import ConfigError, load_profile
+from ec2face_core.runs import add_metrics, cut_metrics, read_metrics
+from ec2face_core.training.checkpoints import (
     compare_identities,
     newest_checkpoint,
     restore_training,
@@ -18,8 +20,6 @@ from ec2face_core.checkpoints import (
     training_identity,
     training_tensors,
 )
-from ec2face_core.config import ConfigError, load_profile
-from ec2face_core.runs import add_metrics, cut_metrics, read_metrics
 
 NEEDED = ("samples", "identity")
 TENSORS = {"a/value": torch.arange(3.0)}

@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from ec2face_core import attributes, losses
-from ec2face_core.config import (
-    Config,
-    ConfigError,
-    LossConfig,
-    load_config,
-    load_profile,
-    parse_override,
-)
+from ec2face_core.command_line import parse_override
+from ec2face_core.config import Config, ConfigError, LossConfig, load_config, load_profile
 from ec2face_core.flow import interpolate, reverse_estimate, target_velocity
 from ec2face_core.guards.checks import check_labels, check_number, check_texts, number
 from ec2face_core.metrics import accuracy_from_counts, mask_accuracy, psnr

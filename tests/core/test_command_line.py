@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from ec2face_core.config import ConfigError, add_config_options, cli, config_from_args, load_profile
+from ec2face_core.command_line import add_config_options, cli, config_from_args
+from ec2face_core.config import ConfigError, load_profile
 from ec2face_core.io.paths import user_path
 from ec2face_core.io.report import DataError
 from ec2face_core.latents import CacheError

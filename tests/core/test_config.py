@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ec2face_core.command_line import parse_override
 from ec2face_core.config import (
     PROFILES,
     VARIANTS,
@@ -16,7 +17,6 @@ from ec2face_core.config import (
     adapter_dir,
     load_config,
     load_profile,
-    parse_override,
 )
 from ec2face_core.io.paths import ROOT, resolve, user_path
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ec2face_core.backbone import TextEmbedding, encode_text, pack, unpack
 from ec2face_core.config import Config, ConfigError, LoraConfig
-from ec2face_core.inputs import flux_timesteps
-from ec2face_core.lora_file import LoraRecord, load_mask_lora, read_mask_lora, save_mask_lora
+from ec2face_core.inference.inputs import flux_timesteps
+from ec2face_core.io.lora_file import LoraRecord, load_mask_lora, read_mask_lora, save_mask_lora
 from ec2face_core.mask_branch import (
     add_mask_lora,
     guided_velocity,

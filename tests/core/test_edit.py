@@ -9,8 +9,8 @@ from PIL import Image
 
 from ec2face_core.backbone import decode_latents, encode_images, pack, unpack
 from ec2face_core.data import FaceDataset
-from ec2face_core.edit import changed_pixels, keep_outside, read_pictures
-from ec2face_core.inputs import draw_noise
+from ec2face_core.inference.edit import changed_pixels, keep_outside, read_pictures
+from ec2face_core.inference.inputs import draw_noise
 from ec2face_core.io.report import DataError
 from ec2face_core.mask_branch import add_mask_lora
 from ec2face_core.pipeline import EC2FacePipeline

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from ec2face_core.config import Config, ConfigError, load_profile, trained_dir
-from ec2face_core.lora_file import find_mask_lora, read_mask_lora, train_command, training_settings
+from ec2face_core.io.lora_file import (
+    find_mask_lora,
+    read_mask_lora,
+    train_command,
+    training_settings,
+)
 from ec2face_core.pipeline import EC2FacePipeline
 from ec2face_core.trainer import Trainer
 

@@ -12,7 +12,7 @@ from torch import nn
 from ec2face_core.attributes import palette_image
 from ec2face_core.backbone import TextEmbedding, encode_images, pack
 from ec2face_core.config import LoraConfig
-from ec2face_core.lora_file import save_mask_lora
+from ec2face_core.io.lora_file import save_mask_lora
 from ec2face_core.mask_branch import (
     add_mask_lora,
     install_mask_branch,

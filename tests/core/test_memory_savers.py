@@ -10,7 +10,7 @@ from torch import nn
 
 from ec2face_core.backbone import TextEmbedding, decode_latents
 from ec2face_core.config import LoraConfig
-from ec2face_core.lora_file import load_mask_lora, save_mask_lora
+from ec2face_core.io.lora_file import load_mask_lora, save_mask_lora
 from ec2face_core.mask_branch import add_mask_lora, predict_velocity
 from ec2face_lab.world.networks import tiny_backbone
 

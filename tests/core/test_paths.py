@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ec2face_core.config import add_config_options, config_from_args, load_profile
+from ec2face_core.command_line import add_config_options, config_from_args
+from ec2face_core.config import load_profile
 from ec2face_core.io.paths import CODE, ROOT, PathError, resolve, user_path, user_setting
 from ec2face_core.runs import read_metrics
 

@@ -15,8 +15,14 @@ from torch import nn
 
 from ec2face_core.backbone import pack, save_backbone
 from ec2face_core.config import LoraConfig
-from ec2face_core.lora_file import LORA_FILE, LORA_FOLDER, WEIGHTS, read_mask_lora, save_mask_lora
-from ec2face_core.lora_mixin import saved_mask_lora
+from ec2face_core.inference.loras import saved_mask_lora
+from ec2face_core.io.lora_file import (
+    LORA_FILE,
+    LORA_FOLDER,
+    WEIGHTS,
+    read_mask_lora,
+    save_mask_lora,
+)
 from ec2face_core.mask_branch import ADAPTER, add_mask_lora
 from ec2face_core.pipeline import EC2FacePipeline
 from ec2face_lab.world.networks import tiny_backbone
@@ -277,7 +283,7 @@ def test_saving_leaves_the_pipeline_and_loading_restores_it(backbone, tmp_path, 
     folder = saved(pipe, tmp_path / "pipe")
     assert same(draw(pipe), expected) and pipe.transformer.active_adapters() == [ADAPTER]
     index = json.loads((folder / "model_index.json").read_text())
-    assert index[LORA_FOLDER] == ["ec2face_core.lora_file", "MaskLora"]
+    assert index[LORA_FOLDER] == ["ec2face_core.io.lora_file", "MaskLora"]
     assert (folder / LORA_FOLDER / WEIGHTS / LORA_FILE).is_file()
     assert "EC2FacePipeline.from_pretrained" in (folder / "README.md").read_text()
     for loaded in (

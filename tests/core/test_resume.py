@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ec2face_core import trainer as trainer_module
 from ec2face_core.config import Config, ConfigError
 from ec2face_core.guards.ranks import locked
-from ec2face_core.lora_file import LORA_FILE
+from ec2face_core.io.lora_file import LORA_FILE
 from ec2face_core.runs import read_metrics
 from ec2face_core.trainer import Trainer
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from ec2face_core import runs
-from ec2face_core.checkpoints import newest_checkpoint, save_checkpoint
 from ec2face_core.config import load_profile
 from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import (
@@ -21,6 +20,7 @@ from ec2face_core.runs import (
     whole_folder,
     write_json,
 )
+from ec2face_core.training.checkpoints import newest_checkpoint, save_checkpoint
 
 
 def test_a_full_disk_leaves_the_checkpoints_valid(tmp_path, monkeypatch):

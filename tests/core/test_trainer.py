@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from ec2face_core import train
 from ec2face_core import trainer as trainer_module
 from ec2face_core.backbone import load_backbone
-from ec2face_core.checkpoints import newest_checkpoint
 from ec2face_core.config import Config, ConfigError, load_profile
+from ec2face_core.io.lora_file import load_mask_lora, read_mask_lora, training_settings
 from ec2face_core.io.paths import ROOT, resolve
-from ec2face_core.lora_file import load_mask_lora, read_mask_lora, training_settings
 from ec2face_core.mask_branch import predict_velocity
 from ec2face_core.runs import read_metrics
 from ec2face_core.trainer import Trainer, learning_rate
+from ec2face_core.training.checkpoints import newest_checkpoint
 from ec2face_lab import launch
 
 LORA = "pytorch_lora_weights.safetensors"

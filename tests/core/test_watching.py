@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from ec2face_core import train
 from ec2face_core.config import Config, ConfigError, load_profile
-from ec2face_core.ema import AveragedLora
 from ec2face_core.fast.memory import check_memory, needed_memory
+from ec2face_core.io.lora_file import LORA_FILE, read_mask_lora
 from ec2face_core.io.paths import ROOT
-from ec2face_core.lora_file import LORA_FILE, read_mask_lora
 from ec2face_core.pipeline import EC2FacePipeline
 from ec2face_core.runs import VALIDATION_FILE, read_metrics
 from ec2face_core.trainer import Trainer
+from ec2face_core.training.ema import AveragedLora
 from ec2face_lab import launch
 
 

@@ -27,14 +27,14 @@ import torch
 from world import make_world
 
 from ec2face_core.backbone import load_backbone
-from ec2face_core.checkpoints import newest_checkpoint
 from ec2face_core.config import Config, UserError, load_config
 from ec2face_core.data import FaceDataset, open_dataset
+from ec2face_core.io.lora_file import LORA_FILE, load_mask_lora
 from ec2face_core.latents import cache_folder, encode_dataset
-from ec2face_core.lora_file import LORA_FILE, load_mask_lora
 from ec2face_core.perception import ClipScorer, FaceParser
 from ec2face_core.runs import read_metrics
 from ec2face_core.trainer import Trainer
+from ec2face_core.training.checkpoints import newest_checkpoint
 from ec2face_lab.baselines import SYSTEMS, load
 from ec2face_lab.cache import claim, is_whole, read_note
 from ec2face_lab.study.pictures import PictureSet

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 from world import ROOT, make_world
 
-from ec2face_core.lora_file import LORA_FILE
+from ec2face_core.io.lora_file import LORA_FILE
 from ec2face_core.runs import read_metrics, remove
 
 MARK = "EC2FACE_FAULTS"  # environment variable by which the processes of a trial are found

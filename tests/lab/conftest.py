@@ -120,7 +120,7 @@ def paper_config(tmp_path, flux_folder, no_hub, monkeypatch) -> Config:
 def sampled_config(tiny_config) -> Config:
     """Two steps, 12 training faces (so small NIQE blocks), and a LoRA with weights."""
     from ec2face_core.backbone import load_backbone
-    from ec2face_core.lora_file import save_mask_lora
+    from ec2face_core.io.lora_file import save_mask_lora
     from ec2face_core.mask_branch import add_mask_lora
 
     config = tiny_config.replace(

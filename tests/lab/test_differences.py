@@ -35,7 +35,7 @@ def fairness() -> Figure:
 
 def guide_gain() -> Figure:
     both = pd.concat([rows(critic=role) for role in ("independent", "guiding")])
-    return differences.guide_gain_figure(both, {"mask - none": "mask"}, "text - none")
+    return differences.guide_gain_figure(both, {"mask - none": "mask"})
 
 
 ALL = {
@@ -67,8 +67,11 @@ def test_conditions_without_rows_are_left_out():
     assert "once" in shown and "half" not in shown and "RFA (n = 7 faces)" in shown
 
 
-def test_scores_are_shares_of_the_same_models_ceiling():
+def test_guides_and_evaluators_have_a_difference_each():
     fig = guide_gain()
     intervals, dots = fig.axes[0].collections
-    assert np.allclose(dots.get_offsets()[:, 0], 100)
-    assert np.allclose([segment[:, 0] for segment in intervals.get_segments()], [50, 170])
+    expected = rows()[lambda r: (r["method"] == "mask - none") & (r["metric"] == "Text")].iloc[0]
+    assert np.allclose(dots.get_offsets()[:, 0], [expected["value"]] * 2)
+    ends = [expected["ci_low"], expected["ci_high"]]
+    assert np.allclose([segment[:, 0] for segment in intervals.get_segments()], [ends] * 2)
+    assert {"guide of training", "independent evaluator"} <= set(texts(fig))

@@ -1,9 +1,8 @@
-"""Faces are chosen by their masks; the sentence about rare parts counts pixels."""
+"""Faces are chosen by their masks; rare parts are counted in pictures."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
+import pytest
 import torch
 
 from ec2face_core.attributes import CLASS_ID, pixel_counts
@@ -36,11 +35,16 @@ class Reader:
         return images[:, 0].long()
 
 
-def test_sentence_of_rare_parts(monkeypatch):
-    models = SimpleNamespace(parsers={"independent": Reader()})
-    monkeypatch.setattr(faces, "perception_models", lambda config: models)
+def test_rare_parts_found_in_the_pictures_of_each_system():
     maps = torch.ones(2, 4, 4, dtype=torch.long)
     maps[0, 0] = CLASS_ID["ear_r"]
-    pictures = maps[:, None].expand(-1, 3, -1, -1).float().clone()
-    pictures[0, :, 0, :3] = 0  # three of the four earring pixels are missing
-    assert "25 % of the earrings; 100 %" in faces.describe_rare_parts(None, maps, pictures)
+    perfect = maps[:, None].expand(-1, 3, -1, -1).float()
+    worse = perfect.clone()
+    worse[0, :, 0, :3] = 0  # three of the four earring pixels are missing
+    worse[1, :, 0, 0] = 0  # and one of 28 others
+    systems = {"worse": worse, "none": None, "perfect": perfect}
+    table = faces.rare_parts_found(Reader(), maps, systems)
+    assert list(table.index) == ["perfect", "worse"] and list(table) == ["earrings", "all else"]
+    assert table.loc["worse", "earrings"] == 25
+    assert table.loc["worse", "all else"] == pytest.approx(100 * 27 / 28)
+    assert (table.loc["perfect"] == 100).all()

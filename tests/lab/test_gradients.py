@@ -9,7 +9,7 @@ import torch
 from ec2face_core.backbone import load_backbone
 from ec2face_core.config import Config
 from ec2face_core.data import open_dataset
-from ec2face_core.lora_file import save_mask_lora
+from ec2face_core.io.lora_file import save_mask_lora
 from ec2face_core.losses import beta
 from ec2face_core.mask_branch import add_mask_lora
 from ec2face_lab.study import gradients
@@ -60,8 +60,7 @@ def test_systematic_gradients_are_those_of_training_batches(config, monkeypatch)
     norms = []
     for k in range(8):
         batch = terms.batch(k)
-        everything = torch.arange(len(batch["t"]))
-        loss = terms.losses(batch, batch["t"], everything, None)[MASK]
+        loss = terms.losses(batch, batch["t"])[MASK]
         whole = (beta(batch["t"], 10.0, 0.4) * loss).mean()
         norms.append(float(terms.gradient(whole, last=True).norm()) ** 2)
     expected = (sum(norms) / 8) ** 0.5

@@ -14,9 +14,8 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from torch import Tensor
 
-from .backbone import is_hub_id
-from .io.paths import user_path
-from .lora_file import (
+from ..backbone import is_hub_id
+from ..io.lora_file import (
     CARD,
     LORA_FILE,
     LORA_FOLDER,
@@ -25,7 +24,8 @@ from .lora_file import (
     load_mask_lora,
     write_card,
 )
-from .mask_branch import ADAPTER, keep_loras_active
+from ..io.paths import user_path
+from ..mask_branch import ADAPTER, keep_loras_active
 
 # diffusers loads components of the libraries and classes that it knows
 LOADABLE_CLASSES[MaskLora.__module__] = {"MaskLora": ["save_pretrained", "from_pretrained"]}

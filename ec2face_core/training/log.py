@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import Config, ConfigError
+from ..guards.checks import NotFiniteError
+from ..runs import add_metrics, progress_line
 from .checkpoints import training_identity
-from .config import Config, ConfigError
-from .guards.checks import NotFiniteError
-from .runs import add_metrics, progress_line
 
 METRICS = ("t", "total", "flow", "text", "mask", "beta", "unweighted_flow", "grad_norm")
 

@@ -10,14 +10,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .attributes import palette_image
-from .backbone import Backbone
-from .config import Config
-from .data import open_dataset
-from .latents import EMPTY, LatentCache
-from .metrics import mask_accuracy
-from .perception import ClipScorer, FaceParser
-from .runs import whole_file
+from ..attributes import palette_image
+from ..backbone import Backbone
+from ..config import Config
+from ..data import open_dataset
+from ..latents import EMPTY, LatentCache
+from ..metrics import mask_accuracy
+from ..perception import ClipScorer, FaceParser
+from ..runs import whole_file
 
 if TYPE_CHECKING:
     pass
@@ -56,7 +56,7 @@ class ValidationFaces:
             device: where it is drawn.
             clip, parser: the guides of training, if it has them.
         """
-        from .pipeline import EC2FacePipeline
+        from ..pipeline import EC2FacePipeline
 
         s = self.config.sampling
         self.pipe = EC2FacePipeline(

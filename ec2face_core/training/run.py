@@ -15,24 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from .checkpoints import (
-    compare_identities,
-    final_steps,
-    newest_checkpoint,
-    restore_training,
-    save_checkpoint,
-    training_content,
-    training_identity,
-    training_tensors,
-)
-from .config import VARIANTS, Config, ConfigError, adapter_name, trained_dir
-from .ema import AveragedLora
-from .fast.blocks import attention_kernel
-from .guards.ranks import agree, locked, make_accelerator
-from .io.paths import user_path
-from .latents import LatentCache
-from .lora_file import save_mask_lora, training_settings
-from .runs import (
+from ..config import VARIANTS, Config, ConfigError, adapter_name, trained_dir
+from ..fast.blocks import attention_kernel
+from ..guards.ranks import agree, locked, make_accelerator
+from ..io.lora_file import save_mask_lora, training_settings
+from ..io.paths import user_path
+from ..latents import LatentCache
+from ..runs import (
     VALIDATION_FILE,
     add_metrics,
     cut_metrics,
@@ -43,7 +32,18 @@ from .runs import (
     whole_folder,
     write_json,
 )
-from .training_log import TrainingLog, check_tracker
+from .checkpoints import (
+    compare_identities,
+    final_steps,
+    newest_checkpoint,
+    restore_training,
+    save_checkpoint,
+    training_content,
+    training_identity,
+    training_tensors,
+)
+from .ema import AveragedLora
+from .log import TrainingLog, check_tracker
 from .validation import ValidationFaces
 
 

@@ -13,10 +13,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from .backbone import unpack
-from .guards.checks import check_floats, check_texts
-from .io.masks import mask_ids, split_masks
-from .io.texts import clean
+from ..backbone import unpack
+from ..guards.checks import check_floats, check_texts
+from ..io.masks import mask_ids, split_masks
+from ..io.texts import clean
 
 MaskLike = Tensor | np.ndarray | Image.Image | str | Path
 Texts = str | Sequence[str] | None

@@ -19,13 +19,13 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor
 
-from .attributes import NUM_CLASSES
-from .backbone import encode_images, pack
-from .flow import interpolate
-from .guards.checks import check_floats, check_labels, check_number, check_range, check_same_shape
+from ..attributes import NUM_CLASSES
+from ..backbone import encode_images, pack
+from ..flow import interpolate
+from ..guards.checks import check_floats, check_labels, check_number, check_range, check_same_shape
+from ..io.paths import user_path
+from ..io.pictures import open_picture, to_rgb
 from .inputs import MaskLike, Texts, draw_noise, mask_list, resize_mask
-from .io.paths import user_path
-from .io.pictures import open_picture, to_rgb
 
 ImageLike = Tensor | Image.Image | str | Path
 

@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .config import Config, ConfigError, digest_values
-from .io.paths import resolve
-from .io.sums import weights_digest
-from .runs import content_key, file_sha256, remove, whole_folder
+from ..config import Config, ConfigError, digest_values
+from ..io.paths import resolve
+from ..io.sums import weights_digest
+from ..runs import content_key, file_sha256, remove, whole_folder
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
@@ -193,7 +193,7 @@ def restore_training(
 
 def final_steps(final: Path) -> int | None:
     """Steps of the finished LoRA in a folder; None if there is none."""
-    from .lora_file import LORA_FILE
+    from ..io.lora_file import LORA_FILE
 
     try:
         steps = json.loads((final / "provenance.json").read_text())["parameters"]["steps"]
@@ -224,8 +224,8 @@ def training_identity(config: Config) -> dict[str, Any]:
 
 def training_content(config: Config) -> dict[str, str]:
     """Digests of what the paths of a training lead to, by setting; what is not here is left out."""
-    from .data import FaceDataset
-    from .perception import LOCAL_DIR
+    from ..data import FaceDataset
+    from ..perception import LOCAL_DIR
 
     content: dict[str, str] = {}
     paths = {

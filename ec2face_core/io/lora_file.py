@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import (
+from ..config import (
     VARIANTS,
     Config,
     ConfigError,
@@ -27,9 +27,9 @@ from .config import (
     profiles,
     shipped_profile,
 )
-from .io.sums import check_sums, list_sums
-from .mask_branch import ADAPTER, install_mask_branch, keep_loras_active
-from .runs import whole_file, write_tensors
+from ..mask_branch import ADAPTER, install_mask_branch, keep_loras_active
+from ..runs import whole_file, write_tensors
+from .sums import check_sums, list_sums
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
