@@ -246,6 +246,7 @@ class MaskPainter(anywidget.AnyWidget):
         """Show a start: its mask, its picture below, and its caption."""
         self.mask = start.mask
         self._given = start if start.image is not None else None
+        self.keep = True
         overlay = start.image if start.overlay is None else start.overlay
         self.photo = b"" if overlay is None else png_bytes(overlay, {})
         if start.caption:
@@ -281,7 +282,7 @@ class MaskPainter(anywidget.AnyWidget):
         self.mask = wish.mask
         for name in ("caption", "seed", "text_scale", "mask_scale", "strength"):
             setattr(self, name, getattr(wish, name))
-        self.keep = wish.photo is not None
+        self.keep = wish.photo is not None or self._given is None
         if wish.photo is not None and wish.photo_mask is not None:
             self._given = Start(wish.photo_mask, wish.photo)
             self.photo = png_bytes(wish.photo, {})

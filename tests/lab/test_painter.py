@@ -433,7 +433,7 @@ def test_a_picture_is_drawn_read_compared_and_kept(painter):
     sent(painter, {"type": "restore", "number": 1})
     assert painter.caption == "A young woman." and painter.mask_scale == 2.0
     assert np.array_equal(painter.mask, first.mask) and painter.picture == first.png
-    assert len(painter.strip) == 3
+    assert len(painter.strip) == 3 and painter.keep
 
 
 def test_the_strip_forgets_the_oldest(painter, monkeypatch):

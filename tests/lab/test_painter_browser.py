@@ -94,7 +94,7 @@ class WatchedHand(Hand):
         """The mask that Python sees after something was done."""
         before = self.seen()
         act()
-        wait_for(lambda: self.seen() >= before + steps, "no change", seconds=30)
+        wait_for(lambda: self.seen() >= before + steps, "no change")
         time.sleep(0.3)
         assert self.seen() == before + steps, "more changes than one"
         return self.mask()
