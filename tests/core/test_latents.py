@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -224,6 +225,7 @@ def test_the_key_is_that_of_the_content(dataset, tiny_config, tmp_path, monkeypa
     copied = tiny_config.replace(**{"backbone.path": str(tmp_path / "copy")})
     assert cache_key(dataset, copied) == key
     monkeypatch.setattr(backbone_module, "load_backbone", lambda *_: None)
+    monkeypatch.setattr(backbone_module, "answering_hub", lambda *_: nullcontext())
     asked = []
     for place in snapshots:
         monkeypatch.setattr(

@@ -534,8 +534,9 @@ def test_a_painter_without_a_profile_only_paints():
         painter.start("moon")
 
 
-def test_weights_that_are_missing_become_a_sentence(tiny_config):
-    painter = MaskPainter(tiny_config, live=False)  # no LoRA was trained here
+def test_weights_that_are_missing_become_a_sentence(tiny_config, tmp_path):
+    untrained = tiny_config.replace(profile=str(tmp_path / "run"), adapters=str(tmp_path / "no"))
+    painter = MaskPainter(untrained, live=False)
     with pytest.raises((ConfigError, FileNotFoundError)):
         painter.draw()
     painter.request()

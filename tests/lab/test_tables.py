@@ -62,8 +62,7 @@ def test_a_table_s_pictures_are_generated_in_one_start_a_seed(config, monkeypatc
     monkeypatch.setattr(PictureSet, "scores", lambda self: frame(["0"], 20.0, 8))
     with pytest.raises(ConfigError, match="TRAIN=1"):
         tables.table_rows(config, "table1", {"EC2Face": "both"})
-    for name in ("both", "none", "both-seed43", "none-seed43"):
-        (tmp_path / "adapters" / name).mkdir(parents=True)
+    monkeypatch.setattr("ec2face_lab.study.painters.find_mask_lora", lambda *_: tmp_path)
     (tmp_path / "baselines" / "uac").mkdir(parents=True)
     (tmp_path / "baselines" / "uac" / WEIGHTS).touch()
     methods = ("UaC", "ControlNeXt", "both", "none", "real")
