@@ -157,7 +157,7 @@ def test_the_printed_commands_lead_to_every_table_and_figure(downloads, config, 
     command = launch.command_line("ec2face_core.train", *everything, *given, num_processes=2)
     subprocess.run(command, check=True, **start)
     reproduce = ["-m", "ec2face_lab", "reproduce", "--profile", "paper"]
-    few = ["-p", "faces", "2", "-p", "count", "4", "-p", "steps", "1"]
+    few = ["-p", "faces", "2", "-p", "steps", "1"]
     few += ["--only", "02", "03", "05", "06", "07", "08", "09"]
     done = subprocess.run(
         [sys.executable, *reproduce, *given, *few], stdout=subprocess.PIPE, text=True, **start
