@@ -240,7 +240,7 @@ def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
     if config.data.procedural:  # small, so every picture counts
         inputs += [root / kind for root in roots for kind in ("image", "mask")]
     if any("save_report" in cell.source for cell in cells):  # reads what the others wrote
-        inputs += sorted(config.figure_dir.glob("*.csv"))
+        inputs += _earlier_tables(notebook, config.figure_dir)
     if "train" not in papermill.inspect_notebook(str(notebook)):
         # a notebook that trains writes these, so they are no inputs of it
         kept = ("adapters", "sweeps/sweeps.csv", "fairness/fairness.csv", "baselines")
@@ -248,6 +248,17 @@ def identity(notebook: Path, parameters: Parameters, config: Config) -> str:
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     digests = [_packages_digest(), config.digest(), *(path_digest(path) for path in inputs)]
     return content_key([code, sorted(parameters.items()), digests], digits=16)
+
+
+def _earlier_tables(notebook: Path, folder: Path) -> list[Path]:
+    """The tables of a folder, but those of notebooks that run after this one."""
+    tables = []
+    for path in sorted(folder.glob("*.csv")):
+        record = path.with_suffix(".json")
+        author = json.loads(record.read_text())["notebook"] if record.is_file() else None
+        if not author or author < notebook.stem:
+            tables.append(path)
+    return tables
 
 
 @functools.cache
