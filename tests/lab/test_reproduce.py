@@ -302,6 +302,9 @@ def test_a_damaged_stamp_is_no_stamp(tmp_path, config, ran, content):
 def test_the_report_depends_on_the_tables_that_it_reads(tmp_path, config):
     notebook = stamped(tmp_path, config, "from ec2face_lab.study.report import save_report")
     before = reproduce.identity(notebook, {}, config)
+    (config.figure_dir / "later.csv").write_text("a\n1\n")
+    (config.figure_dir / "later.json").write_text('{"notebook": "99_later"}')
+    assert reproduce.identity(notebook, {}, config) == before
     (config.figure_dir / "table.csv").write_text("a\n2\n")
     assert reproduce.identity(notebook, {}, config) != before
 
