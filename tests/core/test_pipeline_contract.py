@@ -81,13 +81,7 @@ def lora_folder(backbone, tmp_path_factory) -> Path:
 
 
 def draw(pipe, *, mask=MASK, **kwargs) -> torch.Tensor:
-    given = {
-        "num_inference_steps": 2, "output_type": "pt", "height": 32, "width": 32,
-        "generator": torch.Generator().manual_seed(1),
-    }  # fmt: skip
-    if "prompt_embeds" not in kwargs:
-        given["prompt"] = CORPUS[0]
-    return pipe(mask=mask, **(given | kwargs))[0]
+    return draw_flux(pipe, mask=mask, **kwargs)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -164,7 +158,7 @@ def draw_flux(flux, **kwargs) -> torch.Tensor:
     }  # fmt: skip
     if "prompt_embeds" not in kwargs:
         given["prompt"] = CORPUS[0]
-    return flux(**(given | kwargs)).images
+    return flux(**(given | kwargs))[0]
 
 
 def test_encode_prompt_in_isolation(pipe):
