@@ -214,7 +214,8 @@ def part_rows(bench: Bench, settings: Settings) -> None:
     n = bench.networks
 
     def velocity() -> Tensor:
-        return predict_velocity(trainer.model, z, t, text, trainer._mask_condition(z_mask))
+        mask = trainer._mask_condition(z_mask, torch.arange(b))
+        return predict_velocity(trainer.model, z, t, text, mask)
 
     def gradient() -> object:
         return torch.autograd.grad(velocity().square().sum(), n.parameters)

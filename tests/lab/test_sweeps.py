@@ -44,7 +44,6 @@ def test_always_is_a_schedule_that_never_fades():
 def swept(tiny_config, tmp_path_factory):
     """A sweep of two points, trained, sampled and scored; kept adapters of two seeds."""
     from ec2face_core.trainer import Trainer
-    from ec2face_lab.study.ablation import _copy
 
     config = tiny_config.replace(
         profile=str(tmp_path_factory.mktemp("runs") / "sweeps"),
@@ -61,12 +60,8 @@ def swept(tiny_config, tmp_path_factory):
 
     def train(other, methods, seeds=1):
         for method in methods:
-            final = Trainer(
-                other, method, other.run_dir / "training" / adapter_name(other, method)
-            ).fit()
-            target = other.run_dir / "adapters" / adapter_name(other, method)
-            target.mkdir(parents=True)
-            _copy(final, target)
+            folder = other.run_dir / "training" / adapter_name(other, method)
+            Trainer(other, method, folder).fit()  # which publishes it
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "SWEEPS", {"dropout": points})
