@@ -39,6 +39,10 @@ WARMUP = 0.03  # of the steps
 
 VOCABULARY = 10**7  # number of the first face whose captions make the vocabularies
 
+CROPS = 0.8  # share of the autoencoder's training that sees parts of pictures, where it is cut
+
+USES = 4  # steps on the CPU that cut other parts from the same faces
+
 LOG_VARIANCE = -6.0  # of the latents' noise when the training of the autoencoder begins
 
 PLANS = {plan.side: plan for plan in (Plan(), SECOND)}
@@ -66,11 +70,13 @@ class FaceBlocks:
     Args:
         source: the faces.
         batch: faces of a step.
+        uses: so many steps in a row get the same faces.
     """
 
-    def __init__(self, source: DataSource, batch: int) -> None:
+    def __init__(self, source: DataSource, batch: int, uses: int = 1) -> None:
         self.source = source
         self.batch = batch
+        self.uses = uses
         self.steps = 1 if source.device.type == "cpu" else max(1, 512 // batch)
         self._number = -1
         self._block: tuple[Tensor, ...] = ()
@@ -83,6 +89,7 @@ class FaceBlocks:
             kind: of the condition; the same for all steps of a block.
             generator: of the condition's colours.
         """
+        number //= self.uses
         block = number // self.steps
         if block != self._number:
             count = self.batch * self.steps
@@ -94,8 +101,22 @@ class FaceBlocks:
         return tuple(x[first : first + self.batch] for x in self._block)
 
 
+def _cut(pictures: Tensor, side: int, places: Tensor) -> Tensor:
+    """A square part of each picture; places: its first row and column, `b 2` in [0, 1)."""
+    height, width = pictures.shape[-2:]
+    rows = (places[:, 0] * (height - side + 1)).long().tolist()
+    columns = (places[:, 1] * (width - side + 1)).long().tolist()
+    parts = zip(pictures, rows, columns, strict=True)
+    return torch.stack([x[..., i : i + side, j : j + side] for x, i, j in parts])
+
+
 def train_vae(
-    source: DataSource, work: Path, samples: int, batch: int = 16, seconds: float = 0.0
+    source: DataSource,
+    work: Path,
+    samples: int,
+    batch: int = 16,
+    seconds: float = 0.0,
+    crop: int = 0,
 ) -> None:
     """Train the autoencoder; writes `work/vae.pt` and its scale, `work/vae.json`.
 
@@ -110,6 +131,8 @@ def train_vae(
         samples: pictures to train on.
         batch: pictures of a step.
         seconds: limit in place of `samples`, see `training.train`; 0: none.
+        crop: side in pixels of the square that each step but the last fifth sees of a picture, a
+            multiple of 16: more steps in the same time; 0: whole pictures.
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -122,7 +145,7 @@ def train_vae(
     optimizer = torch.optim.AdamW(
         vae.parameters(), weight_decay=1e-4, **optimiser_options(device, 2e-3)
     )
-    held_out = source.held_out_scenes(SEED, 128).image
+    held_out = source.held_out_scenes(SEED, 64).image
     # Weights of small parts (eyes, lips, jewellery) replace the perceptual loss of a large model.
     counts = pixel_counts(source.held_out_scenes(SEED, 256).label_map.cpu()).sum(0)
     detail = class_weights(counts).pow(0.35).clamp(max=8).float()
@@ -130,20 +153,24 @@ def train_vae(
     # a low resolution is no harder to encode than the face itself
     kinds = [kind for kind in source.condition_shares if kind != "low resolution"]
     n = batch * 3 // 10
-    blocks = FaceBlocks(source, batch)
-    side = source.size // 2 ** (len(vae.config.block_out_channels) - 1)
-    latent = (batch, channels, side, side)
+    blocks = FaceBlocks(source, batch, USES if crop and device.type == "cpu" else 1)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         set_learning_rates(optimizer, progress, WARMUP)
-        kind = kinds[number // blocks.steps % len(kinds)]
+        kind = kinds[number // blocks.uses // blocks.steps % len(kinds)]
         image, condition, label_map = blocks(number, kind, generator)
         x = torch.cat([image[n:], condition[:n]])
-        w = detail[torch.cat([label_map[n:], label_map[:n]])][:, None]
-        noise = torch.randn(latent, generator=generator, device=device)
-        return learn(x=x, w=w, noise=noise)
+        labels = torch.cat([label_map[n:], label_map[:n]])
+        if crop and progress < CROPS:
+            places = torch.rand(batch, 2, generator=generator, device=device)
+            x, labels = _cut(x, crop, places), _cut(labels, crop, places)
+        w = detail[labels][:, None]
+        side = x.shape[-1] // scale
+        noise = torch.randn(batch, channels, side, side, generator=generator, device=device)
+        return learn(x.shape[-1], x=x, w=w, noise=noise)
 
-    def update(x: Tensor, w: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def update(side: int, x: Tensor, w: Tensor, noise: Tensor) -> dict[str, Tensor]:
         posterior = DiagonalGaussianDistribution(_in_bf16(vae.encoder, x))
         z = posterior.mean + posterior.std * noise
         y = _in_bf16(vae.decoder, z)
