@@ -5,10 +5,12 @@
     python -m ec2face_lab prepare validate ROOT             # check a folder of faces
     python -m ec2face_lab prepare --profile mini validate ROOT   # and count captions that are cut
     python -m ec2face_lab prepare convert-merged SRC OUT    # convert your own faces
+    python -m ec2face_lab prepare export-parser             # the second parser, from the hub
 
 The report needs no network, and the dry run writes nothing. Part files, photos and captions become
 the data roots that the profile names; once these are complete the downloads may be deleted. Weights
-stay where they are. An interrupted conversion resumes. docs/data.md has the steps.
+stay where they are; the second parser is exported from a downloaded SegFormer. An interrupted
+conversion resumes. docs/data.md has the steps.
 
 Exit code 0: everything is there. 2: something is missing, incomplete or refused.
 """
@@ -46,7 +48,9 @@ from ..prepare.inventory import (
     survey,
 )
 from ..prepare.photos import face_detector, from_photos
+from ..prepare.second_parser import SEGFORMER, export_segformer
 from ..prepare.validate import note_long_captions, validate
+from ..prepare.weights import local_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", title="single folders", metavar="ACTION")
     check = actions.add_parser("validate", help="report every bad file of a folder of faces")
     check.add_argument("root", type=user_path, help="folder with image/ mask/ text/ manifest.csv")
+    export = actions.add_parser(
+        "export-parser", help="a SegFormer of 19 classes, to perception.scoring_parser"
+    )
+    export.add_argument(
+        "source", nargs="?", default=SEGFORMER, help=f"hub id or folder; {SEGFORMER} by default"
+    )
     for name, layout, train, default in (
         (
             "convert-celebamask",
@@ -102,6 +112,10 @@ def run(options: argparse.Namespace) -> int:
         note_long_captions(options.root, config_from_args(options), report)
         report.raise_if_bad()
         print(report)
+        return 0
+    if options.action == "export-parser":
+        file = resolve(config_from_args(options).perception.scoring_parser)
+        print(f"{export_segformer(options.source, file)}: exported from {options.source}")
         return 0
     if options.action is not None:
         raw = options.action == "convert-celebamask"
@@ -157,6 +171,10 @@ def prepare(config: Config, downloads: Path, dry_run: bool = False) -> list[Find
     if there >= {IMAGES, PARTS, TEXTS}:
         texts = captions_folder(downloads)
         from_celebamask_hq(downloads / CELEBAMASK, root, texts, size, config.data.train)
+    scorer = resolve(config.perception.scoring_parser)
+    downloaded = local_folder(SEGFORMER, "config.json")
+    if downloaded and not scorer.exists():
+        export_segformer(downloaded, scorer)
     if there >= {PHOTOS, FARL, RETINAFACE}:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         parser = FaceParser.from_config(config.perception, device=device)
