@@ -135,7 +135,8 @@ class LossConfig:
     long_tail: Flag = True  # Eq. 11 instead of Eq. 3
     scope: Literal["dataset", "sample"] = "dataset"  # T of Eq. 10: training set | one face
     reduction: Literal["max", "mean", "nearest"] = "max"  # weights to latent resolution
-    normalize: Literal["mean", "none"] = "mean"  # mean: mean squared weight of a step is 1
+    # mean squared weight is 1 over the pixels of the training set | over the cells of a step
+    normalize: Literal["constant", "mean", "none"] = "constant"
     clip: NotNegative = 0.0  # upper bound of the weights after Eq. 10; 0: none
     importance_sampling: NotNegative = field(  # pixel losses on a sample of faces; 0: on all
         default=0.0, metadata={"digest": "gate"}
@@ -145,6 +146,15 @@ class LossConfig:
     def _usable_clip(self) -> LossConfig:
         if 0 < self.clip < 1e-6:
             raise ValueError(f"clip {self.clip:g} is too small: 1e-6 or more, or 0 for none")
+        return self
+
+    @model_validator(mode="after")
+    def _constant_of_the_training_set(self) -> LossConfig:
+        if self.normalize == "constant" and self.scope == "sample":
+            raise ValueError(
+                "normalize constant is taken from the counts of the training set; with scope "
+                "sample give normalize mean or none"
+            )
         return self
 
 

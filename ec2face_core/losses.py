@@ -95,6 +95,14 @@ def long_tail_weights(label_map: Tensor, counts: Tensor) -> Tensor:
     return class_weights(counts).to(labels.device)[labels].float()
 
 
+def weight_scale(counts: Tensor, clip: float = 0.0) -> Tensor:
+    """Root mean square of Eq. 10's weights, clipped, over all pixels that are counted; a scalar."""
+    weights = class_weights(counts)
+    if clip > 0:
+        weights = weights.clamp(max=clip)
+    return ((counts.double() / counts.sum()) * weights.square()).sum().sqrt()
+
+
 def latent_weights(
     label_map: Tensor, counts: Tensor, latent_size: int, config: LossConfig
 ) -> Tensor:
@@ -111,8 +119,10 @@ def latent_weights(
         config: scope, clip, reduction and normalize are used.
 
     Returns:
-        Weights `b h' w'` float32. With normalize `mean` their mean square over the given maps is 1,
-        so the loss keeps the scale that it has without weights.
+        Weights `b h' w'` float32. Normalised weights keep the loss at about the scale that it has
+        without weights: with `constant` the weights' mean square over all pixels of the training
+        set is 1, so a face with rare classes weighs more than one without; with `mean` it is 1 over
+        the cells of the given maps.
 
     Raises:
         TypeError, ValueError: the label map is no `b h w` of ids 0-18, the counts are not 19, or
@@ -139,7 +149,9 @@ def latent_weights(
     else:
         w = F.interpolate(w[:, None], size=(latent_size, latent_size), mode="nearest")[:, 0]
 
-    if config.normalize == "mean":
+    if config.normalize == "constant":
+        w = w / weight_scale(counts, config.clip).to(w)
+    elif config.normalize == "mean":
         w = w / w.square().mean().sqrt()
     return w
 

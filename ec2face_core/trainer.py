@@ -118,15 +118,16 @@ class Trainer(TrainingRun):
         start = time.perf_counter()
         c = self.config.trainer
         indices = range(self.samples_done, self.samples_done + self.step_samples)
-        w = self.long_tail_weights(indices)  # Eq. 10
+        whole = self.config.loss.normalize == "mean"  # over the samples of all ranks
+        w = self.long_tail_weights(indices) if whole else None  # Eq. 10
         sums = torch.zeros(len(METRICS) - 1, device=self.device)
         for k in range(c.accumulation):
             first = (k * c.num_processes + self.accelerator.process_index) * c.batch_size
             rows = slice(first, first + c.batch_size)
             last = k == c.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                samples = self.stream.sample(indices[rows])
-                means = self.step(samples, None if w is None else w[rows])
+                own = self.long_tail_weights(indices[rows]) if w is None else w[rows]
+                means = self.step(self.stream.sample(indices[rows]), own)
             sums += torch.stack([means[name] for name in METRICS[:-1]])
         if c.shard:
             average_gradients(self.parameters)
@@ -147,7 +148,7 @@ class Trainer(TrainingRun):
         self.log.add(row, torch.cat([sums / c.accumulation, norm.float().reshape(1)]))
 
     def long_tail_weights(self, indices: range) -> Tensor | None:
-        """Eq. 10 for all samples of a step, of all ranks, so that normalisation covers them all."""
+        """Eq. 10 for samples of the stream; None without long-tail learning."""
         if not self.config.loss.long_tail:
             return None
         label_maps = send(self.cache.label_maps(self.stream.ids(indices)), self.device)

