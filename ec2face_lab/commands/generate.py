@@ -44,22 +44,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Generate and print the folders."""
     generate(config_from_args(options), options)
+    leave_group()
 
 
 def generate(config: Config, options: argparse.Namespace) -> dict[str, Path]:
     """Generate this process's share of the pictures; returns the folder of each method."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = process()
     folders = {}
     for method in options.method:
         pictures = PictureSet(config, method, options.split, options.limit, options.out)
         folders[method] = pictures.generate((rank, world))
         del pictures
         gc.collect()  # at paper scale two models do not fit
-    if world > 1:
+    wait_for_ranks()
+    print("pictures:", *folders.values(), sep="\n", flush=True)
+    return folders
+
+
+def process() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait_for_ranks() -> None:
+    """Return when all ranks have come here."""
+    if process()[1] > 1:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-        leave_group()
-    print("pictures:", *folders.values(), sep="\n", flush=True)
-    return folders

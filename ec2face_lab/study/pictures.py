@@ -30,7 +30,7 @@ from ..cache import claim, data_digest
 from ..launch import run
 from .painters import EC2Face, painter, picture_seed
 from .png import load_pictures, read_picture, save_picture
-from .scores import evaluated_ids, folder_features, score_folder
+from .scores import evaluated_ids, folder_features, is_scored, score_folder
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -134,7 +134,21 @@ class PictureSet:
     def scores(self, progress: bool = True) -> DataFrame:
         """The rows of `scores.score_folder`; what is missing is generated first."""
         folder = self.generate(progress=progress)
+        self._share_scoring(folder)
         return score_folder(folder, self.dataset, self.config, self.limit, progress)
+
+    def _share_scoring(self, folder: Path) -> None:
+        """Score on a rank for each GPU, where there are several."""
+        processes = min(self.config.sampling.num_processes, torch.cuda.device_count())
+        if processes < 2 or is_scored(folder, self.dataset, self.config, self.limit):
+            return
+        settings = folder.with_suffix(".yaml")
+        self.config.save(settings)
+        run(
+            "ec2face_lab", "evaluate", "--config", str(settings), "--images", str(folder),
+            "--split", self.split, "--limit", str(self.limit), "--scores-only",
+            num_processes=processes,
+        )  # fmt: skip
 
     def features(self, progress: bool = True) -> dict[str, np.ndarray]:
         """The features of `scores.folder_features`; what is missing is generated first."""

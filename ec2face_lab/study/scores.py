@@ -1,29 +1,32 @@
 """Scores of folders of pictures: CLIP score, LPIPS, NIQE and the pixel counts of mask accuracy.
 
+The pictures are scored in parts of `BATCH`, each of which is kept as soon as it is computed: a
+stopped run is completed by the same call, and several processes share the work (`score_share`).
+
 Parsers and CLIPs come in pairs: the `guiding` ones are losses of training, the `independent` ones
 only evaluate. Scores are kept in `runs/<profile>/scores` by content, and beside them the CLIPs'
-features of the pictures. Metrics are computed without gradients; images are `b 3 h w` in [-1, 1]
-and scores `(b,)`.
+features of the pictures. Metrics are computed without gradients; images are `b 3 h w` in [-1, 1].
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ec2face_core.attributes import CLASSES, pixel_counts
-from ec2face_core.config import Config, ConfigError
+from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset, files_by_id, open_dataset, paired, report_missing
-from ec2face_core.guards.checks import check_number, check_same_shape
+from ec2face_core.guards.checks import check_number
 from ec2face_core.io.paths import resolve
 from ec2face_core.io.pictures import IMAGE_SUFFIXES, read_image
 from ec2face_core.io.report import DataError, Report
@@ -34,170 +37,12 @@ from ec2face_core.runs import content_key, parallel, path_digest, whole_file
 
 from ..cache import code_digest, data_digest, is_whole, record_hash, write_frame
 from .png import read_picture
+from .quality import Lpips, Niqe
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from ..world.facts import FactNet
-
-
-class Lpips:
-    """LPIPS with AlexNet, calibrated heads included in the package.
-
-    `evaluation.lpips: alex` uses the trunk trained on ImageNet. `alex-random` initialises the
-    trunk's weights from a fixed seed, for places where the trained ones are not available: its
-    values rank distortions but are not comparable with published ones.
-    """
-
-    def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
-        name = config.evaluation.lpips
-        if name not in ("alex", "alex-random"):
-            raise ConfigError(f"evaluation.lpips: {name!r} is none of alex, alex-random")
-        import lpips
-
-        generator = torch.default_generator  # torchvision's initialisers know no other
-        state = generator.get_state()
-        try:
-            generator.manual_seed(0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # lpips calls torchvision in an old manner
-                self.net = lpips.LPIPS(net="alex", pnet_rand=name == "alex-random", verbose=False)
-        except OSError as error:
-            raise RuntimeError(
-                "evaluation.lpips: the trunk 'alex' needs torchvision's AlexNet weights "
-                "(alexnet-owt-7be5be79.pth in $TORCH_HOME/hub/checkpoints); put the file there, "
-                "or choose 'alex-random'"
-            ) from error
-        finally:
-            generator.set_state(state)
-        self.net.requires_grad_(False).to(device)
-        self.device = device
-
-    @torch.no_grad()
-    def score(self, images: Tensor, references: Tensor) -> Tensor:
-        """Distance of each image to its reference, `(b,)`; at least 31 px wide and high."""
-        check_same_shape(images=images, references=references)
-        return self.net(images.to(self.device), references.to(self.device)).flatten()
-
-    __call__ = score
-
-
-class Niqe:
-    """NIQE: how far the statistics of an image's blocks are from those of pristine images.
-
-    The published model has blocks of 96 px and wants images of 192 px or more. For others, say the
-    miniature's 64 px, `fit` takes the statistics from pristine images at `evaluation.niqe_block`
-    px: the same formula, on a scale of its own, to be labelled so and never set beside published
-    values. Features are pyiqa's; double precision, on the CPU.
-    """
-
-    def __init__(self, config: Config, pristine: Tensor | None = None) -> None:
-        """Fit to pristine images `n 3 h w` if given, else load the published model.
-
-        With `evaluation.niqe_refit` and no pristine images, `fit` has to be called before `score`.
-        """
-        self.block = config.evaluation.niqe_block
-        self.mean: Tensor | None = None
-        self.covariance: Tensor | None = None
-        if pristine is not None:
-            self.fit(pristine)
-        elif not config.evaluation.niqe_refit:
-            self._load_published()
-
-    def fit(self, images: Tensor) -> Niqe:
-        """Take the pristine model from the sharp blocks of `n 3 h w` images (n of 100 or more)."""
-        rows = []
-        for chunk in images.split(64):
-            y = self._luminance(chunk)
-            features = self._features(y)
-            sharpness = self._sharpness(y)
-            sharp = sharpness > 0.75 * sharpness.amax(1, keepdim=True)
-            rows.append(features[sharp & features.isfinite().all(-1)])
-        pristine = torch.cat(rows)
-        if len(pristine) <= pristine.shape[1]:
-            raise ValueError(
-                f"NIQE: {len(pristine)} sharp blocks cannot give a covariance of "
-                f"{pristine.shape[1]} features; fit to more images"
-            )
-        self.mean = pristine.mean(0)
-        self.covariance = pristine.T.cov()
-        return self
-
-    def score(self, images: Tensor) -> Tensor:
-        """NIQE of each image, `(b,)` float64, lower is better; NaN where no block has structure."""
-        if self.mean is None:
-            raise RuntimeError("NIQE has no pristine model yet: call fit(training images) first")
-        luminance = (self._luminance(chunk) for chunk in images.split(64))
-        return torch.cat([self._distance(self._features(y)) for y in luminance])
-
-    __call__ = score
-
-    def _distance(self, features: Tensor) -> Tensor:
-        """Eq. 10 of Mittal et al. (2012) for block features `b n 36`."""
-        usable = features.isfinite().all(-1, keepdim=True)
-        count = usable.sum(1)
-        features = features.where(usable, 0)
-        mean = features.sum(1) / count.clamp(min=1)
-        centred = (features - mean[:, None]) * usable
-        covariance = centred.mT @ centred / (count - 1).clamp(min=1)[..., None]
-
-        difference = (mean - self.mean)[:, None]
-        inverse = torch.linalg.pinv((self.covariance + covariance) / 2)
-        distance = (difference @ inverse @ difference.mT).flatten().clamp(min=0).sqrt()
-        return distance.where(count[:, 0] > 0, torch.nan)
-
-    def _luminance(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] -> luminance `b 1 h w` in whole numbers 0-255, cut to whole blocks."""
-        from pyiqa.utils.color_util import to_y_channel
-
-        rows, columns = (side // self.block * self.block for side in images.shape[-2:])
-        if 0 in (rows, columns):
-            raise ConfigError(
-                f"evaluation.niqe_block: images of {tuple(images.shape[-2:])} px hold no block of "
-                f"{self.block} px; set a smaller block together with evaluation.niqe_refit"
-            )
-        y = to_y_channel((images.detach().cpu().float().clamp(-1, 1) + 1) / 2, 255, "yiq")
-        return y.round().double()[..., :rows, :columns]
-
-    def _features(self, y: Tensor) -> Tensor:
-        """The 36 features of each of the n blocks, `b n 36`; not finite where a block is flat."""
-        from pyiqa.archs.func_util import normalize_img_with_gauss
-        from pyiqa.archs.niqe_arch import compute_feature
-        from pyiqa.matlab_utils import blockproc, imresize
-
-        half = imresize(y / 255, scale=0.5, antialiasing=True) * 255
-        features = []
-        for size, scaled in ((self.block, y), (self.block // 2, half)):
-            normalised = normalize_img_with_gauss(scaled, padding="replicate")
-            features.append(blockproc(normalised, [size, size], fun=compute_feature))
-        return torch.cat(features, -1)
-
-    def _sharpness(self, y: Tensor) -> Tensor:
-        """Mean local deviation of each block, `b n`, in the order of the features."""
-        from pyiqa.matlab_utils import fspecial, imfilter
-
-        kernel = fspecial(7, 7 / 6, 1).to(y)
-        mean = imfilter(y, kernel, padding="replicate")
-        deviation = (imfilter(y**2, kernel, padding="replicate") - mean**2).abs().sqrt()
-        return F.avg_pool2d(deviation, self.block).mT.flatten(1)  # blocks run column first
-
-    def _load_published(self) -> None:
-        if self.block != 96:
-            raise ConfigError(
-                f"evaluation.niqe_block: {self.block} px needs evaluation.niqe_refit, since the "
-                "published model is for 96 px"
-            )
-        from pyiqa.archs.niqe_arch import NIQE
-
-        try:
-            published = NIQE()
-        except OSError as error:
-            raise RuntimeError(
-                "NIQE's published model could not be loaded; put niqe_modelparameters.mat into "
-                "$TORCH_HOME/hub/pyiqa, or set evaluation.niqe_refit"
-            ) from error
-        self.mean = published.mu_pris_param
-        self.covariance = published.cov_pris_param
 
 
 ROLES = ("independent", "guiding")  # of the two pairs of perception models: evaluators, guides
@@ -206,12 +51,15 @@ FACT = "fact_"  # begins the columns of facts
 
 BATCH = 32  # pictures scored at once
 
+SPARE_CORES = 4  # of a process: with so many NIQE has worker processes
+
 PRISTINE = 1000  # training faces that NIQE is refitted to
 
 SCORING = (  # modules that decide a score
     "ec2face_core.attributes",
     "ec2face_core.metrics",
     "ec2face_core.perception",
+    "ec2face_lab.study.quality",
     "ec2face_lab.study.scores",
 )
 
@@ -340,6 +188,35 @@ def is_count(column: str) -> bool:
     return column.startswith(("support_", "correct_", "predicted_"))
 
 
+def is_scored(folder: Path, dataset: FaceDataset, config: Config, limit: int = 0) -> bool:
+    """Whether `score_folder` would only read; false where pictures are missing."""
+    ids = evaluated_ids(config, dataset, limit)
+    files, report = _named_files(folder, dataset, ids)
+    return not report.problems and _is_kept(_score_file(folder, files, dataset, config))
+
+
+def score_share(
+    folder: Path, dataset: FaceDataset, config: Config, limit: int, rank: int, world: int
+) -> None:
+    """Score one process's share of a folder; `score_folder` joins the shares of all.
+
+    Args:
+        folder: as for `score_folder`, whose errors are these, too.
+        dataset: likewise.
+        config: likewise.
+        limit: likewise.
+        rank: of this process, from 0.
+        world: number of processes.
+    """
+    ids = evaluated_ids(config, dataset, limit)
+    files, report = _named_files(folder, dataset, ids)
+    if not report.problems and _is_kept(_score_file(folder, files, dataset, config)):
+        return
+    _check_pictures(report, files, config.data.size)
+    cache = _score_file(folder, files, dataset, config)
+    _score_parts(cache, files, ids, dataset, config, rank == 0, rank, world)
+
+
 def _scored(folder: Path, dataset: FaceDataset, config: Config, limit: int, progress: bool) -> Path:
     """The CSV of a folder's scores, with the features beside it; made if it is not there."""
     import pandas as pd
@@ -348,34 +225,86 @@ def _scored(folder: Path, dataset: FaceDataset, config: Config, limit: int, prog
     files, report = _named_files(folder, dataset, ids)
     if report.problems:  # the one report also names unreadable pictures
         _check_pictures(report, files, config.data.size)
-    cache = config.run_dir / "scores" / f"{folder.name}-{_score_key(files, dataset, config)}.csv"
-    features_file = cache.with_suffix(".npz")
-    if is_whole(cache) and is_whole(features_file):
+    cache = _score_file(folder, files, dataset, config)
+    if _is_kept(cache):
         return cache
     _check_pictures(report, files, config.data.size)
-
-    from tqdm.auto import tqdm
-
+    parts = _score_parts(cache, files, ids, dataset, config, progress)
     models = perception_models(config)
     captions = [dataset.manifest_caption(name) for name in ids]
     for role, clip in models.clips.items():
         if lost := clip.lost_texts(captions):
             message = describe_loss(lost, len(captions), f"the {role} CLIP")
             warnings.warn(message, LostWordsWarning, stacklevel=2)
-    starts = range(0, len(ids), BATCH)
-    bar = tqdm(starts, f"scoring {folder.name}", mininterval=1, disable=not progress)
-    parts = [_score(models, files, ids[start : start + BATCH], dataset) for start in bar]
+    arrays = [dict(np.load(part)) for part in parts]
     columns = _columns(models)
-    table = pd.DataFrame(torch.cat([scores for scores, _ in parts]).numpy(), columns=columns)
+    table = pd.DataFrame(np.concatenate([a["scores"] for a in arrays]), columns=columns)
     table = table.astype({name: int for name in columns if is_count(name)})
     table = pd.concat([pd.Series(ids, name="id"), table], axis=1)
-    features = {role: torch.cat([rows[role] for _, rows in parts]).numpy() for role in ROLES}
+    features_file = cache.with_suffix(".npz")
     with whole_file(features_file) as part, part.open("wb") as file:
-        np.savez(file, **features)
+        np.savez(file, **{role: np.concatenate([a[role] for a in arrays]) for role in ROLES})
     write_frame(cache, table)
     record_hash(features_file)
     record_hash(cache)
+    shutil.rmtree(_parts_folder(cache))
     return cache
+
+
+def _score_file(
+    folder: Path, files: Mapping[str, Path], dataset: FaceDataset, config: Config
+) -> Path:
+    key = _score_key(files, dataset, config)
+    return config.run_dir / "scores" / f"{folder.name}-{key}.csv"
+
+
+def _is_kept(cache: Path) -> bool:
+    return is_whole(cache) and is_whole(cache.with_suffix(".npz"))
+
+
+def _parts_folder(cache: Path) -> Path:
+    return cache.with_suffix(".parts")
+
+
+def _score_parts(
+    cache: Path,
+    files: Mapping[str, Path],
+    ids: Sequence[str],
+    dataset: FaceDataset,
+    config: Config,
+    progress: bool,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Path]:
+    """Score every n-th part that is missing; the files of all parts, in order."""
+    from tqdm.auto import tqdm
+
+    starts = range(0, len(ids), BATCH)
+    parts = {start: _parts_folder(cache) / f"{start:06d}.npz" for start in starts}
+    mine = [start for start in starts[rank::world] if not parts[start].is_file()]
+    if not mine:
+        return list(parts.values())
+    models = perception_models(config)
+    batches = [ids[start : start + BATCH] for start in mine]
+    quality = _niqe_of(models.niqe, [[files[name] for name in batch] for batch in batches], world)
+    bar = tqdm(mine, f"scoring {cache.stem}", mininterval=1, disable=not progress)
+    for start, batch, niqe in zip(bar, batches, quality, strict=True):
+        scores, features = _score(models, files, batch, dataset, niqe)
+        with whole_file(parts[start]) as part, part.open("wb") as file:
+            np.savez(file, scores=scores.numpy(), **{k: v.numpy() for k, v in features.items()})
+    return list(parts.values())
+
+
+def _niqe_of(niqe: Niqe, batches: list[list[Path]], world: int) -> Iterator[Tensor]:
+    """NIQE of each batch; it takes the CPU 0.15 s a picture of 512 px, so spare cores share it."""
+    function = functools.partial(_niqe_of_files, niqe)
+    if (os.cpu_count() or 1) // world < SPARE_CORES:
+        return map(function, batches)
+    return parallel(function, batches, processes=True)
+
+
+def _niqe_of_files(niqe: Niqe, files: Sequence[Path]) -> Tensor:
+    return niqe(torch.stack([read_picture(file) for file in files]))
 
 
 def _columns(models: PerceptionModels) -> list[str]:
@@ -392,6 +321,7 @@ def _score(
     files: Mapping[str, Path],
     ids: Sequence[str],
     dataset: FaceDataset,
+    niqe: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scores of a few pictures in the order of `_columns`, float64; features by role."""
     images = torch.stack([read_picture(files[name]) for name in ids]).to(models.device)
@@ -399,9 +329,9 @@ def _score(
     target = torch.stack([dataset.label_map(name) for name in ids]).to(models.device)
     captions = [dataset.manifest_caption(name) for name in ids]
     values = [models.clips[role].score(images, captions) for role in ROLES]
-    values += [models.lpips(images, real), models.niqe(images)]
+    values += [models.lpips(images, real), niqe]
     parsed = [models.parsers[role].parse(images) for role in ROLES]
-    tables = [value[:, None] for value in values]
+    tables = [value.cpu()[:, None] for value in values]
     tables += [pixel_counts(target), *(mask_counts(maps, target)[0] for maps in parsed)]
     tables += [pixel_counts(maps) for maps in parsed]
     if models.facts is not None:

@@ -67,6 +67,30 @@ def test_scores_against_a_second_computation(config, faces, pictures):
     assert real["lpips"].abs().max() < 1e-6
 
 
+def test_shares_of_several_processes_join_to_the_same_scores(
+    config, faces, pictures, monkeypatch, tmp_path
+):
+    """With NIQE in worker processes, and continued where one share was stopped."""
+    whole = score_folder(pictures, faces, config, progress=False)
+    other = config.replace(profile=str(tmp_path / "shared"))  # another place of the scores
+    monkeypatch.setattr(scoring, "BATCH", 1)
+    monkeypatch.setattr(scoring, "SPARE_CORES", 0)
+    scoring.score_share(pictures, faces, other, 0, 1, 2)
+    made = {path.name for path in tmp_path.rglob("*.parts/*")}
+    assert made == {f"{start:06d}.npz" for start in range(1, len(faces.ids), 2)}
+    assert not scoring.is_scored(pictures, faces, other)
+    joined = score_folder(pictures, faces, other, progress=False)
+    for name in whole.columns.drop("id"):
+        assert joined[name].to_numpy() == pytest.approx(
+            whole[name].to_numpy(), abs=1e-4, nan_ok=True
+        )
+    assert scoring.is_scored(pictures, faces, other) and not [*tmp_path.rglob("*.parts")]
+    features = folder_features(pictures, faces, other, progress=False)
+    expected = folder_features(pictures, faces, config, progress=False)
+    for role in scoring.ROLES:
+        assert features[role] == pytest.approx(expected[role], abs=1e-5)
+
+
 def test_scores_are_kept_by_content(config, faces, pictures, monkeypatch, tmp_path):
     """The same pictures are read, a changed one is scored again."""
     first = score_folder(pictures, faces, config, progress=False)

@@ -103,14 +103,19 @@ def test_from_raw_downloads_to_a_table(downloads, config, tmp_path):
     pipe.load_mask_lora(config.run_dir / "adapters" / "both")  # where training has put it
     assert (pipe.config.image_size, pipe.config.text_length) == (SIZE, 40)
 
-    # generation sharded over two ranks, then scoring by one process that samples nothing anew
+    # generation and scoring, each sharded over two ranks, then one process that does nothing anew
     sampling = ("--config", str(path), "--method", "both", "--split", "test")
     command = launch.command_line("ec2face_lab", "generate", *sampling, num_processes=2)
     subprocess.run(command, check=True, **start)
     pictures = sorted(config.run_dir.glob("images/test-both-*/*.png"))
     assert [picture.stem for picture in pictures] == ["14", "15"]
     made = [picture.stat().st_mtime_ns for picture in pictures]
+    command = launch.command_line("ec2face_lab", "evaluate", *sampling, num_processes=2)
+    subprocess.run(command, check=True, **start)
+    scored = {path: path.stat().st_mtime_ns for path in config.run_dir.glob("scores/*.csv")}
+    assert scored and not [*config.run_dir.glob("scores/*.parts")]
     assert main(["evaluate", *sampling]) == 0
+    assert {path: path.stat().st_mtime_ns for path in scored} == scored
     assert [picture.stat().st_mtime_ns for picture in pictures] == made
     rows = read_rows(config.run_dir / "evaluation" / "test-both.csv")
     assert set(rows[rows["critic"] != "guiding"]["metric"]) >= {"Text", "OAA", "LPIPS", "NIQE"}

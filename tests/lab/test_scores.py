@@ -9,7 +9,7 @@ import torch
 
 from ec2face_core.config import ConfigError, load_profile
 from ec2face_lab.study import scores as scoring
-from ec2face_lab.study.scores import Lpips, Niqe
+from ec2face_lab.study.quality import Lpips, Niqe
 
 
 @pytest.fixture(scope="module")
