@@ -27,7 +27,12 @@ from .perception import ClipScorer, FaceParser
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-PIXELS_AT_ONCE = 512 * 512  # decoded together: one picture at paper scale, 64 in the miniature
+PIXELS_AT_ONCE = 2 * 512 * 512  # decoded together: two pictures at paper scale
+
+
+def pictures_at_once(area: int) -> int:
+    """How many pictures of so many pixels are decoded together."""
+    return max(1, PIXELS_AT_ONCE // area)
 
 
 class PixelConsistency:
@@ -104,7 +109,7 @@ class PixelConsistency:
             (None without the guide); all times pixel_weight.
         """
         weight = torch.ones(len(t)) if pixel_weight is None else pixel_weight
-        at_once = max(1, PIXELS_AT_ONCE // label_map.shape[-1] ** 2)
+        at_once = pictures_at_once(label_map.shape[-1] ** 2)
         g = torch.zeros_like(z_hat)
         text_loss = None if self.clip is None else torch.zeros_like(t)
         mask_loss = None if self.parser is None else torch.zeros_like(t)

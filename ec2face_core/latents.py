@@ -29,6 +29,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,8 @@ class LatentCache:
         self._captions: dict[str, tuple[str, ...]] = {}
         self._face: dict[str, tuple[dict[str, Any], int]] = {}  # id -> file's slices, row
         self._text: dict[str, tuple[dict[str, Any], int]] = {}  # caption -> likewise
+        self._reader = ThreadPoolExecutor(1, "read ahead")
+        self._ahead: dict[tuple, Future[dict[str, Any]]] = {}
         for path in sorted(folder.glob("images-*.safetensors")):
             slices, about = _open(path)
             self.ids += about["ids"]
@@ -146,6 +149,19 @@ class LatentCache:
             id (list), captions (list of str), z and z_mask `b c h w` float32, label_map `b H W`
             int64, text (TextEmbedding).
         """
+        if future := self._ahead.pop(_key(ids, caption_indices), None):
+            return future.result()
+        return self._read(ids, caption_indices)
+
+    def read_ahead(self, ids: Sequence[str], caption_indices: Sequence[int]) -> None:
+        """Read a batch on another thread; the `batch` of the same arguments then returns it."""
+        key = _key(ids, caption_indices)
+        if key not in self._ahead:
+            while len(self._ahead) > 1:  # the present one and the next; older ones were not wanted
+                self._ahead.pop(next(iter(self._ahead)))
+            self._ahead[key] = self._reader.submit(self._read, ids, caption_indices)
+
+    def _read(self, ids: Sequence[str], caption_indices: Sequence[int]) -> dict[str, Any]:
         captions = [self._captions[i][k] for i, k in zip(ids, caption_indices, strict=True)]
         return {
             "id": list(ids),
@@ -168,6 +184,10 @@ class LatentCache:
     @staticmethod
     def _rows(name: str, where: dict[str, tuple[dict, int]], keys: Sequence[str]) -> Tensor:
         return torch.stack([where[key][0][name][where[key][1]] for key in keys])
+
+
+def _key(ids: Sequence[str], caption_indices: Sequence[int]) -> tuple:
+    return tuple(ids), tuple(int(k) for k in caption_indices)
 
 
 class CacheError(UserError, RuntimeError):

@@ -164,7 +164,8 @@ class ClipScorer:
     def image_features(self, images: Tensor) -> Tensor:
         """Images [-1, 1] `b 3 h w` -> unit features `(b, d)`, differentiable."""
         x = _resize(_unit(images), self.size, self.mode)
-        return F.normalize(self.model.encode_image((x - self.mean) / self.std).float(), dim=-1)
+        x = ((x - self.mean) / self.std).to(self.model.logit_scale.dtype)
+        return F.normalize(self.model.encode_image(x).float(), dim=-1)
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:

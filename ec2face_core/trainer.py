@@ -28,6 +28,7 @@ from .data import open_dataset
 from .fast.blocks import prepare_blocks
 from .fast.importance import pixel_loss_probability
 from .fast.memory import check_memory
+from .fast.precision import computes_natively, guides_precision
 from .fast.sharding import average_gradients, ignore_frozen, shard_base
 from .fast.transfer import send
 from .flow import interpolate, reverse_estimate, target_velocity
@@ -99,7 +100,8 @@ class Trainer(TrainingRun):
         text_loss = mask_loss = None
         if self.consistency is not None:
             z_hat = reverse_estimate(z_t, v, t)  # Eq. 5
-            with self.accelerator.autocast():  # Eqs. 6-9: g = dL_mcc / dz_hat, a constant
+            with guides_precision(self.config, self.accelerator):
+                # Eqs. 6-9: g = dL_mcc / dz_hat, a constant
                 g, text_loss, mask_loss = self.consistency.gradient(
                     z_hat, c, m, t, keep_text, keep_mask, samples.pixel_weight
                 )
@@ -125,9 +127,12 @@ class Trainer(TrainingRun):
             first = (k * c.num_processes + self.accelerator.process_index) * c.batch_size
             rows = slice(first, first + c.batch_size)
             last = k == c.accumulation - 1
+            samples = self.stream.sample(indices[rows])
+            if not last or self.steps_done + 1 < c.steps:
+                self._read_ahead(indices[rows].start + c.batch_size * c.num_processes)
+            own = self.long_tail_weights(indices[rows]) if w is None else w[rows]
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                own = self.long_tail_weights(indices[rows]) if w is None else w[rows]
-                means = self.step(self.stream.sample(indices[rows]), own)
+                means = self.step(samples, own)
             sums += torch.stack([means[name] for name in METRICS[:-1]])
         if c.shard:
             average_gradients(self.parameters)
@@ -174,6 +179,12 @@ class Trainer(TrainingRun):
         batch = self.cache.batch(samples.ids, samples.caption_indices)
         tensors = (send(batch[name], self.device) for name in ("z", "z_mask", "label_map"))
         return *tensors, batch["captions"], batch["text"]
+
+    def _read_ahead(self, first: int) -> None:
+        """Begin to read the next micro-batch, of samples `first` ..., beside the computation."""
+        samples = self.stream.sample(range(first, first + self.config.trainer.batch_size))
+        samples = samples[self._taught(samples)[0]]
+        self.cache.read_ahead(samples.ids, samples.caption_indices)
 
     def _mask_condition(self, z_m: Tensor, rows: Tensor) -> Tensor | MaskKVCache:
         """Mask latents of these rows, or one pass over each face's mask for its noise repeats."""
@@ -235,9 +246,12 @@ class Trainer(TrainingRun):
                 shape = self.cache.latent_shape
                 vae = load_tiny_decoder(config.backbone, shape, config.data.size)
             guides = {"config": config.perception, "device": self.device}
+            clip = ClipScorer.from_config(**guides) if needs_text else None
+            if clip and computes_natively(config):  # autocast would cast frozen weights every time
+                clip.model.to(torch.bfloat16)
             self.consistency = PixelConsistency(
                 vae.to(self.device),
-                ClipScorer.from_config(**guides) if needs_text else None,
+                clip,
                 FaceParser.from_config(**guides) if needs_mask else None,
                 config.loss,
             )

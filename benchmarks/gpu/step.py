@@ -50,6 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ec2face_core.backbone import decode_latents
 from ec2face_core.fast.blocks import prepare_blocks
+from ec2face_core.fast.precision import guides_precision
 from ec2face_core.mask_branch import precompute_mask_kv, predict_velocity
 from ec2face_core.runs import provenance, whole_file
 
@@ -223,7 +224,7 @@ def part_rows(bench: Bench, settings: Settings) -> None:
     def through(network: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[], object]:
         def call() -> object:
             leaf = given.detach().requires_grad_()
-            with trainer.accelerator.autocast():
+            with guides_precision(trainer.config, trainer.accelerator):
                 loss = network(leaf).float().square().mean()
             return torch.autograd.grad(loss, leaf)
 
@@ -242,7 +243,7 @@ def part_rows(bench: Bench, settings: Settings) -> None:
         return trainer._read(drawn)
 
     def embed_captions() -> object:
-        with trainer.accelerator.autocast():
+        with guides_precision(trainer.config, trainer.accelerator):
             return n.clip.text_features(captions)
 
     parts = {
@@ -266,7 +267,7 @@ def pixel_losses(
 ) -> object:
     """The first stage of the consistency losses, as in the step."""
     assert trainer.consistency is not None
-    with trainer.accelerator.autocast():
+    with guides_precision(trainer.config, trainer.accelerator):
         return trainer.consistency.gradient(z, captions, labels, t)
 
 

@@ -8,11 +8,12 @@ import torch
 
 from ..backbone import backbone_folder
 from ..config import Config, ConfigError
+from ..consistency import pictures_at_once
 
 # Counted for FLUX.1-dev at 512 px under CUDA's autocast, which keeps 14.33 GB a sample for the
 # backward pass (57 blocks, 3,072 wide, 2,176 tokens) and 6.7 GB for a picture's losses.
 KEPT = 37.6  # bytes of each token, channel and block
-PICTURE = 6.7e9 / 512**2  # bytes of each pixel, of the one picture that is decoded at a time
+PICTURE = 6.7e9 / 512**2  # bytes of each pixel that is decoded at a time
 GUIDES = 2.5e9  # FaRL, CLIP ViT-L/14 and the autoencoder
 REST = 2e9  # CUDA's context, the optimiser, fragments
 
@@ -41,7 +42,8 @@ def needed_memory(config: Config) -> float:
         kept = block + kept * (1 - 1 / c.recompute_every)
     pixels = 0.0
     if config.loss.alpha_text or config.loss.alpha_mask:
-        pixels = PICTURE * config.data.size**2 + GUIDES
+        area = config.data.size**2
+        pixels = PICTURE * area * min(c.batch_size, pictures_at_once(area)) + GUIDES
     return base + kept + pixels + REST
 
 

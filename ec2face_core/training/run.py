@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 
 from ..config import VARIANTS, Config, ConfigError, adapter_name, trained_dir
 from ..fast.blocks import attention_kernel
+from ..fast.precision import accelerated
 from ..guards.ranks import agree, locked, make_accelerator
 from ..io.lora_file import save_mask_lora, training_settings
 from ..io.paths import user_path
@@ -210,7 +211,8 @@ class TrainingRun:
         c = self.config.trainer
         if self.accelerator is None:
             check_tracker(c.tracker)
-            self.accelerator = make_accelerator(c, self.device_name, self.run_dir)
+            settings = accelerated(self.config)
+            self.accelerator = make_accelerator(settings, self.device_name, self.run_dir)
             self.log = TrainingLog(self.run_dir, self.config, self.accelerator)
             if c.num_processes > 1:
                 self._signals = distributed.new_group(backend="gloo")

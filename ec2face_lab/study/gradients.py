@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ec2face_core.config import Config
-from ec2face_core.consistency import PIXELS_AT_ONCE, PixelConsistency
+from ec2face_core.consistency import PixelConsistency, pictures_at_once
 from ec2face_core.data import FaceDataset, open_dataset
 from ec2face_core.flow import interpolate, reverse_estimate, target_velocity
 from ec2face_core.losses import beta, flow_matching_loss, latent_weights
@@ -141,7 +141,7 @@ class Terms:
         c = self.config.loss
         b = len(t)
         weights = self.weights(batch)
-        at_once = max(1, PIXELS_AT_ONCE // self.config.data.size**2)
+        at_once = pictures_at_once(self.config.data.size**2)
         total: dict[str, Tensor] = {}
         for rows in torch.arange(b, device=t.device).split(at_once):
             w = None if weights is None else weights[rows]

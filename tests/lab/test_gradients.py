@@ -66,7 +66,7 @@ def test_systematic_gradients_are_those_of_training_batches(config, monkeypatch)
     expected = (sum(norms) / 8) ** 0.5
     assert table.loc[MASK, "batch_norm"] == pytest.approx(expected, rel=1e-3)
     whole = terms.gradients(batch, batch["t"], modulated=True)
-    monkeypatch.setattr(gradients, "PIXELS_AT_ONCE", 1)  # one face after another
+    monkeypatch.setattr(gradients, "pictures_at_once", lambda area: 1)  # one face after another
     for name, apart in terms.gradients(batch, batch["t"], modulated=True).items():
         torch.testing.assert_close(apart, whole[name], rtol=1e-3, atol=1e-6)
     assert (batch["captions"], len(set(batch["t"].tolist()))) == (terms.batch(1)["captions"], 2)
