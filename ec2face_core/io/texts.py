@@ -60,7 +60,7 @@ def read_text(path: Path) -> str:
         line = _line(data[: error.start].decode(encoding, "replace"))
         raise DataError(
             f"not {encoding.removesuffix('-sig').upper()} ({error.reason} at byte {error.start}, "
-            f"line {line}): save it as UTF-8"
+            f"line {line}): save it as UTF-8, if it is Windows text by `iconv -f cp1252 -t utf-8`"
         ) from error
     if "\0" in text:
         line = _line(text[: text.index("\0")])

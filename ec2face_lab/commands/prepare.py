@@ -180,4 +180,7 @@ def prepare(config: Config, downloads: Path, dry_run: bool = False) -> list[Find
         parser = FaceParser.from_config(config.perception, device=device)
         detect = face_detector(downloads / DETECTOR, device)
         from_photos(*ffhq_text_files(downloads), zero_shot, parser, detect, size)
+    elif PHOTOS in there:
+        lacking = ", ".join(need.name for need in (FARL, RETINAFACE) if need not in there)
+        print(f"{zero_shot} is not made: the masks of {PHOTOS.name} need {lacking}")
     return survey(config, downloads, content=True)

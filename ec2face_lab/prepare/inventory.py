@@ -8,6 +8,7 @@ and no network is needed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,9 +209,16 @@ def _raw_files(raw: Path) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
 
 
 def captions_folder(downloads: Path) -> Path:
-    """Folder of MM-CelebA-HQ's `{k}.txt`: the first known one that exists, else the usual one."""
+    """Folder of MM-CelebA-HQ's `{k}.txt`: a known one, else any other with `0.txt` but FFHQ-Text's.
+
+    If there is none, the folder where the archive's own names place it.
+    """
     known = [downloads / name for name in CAPTIONS]
-    return next((folder for folder in known if any(folder.glob("0.txt"))), known[0])
+    deeper = (downloads.glob(f"{'*/' * depth}0.txt") for depth in range(1, 5))
+    others = (file.parent for files in deeper for file in sorted(files))
+    foreign = downloads / FFHQ_TEXT
+    candidates = itertools.chain(known, (f for f in others if foreign not in f.parents))
+    return next((folder for folder in candidates if (folder / "0.txt").is_file()), known[0])
 
 
 def ffhq_text_files(downloads: Path) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -263,12 +271,23 @@ def _hub_weights(config: Config, content: bool) -> list[Finding]:
     names = {CLIP: config.perception.clip, SCORING_CLIP: config.perception.scoring_clip}
     for need, name in names.items():
         plain = name.removeprefix(LOCAL_DIR).removeprefix("hf-hub:")
+        if plain == name:  # architecture/tag: the repository that open_clip takes it from
+            plain = _clip_repository(name) or "./" + name
         remedy = f"`hf download {plain} {' '.join(weights.CLIP_FILES)}`"
-        if plain == name:  # architecture/tag
-            remedy = "write hf-hub:<owner/model> or local-dir:<folder>, other names are not checked"
-            plain = "./" + name
+        if plain.startswith("./"):
+            remedy = (
+                "open_clip knows no such name: write hf-hub:<owner/model> or local-dir:<folder>"
+            )
         findings.append(_folder(need, plain, weights.CLIP_FILES[0], weights.clip_problems, remedy))
     return [_with_hashes(finding) for finding in findings] if content else findings
+
+
+def _clip_repository(name: str) -> str:
+    """The hub id of open_clip's `architecture/tag`; "" if it has none."""
+    import open_clip
+
+    architecture, _, tag = name.partition("/")
+    return open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "").strip("/")
 
 
 def _flux_remedy(path: str) -> str:

@@ -53,6 +53,24 @@ def test_a_root_is_compared_with_the_configuration(paper_config, downloads):
     assert "mask/1.png: missing mask" in problems(paper_config, downloads, inventory.MM_CELEBA)
 
 
+@pytest.mark.parametrize("place", ("celeba-caption", "Multi-Modal-CelebA-HQ/text", "a/b/c/d"))
+def test_captions_are_found_wherever_they_were_unpacked(paper_config, downloads, place):
+    (downloads / "FFHQ-Text" / "Text" / "0.txt").write_text("Not these.")
+    (downloads / place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(downloads / "multi-modal-celeba/text/celeba-caption", downloads / place)
+    assert inventory.captions_folder(downloads) == downloads / place
+    assert problems(paper_config, downloads, inventory.TEXTS) == ""
+
+
+def test_a_clip_by_open_clips_own_name_is_looked_for_in_its_repository(paper_config, downloads):
+    named = paper_config.replace(perception={"clip": "ViT-L-14-quickgelu/openai"})
+    assert "hf download timm/vit_large_patch14_clip_224.openai" in problems(
+        named, downloads, inventory.CLIP
+    )
+    unknown = paper_config.replace(perception={"clip": "ViT-L-14/nobody"})
+    assert "open_clip knows no such name" in problems(unknown, downloads, inventory.CLIP)
+
+
 # ---------------------------------------------------------------------------- the hub's cache
 
 
