@@ -66,8 +66,21 @@ def save_figure(fig: Figure, name: str, config: Config, **details: Any) -> Path:
             kind = {"format": suffix[1:], "metadata": chunks}
             with whole_file(target.with_suffix(suffix)) as part:
                 fig.savefig(part, dpi=200, bbox_inches="tight", pad_inches=0.06, **kind)
-    write_json(target.with_suffix(".json"), provenance(config, **details))
+    size = {"width_in": round(float(fig.get_figwidth()), 2), "smallest_text_pt": smallest_text(fig)}
+    write_json(target.with_suffix(".json"), provenance(config, **details) | size)
     return target
+
+
+def smallest_text(fig: Figure) -> float | None:
+    """Size in points of the smallest text that the figure shows; None without any."""
+    from matplotlib.text import Text
+
+    sizes = [
+        text.get_fontsize()
+        for text in fig.findobj(Text)
+        if text.get_visible() and text.get_text().strip()
+    ]
+    return round(float(min(sizes)), 1) if sizes else None
 
 
 # ---------------------------------------------------------------------------------- tables

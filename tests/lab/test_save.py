@@ -54,6 +54,15 @@ def test_provenance_is_saved_beside_the_figure(config):
     assert record["parameters"] == {"faces": 3}
 
 
+def test_the_smallest_text_is_recorded(config):
+    fig = a_figure()
+    fig.axes[0].set_title("a title", fontsize=5.5)
+    fig.axes[0].text(0, 0, "hidden", fontsize=2, visible=False)
+    fig.axes[0].text(0, 0, " ", fontsize=1)
+    record = json.loads(save.save_figure(fig, "f", config).with_suffix(".json").read_text())
+    assert (record["smallest_text_pt"], record["width_in"]) == (5.5, 2)
+
+
 def test_csv_is_the_truth_and_holds_the_paper_too(config):
     path = save.save_table(some_rows(), "table1", config, caption="LPIPS: random trunk.")
     stored = save.read_rows(path.with_suffix(".csv"))
