@@ -52,6 +52,8 @@ def make_accelerator(
     cpu = device == "cpu" or not torch.cuda.is_available()
     if cpu and config.mixed_precision == "fp16":
         raise ConfigError("trainer.mixed_precision: fp16 needs a GPU; use bf16 or no")
+    if cpu and device != "cpu" and torch.backends.mps.is_available():
+        warnings.warn("training does not use this Mac's GPU (mps), but its CPU", stacklevel=2)
     AcceleratorState._reset_state()  # else a notebook's second trainer has the first's precision
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(

@@ -141,7 +141,7 @@ class Terms:
         c = self.config.loss
         b = len(t)
         weights = self.weights(batch)
-        at_once = pictures_at_once(self.config.data.size**2)
+        at_once = pictures_at_once(2 * self.config.data.size**2)  # the transformer's graph is there
         total: dict[str, Tensor] = {}
         for rows in torch.arange(b, device=t.device).split(at_once):
             w = None if weights is None else weights[rows]
