@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ec2face_core.config import ConfigError
-from ec2face_core.guards.ranks import agree, locked
+from ec2face_core.config import ConfigError, load_profile
+from ec2face_core.guards.ranks import agree, locked, make_accelerator
 from ec2face_core.io.paths import ROOT
 
 
@@ -115,3 +115,10 @@ def _ends(pid: int) -> None:
         time.sleep(0.05)
     os.kill(pid, signal.SIGKILL)
     pytest.fail("it lives on")
+
+
+def test_a_mac_is_told_that_its_gpu_is_not_used(monkeypatch):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.warns(UserWarning, match="does not use this Mac's GPU"):
+        make_accelerator(load_profile("mini").trainer)
