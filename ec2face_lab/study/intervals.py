@@ -5,6 +5,9 @@ its pixels, so that pooled ratios keep the dependence within an image. Repeated 
 are summed beforehand, which holds the trainings fixed; `two_level_interval` and
 `two_level_accuracy` resample trainings, too, and `t_interval` looks at trainings alone. Arrays are
 numpy or tensors on the CPU; results are long DataFrames.
+
+A resample of few images may lack a class altogether. A group's mean over the other classes is then
+another quantity (of RFA without a necklace, that of earrings), so such resamples are left out.
 """
 
 from __future__ import annotations
@@ -101,10 +104,10 @@ def _accuracy_rows(
     support = first[1]
     weights = _resample(len(support), resamples, seed)
     value = _mask_metrics(*(x.sum(0) for x in first))
-    resampled = _mask_metrics(*(weights @ x for x in first))
+    resampled = _resampled_metrics([weights @ x for x in first])
     if second is not None:
         other = _mask_metrics(*(x.sum(0) for x in second))
-        others = _mask_metrics(*(weights @ x for x in second))
+        others = _resampled_metrics([weights @ x for x in second])
         value = {name: value[name] - other[name] for name in value}
         resampled = {name: resampled[name] - others[name] for name in resampled}
     rows = []
@@ -185,7 +188,7 @@ def two_level_accuracy(
         raise ValueError("a paired difference needs the same faces with the same masks, in order")
     wholes = [_mask_metrics(*(x.sum((0, 1)) for x in counts)) for counts in methods]
     each = [_mask_metrics(*(x.sum(1) for x in counts)) for counts in methods]
-    draws = [_mask_metrics(*_two_level_sums(counts, resamples, seed)) for counts in methods]
+    draws = [_resampled_metrics(_two_level_sums(counts, resamples, seed)) for counts in methods]
     rows = []
     for name in wholes[0]:
         value, by_training, resampled = (table[0][name] for table in (wholes, each, draws))
@@ -273,6 +276,16 @@ def _mask_metrics(
         for name, values in overlap.items():
             metrics |= {f"{name}_{c}": values[..., i] for i, c in enumerate(CLASSES)}
     return metrics
+
+
+def _resampled_metrics(sums: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """`_mask_metrics` of resamples `(resamples, 19)`, NaN where a class of the metric is lacking."""
+    support = sums[1]
+    lacking = (support == 0) & (support > 0).any(0)
+    return {
+        name: np.where(lacking[:, classes_of(name)].any(1), np.nan, values)
+        for name, values in _mask_metrics(*sums).items()
+    }
 
 
 def _array(values: Any) -> np.ndarray:
