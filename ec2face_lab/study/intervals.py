@@ -279,7 +279,7 @@ def _mask_metrics(
 
 
 def _resampled_metrics(sums: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """`_mask_metrics` of resamples `(resamples, 19)`, NaN where a class of the metric is lacking."""
+    """`_mask_metrics` of resamples `(n, 19)`, NaN where a class of the metric is lacking."""
     support = sums[1]
     lacking = (support == 0) & (support > 0).any(0)
     return {
