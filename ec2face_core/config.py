@@ -138,6 +138,13 @@ class LossConfig:
     # mean squared weight is 1 over the pixels of the training set | over the cells of a step
     normalize: Literal["constant", "mean", "none"] = "constant"
     clip: NotNegative = 0.0  # upper bound of the weights after Eq. 10; 0: none
+    # Eq. 10 | its root | Eq. 10 for rare classes, 1 for frequent ones (Cui et al. 2019)
+    weighting: Literal["inverse", "sqrt", "effective"] = field(default="inverse", metadata=ADDED)
+    floor: NotNegative = field(default=0.0, metadata=ADDED)  # lower bound of the weights; 0: none
+    # where the consistency losses look: at noised data (the paper) | on the model's own path
+    states: Literal["data", "own"] = field(default="data", metadata=ADDED)
+    own_steps: Size = field(default=6, metadata=ADDED)  # of the path, without gradient
+    own_below: Fraction = field(default=0.7, metadata=ADDED)  # its times are uniform in [0, this]
     importance_sampling: NotNegative = field(  # pixel losses on a sample of faces; 0: on all
         default=0.0, metadata={"digest": "gate"}
     )
@@ -146,6 +153,14 @@ class LossConfig:
     def _usable_clip(self) -> LossConfig:
         if 0 < self.clip < 1e-6:
             raise ValueError(f"clip {self.clip:g} is too small: 1e-6 or more, or 0 for none")
+        if 0 < self.clip < self.floor:
+            raise ValueError(f"floor {self.floor:g} is above clip {self.clip:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_that_are_decoded(self) -> LossConfig:
+        if self.states == "own" and self.importance_sampling:
+            raise ValueError("importance_sampling knows the times of states data alone, not own")
         return self
 
     @model_validator(mode="after")
@@ -186,6 +201,8 @@ class TrainerConfig:
     checkpoint_every: Count = 250
     keep_checkpoints: Count = 2
     log_every: Count = 10
+    # share of samples that show a face with a rare class, besides those that do so by chance
+    rare_faces: Fraction = field(default=0.0, metadata=ADDED)
     ema: Fraction = field(default=0.0, metadata=ADDED)  # decay of the LoRA's average; 0: none
     tracker: Literal["none", "tensorboard", "wandb"] = field(default="none", metadata=ADDED)
     validate_every: CountOrZero = field(default=0, metadata=ADDED)  # steps; 0: draw no faces

@@ -10,6 +10,8 @@ Time convention, stated here once: `t = 0` is data, `t = 1` is noise, as in FLUX
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,24 @@ def reverse_estimate(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     check_floats(v, "v")
     check_same_shape(x_t=x_t, v=v)
     return x_t - _per_sample(t, x_t) * v
+
+
+def follow_path(
+    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, t: Tensor, steps: int
+) -> Tensor:
+    """The model's own state at time t: Eq. 2 from the noise at time 1, by equal Euler steps.
+
+    Args:
+        velocity: (states `(b, ...)`, times `(b,)`) -> velocities.
+        noise: `(b, ...)`.
+        t: times in [0, 1], `(b,)`.
+        steps: of each sample; at t = 1 they have no length.
+    """
+    x = noise
+    length = (1 - t) / steps
+    for k in range(steps):
+        x = x - _per_sample(length, x) * velocity(x, 1 - k * length)
+    return x
 
 
 def sample_timesteps(b: int, generator: torch.Generator | None = None) -> Tensor:

@@ -130,6 +130,11 @@ class LatentCache:
         """Pixels of each class over all faces of the cache, `(19,)` int64: T of Eq. 10."""
         return self._rows("counts", self._face, self.ids).sum(0)
 
+    def ids_with(self, classes: Sequence[int]) -> list[str]:
+        """The faces whose mask has a pixel of one of these classes."""
+        counts = self._rows("counts", self._face, self.ids)[:, list(classes)].sum(1)
+        return [id for id, count in zip(self.ids, counts.tolist(), strict=True) if count]
+
     def text(self, captions: Sequence[str]) -> TextEmbedding:
         """Embeddings of captions (also of the empty one), float32."""
         missing = [caption for caption in captions if caption not in self._text]

@@ -89,17 +89,40 @@ def class_weights(counts: Tensor) -> Tensor:
     return T.sum() / (len(T) * T + 1)
 
 
-def long_tail_weights(label_map: Tensor, counts: Tensor) -> Tensor:
-    """The weight matrix `w(i, j)` of Eq. 10: `b h w` ids -> `b h w` float32 weights."""
+def long_tail_weights(
+    label_map: Tensor, counts: Tensor, config: LossConfig = LossConfig()
+) -> Tensor:
+    """The weight matrix `w(i, j)` of Eq. 10: `b h w` ids -> `b h w` float32 weights.
+
+    config: see `bounded_weights`; by default they are as printed.
+    """
     labels = check_labels(label_map, NUM_CLASSES)
-    return class_weights(counts).to(labels.device)[labels].float()
+    return bounded_weights(counts, config).to(labels.device)[labels].float()
 
 
-def weight_scale(counts: Tensor, clip: float = 0.0) -> Tensor:
-    """Root mean square of Eq. 10's weights, clipped, over all pixels that are counted; a scalar."""
-    weights = class_weights(counts)
-    if clip > 0:
-        weights = weights.clamp(max=clip)
+def bounded_weights(counts: Tensor, config: LossConfig) -> Tensor:
+    """The weight of each class before normalisation: Eq. 10, `config.weighting`, floor and clip.
+
+    Args:
+        counts: as for `class_weights`.
+        config: weighting, floor and clip are used. `sqrt` is the root of Eq. 10. `effective` is
+            `1 / (1 - exp(-1 / w))`, the effective number of pixels (Cui et al. 2019) with a volume
+            of the mean class: Eq. 10 for rare classes, 1 for frequent ones.
+
+    Returns:
+        `(19,)` float64.
+    """
+    w = class_weights(counts)
+    if config.weighting == "sqrt":
+        w = w.sqrt()
+    elif config.weighting == "effective":
+        w = -1 / torch.expm1(-1 / w)
+    return w.clamp(min=config.floor, max=config.clip or torch.inf)
+
+
+def weight_scale(counts: Tensor, config: LossConfig) -> Tensor:
+    """Root mean square of `bounded_weights` over all pixels that are counted; a scalar."""
+    weights = bounded_weights(counts, config)
     return ((counts.double() / counts.sum()) * weights.square()).sum().sqrt()
 
 
@@ -108,7 +131,7 @@ def latent_weights(
 ) -> Tensor:
     """The weight matrix of Eqs. 10 and 11 at latent resolution.
 
-    Eq. 10 at pixel resolution, then `config.clip`, then `config.reduction` over the pixels of each
+    Eq. 10 at pixel resolution (`bounded_weights`), then `config.reduction` over the pixels of each
     latent cell, then `config.normalize`.
 
     Args:
@@ -116,7 +139,7 @@ def latent_weights(
         counts: aggregated class pixels of the training set, `(19,)`; used by scope `dataset`, while
             scope `sample` counts each map by itself.
         latent_size: side of the latent, `h'`.
-        config: scope, clip, reduction and normalize are used.
+        config: scope, weighting, floor, clip, reduction and normalize are used.
 
     Returns:
         Weights `b h' w'` float32. Normalised weights keep the loss at about the scale that it has
@@ -133,14 +156,11 @@ def latent_weights(
         raise ValueError(f"label map {tuple(label_map.shape)}: expected `b h w`")
     check_number(latent_size, "latent_size", 1, min(label_map.shape[1:]), whole=True)
     if config.scope == "dataset":
-        w = long_tail_weights(label_map, counts)
+        w = long_tail_weights(label_map, counts, config)
     else:
         own_counts = pixel_counts(label_map)
         maps = zip(label_map, own_counts, strict=True)
-        w = torch.cat([long_tail_weights(m[None], T) for m, T in maps])
-
-    if config.clip > 0:
-        w = w.clamp(max=config.clip)
+        w = torch.cat([long_tail_weights(m[None], T, config) for m, T in maps])
 
     if config.reduction == "max":
         w = F.adaptive_max_pool2d(w, latent_size)
@@ -150,7 +170,7 @@ def latent_weights(
         w = F.interpolate(w[:, None], size=(latent_size, latent_size), mode="nearest")[:, 0]
 
     if config.normalize == "constant":
-        w = w / weight_scale(counts, config.clip).to(w)
+        w = w / weight_scale(counts, config).to(w)
     elif config.normalize == "mean":
         w = w / w.square().mean().sqrt()
     return w

@@ -44,6 +44,7 @@ from .backbone import (
 )
 from .config import BackboneConfig, Config, DataConfig, SamplingConfig
 from .guards.checks import NotFiniteError, check_number
+from .inference.consistency import ConsistencyGuidance
 from .inference.edit import EditMixin
 from .inference.inputs import (
     MaskLike,
@@ -51,6 +52,7 @@ from .inference.inputs import (
     draw_noise,
     flux_timesteps,
     given_latents,
+    laid_out,
     mask_list,
     resize_mask,
     text_list,
@@ -298,10 +300,11 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
+        consistency: ConsistencyGuidance | None = None,
     ) -> EC2FacePipelineOutput | tuple[Any]:
         """Generate faces. Mask only: leave `prompt` empty. Text only: leave `mask` out.
 
-        The arguments after mask_strength are FluxPipeline's.
+        The arguments from prompt_2 to max_sequence_length are FluxPipeline's.
 
         Args:
             prompt: one text or one per picture; None or "" is no text. A warning names words that
@@ -341,6 +344,7 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
                 the sampling by `pipeline._interrupt = True`.
             callback_on_step_end_tensor_inputs: which tensors it is given.
             max_sequence_length: T5 tokens; default: those of the training.
+            consistency: leads the sampling by the consistency losses; not part of the paper.
 
         Returns:
             The pictures.
@@ -352,10 +356,9 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
                 not finite.
             NotFiniteError: the pictures are not finite.
         """
+        num_inference_steps = num_inference_steps if sigmas is None else len(sigmas)
         side = self.config.image_size
         size = (side if height is None else height, side if width is None else width)
-        if sigmas is not None:
-            num_inference_steps = len(sigmas)
         self._check(size, num_inference_steps, output_type)
         check_number(num_images_per_prompt, "num_images_per_prompt", 1, whole=True)
         check_number(mask_strength, "mask_strength", 0)
@@ -394,16 +397,15 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
                 negative_prompt, negative_prompt_2, negative_prompt_embeds,
                 negative_pooled_prompt_embeds, about,
             )  # fmt: skip
-            null = _laid_out(null, text)
+            null = laid_out(null, text)
         rows = torch.arange(b) // num_images_per_prompt % len(masks)
         mask_latents, keep_mask = self._mask_condition(masks, size, rows)
+        led_by = consistency.conditions(prompt, masks, size, rows) if consistency else None
 
         f = self.vae_scale_factor
         shape = (b, self.transformer.config.in_channels // 4, size[0] // f, size[1] // f)
-        if latents is None:
-            z = draw_noise(shape, generator, device)
-        else:
-            z = given_latents(latents, shape).to(device)
+        given = None if latents is None else given_latents(latents, shape).to(device)
+        z = draw_noise(shape, generator, device) if given is None else given
         tokens = shape[-2] * shape[-1] // 4
         timesteps = flux_timesteps(self.scheduler, num_inference_steps, tokens, device, sigmas)
         self._num_timesteps = len(timesteps)
@@ -418,11 +420,13 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
                     self._guidance_scale, text_scale, mask_scale, mask_strength,
                     self._joint_attention_kwargs,
                 )  # fmt: skip
+                if consistency is not None and led_by is not None:
+                    v = consistency(v, z, t, led_by)
                 z = self.scheduler.step(v, time, z, return_dict=False)[0]  # Eq. 2, one Euler step
                 if callback_on_step_end is not None:
-                    given = {"latents": pack(z), "prompt_embeds": text.tokens}
-                    given = {name: given[name] for name in wanted}
-                    changed = callback_on_step_end(self, step, time, given) or {}
+                    tensors = {"latents": pack(z), "prompt_embeds": text.tokens}
+                    tensors = {name: tensors[name] for name in wanted}
+                    changed = callback_on_step_end(self, step, time, tensors) or {}
                     z = unpack(changed.get("latents", pack(z)), *shape[-2:])
                     text = TextEmbedding(changed.get("prompt_embeds", text.tokens), text.pooled)
                 bar.update()
@@ -485,13 +489,3 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
         value = self.config[name] if given is None else given
         check_number(value, name, 0)
         return float(value)
-
-
-def _laid_out(null: TextEmbedding, text: TextEmbedding) -> TextEmbedding:
-    """The negative texts for b pictures."""
-    if null.tokens.shape[1] != text.tokens.shape[1] or len(text) % len(null):
-        raise ValueError(
-            "prompt_embeds and negative_prompt_embeds must have the same shape when passed "
-            f"directly, got {tuple(text.tokens.shape)} and {tuple(null.tokens.shape)}"
-        )
-    return null[torch.arange(len(text)) % len(null)]

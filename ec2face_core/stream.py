@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .attributes import GROUPS
+from .config import UserError
 from .fast.importance import low_discrepancy_timesteps, systematic_sample
 from .flow import sample_timesteps
 from .latents import LatentCache
@@ -61,6 +63,10 @@ class SampleStream:
         pixel_probability: `t (b,) -> p (b,)`, the probability of a sample's pixel losses; None: 1.
         repeats: number of consecutive samples that show the same face, each with a caption, time,
             noise and dropped conditions of its own.
+        rare_faces: share of samples whose face is drawn from those with a rare class (RFA) instead.
+
+    Raises:
+        UserError: rare faces are asked for, and there are none.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class SampleStream:
         low_discrepancy_t: bool = False,
         pixel_probability: Callable[[Tensor], Tensor] | None = None,
         repeats: int = 1,
+        rare_faces: float = 0.0,
     ) -> None:
         self.cache = cache
         self.seed = seed
@@ -78,6 +85,10 @@ class SampleStream:
         self.low_discrepancy_t = low_discrepancy_t
         self.pixel_probability = pixel_probability
         self.repeats = repeats
+        self.rare_faces = rare_faces
+        self._rare = cache.ids_with(GROUPS["RFA"]) if rare_faces else []
+        if rare_faces and not self._rare:
+            raise UserError("trainer.rare_faces: no training face has a rare class; set it to 0")
         self._orders: dict[int, list[int]] = {}  # epoch -> its order of the faces
 
     def sample(self, indices: Sequence[int]) -> Samples:
@@ -144,6 +155,10 @@ class SampleStream:
         return id, int(torch.randint(count, (), generator=generator)), generator
 
     def _id(self, index: int) -> str:
+        if self.rare_faces:
+            generator = self._generator("rare", index // self.repeats)
+            if torch.rand((), generator=generator) < self.rare_faces:
+                return self._rare[int(torch.randint(len(self._rare), (), generator=generator))]
         epoch, position = divmod(index // self.repeats, len(self.cache.ids))
         if epoch not in self._orders:
             generator = self._generator("epoch", epoch)

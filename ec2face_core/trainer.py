@@ -31,7 +31,7 @@ from .fast.memory import check_memory
 from .fast.precision import computes_natively, guides_precision
 from .fast.sharding import average_gradients, ignore_frozen, shard_base
 from .fast.transfer import send
-from .flow import interpolate, reverse_estimate, target_velocity
+from .flow import follow_path, interpolate, reverse_estimate, target_velocity
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
 from .losses import flow_matching_loss, latent_weights, total_loss
 from .mask_branch import MaskKVCache, add_mask_lora, precompute_mask_kv, predict_velocity
@@ -87,19 +87,26 @@ class Trainer(TrainingRun):
         keep_text = send(samples.keep_text, self.device)
         keep_mask = send(samples.keep_mask, self.device)
 
-        z_t = interpolate(z, noise, t)  # the path of Eqs. 2 and 3
-        mu = target_velocity(z, noise)
-        v = predict_velocity(  # Eqs. 1, 4
-            self.model, z_t, t, text, self._mask_condition(z_m, rows),
-            None if self.masks_only else samples.keep_mask,
+        velocity = partial(  # Eqs. 1, 4
+            predict_velocity, self.model, text=text, mask_latents=self._mask_condition(z_m, rows),
+            keep_mask=None if self.masks_only else samples.keep_mask,
             guidance=self.config.backbone.guidance, lora=self.config.lora,
         )  # fmt: skip
+        z_t = interpolate(z, noise, t)  # the path of Eqs. 2 and 3
+        mu = target_velocity(z, noise)
+        v = velocity(z_t, t)
         flow_loss = flow_matching_loss(v, mu, w)  # Eqs. 3, 11
         total = flow_loss.mean()
 
         text_loss = mask_loss = None
         if self.consistency is not None:
-            z_hat = reverse_estimate(z_t, v, t)  # Eq. 5
+            v_c = v
+            if self.config.loss.states == "own":  # not the paper's: where sampling comes by
+                t = self.config.loss.own_below * t
+                with torch.no_grad():
+                    z_t = follow_path(velocity, noise, t, self.config.loss.own_steps)
+                v_c = velocity(z_t, t)
+            z_hat = reverse_estimate(z_t, v_c, t)  # Eq. 5
             with guides_precision(self.config, self.accelerator):
                 # Eqs. 6-9: g = dL_mcc / dz_hat, a constant
                 g, text_loss, mask_loss = self.consistency.gradient(
@@ -281,7 +288,7 @@ class Trainer(TrainingRun):
             probability = partial(pixel_loss_probability, config=self.config.loss)
         return SampleStream(
             cache, self.config.seed, c.drop_probability, c.low_discrepancy_t, probability,
-            c.noise_repeats,
+            c.noise_repeats, c.rare_faces,
         )  # fmt: skip
 
 

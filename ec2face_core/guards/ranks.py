@@ -72,11 +72,15 @@ def make_accelerator(
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other trainings out of a folder; the system lifts the lock when this process ends.
+def locked(folder: Path, work: str = "training") -> Iterator[None]:
+    """Keep others out of a folder; the system lifts the lock when this process ends.
+
+    Args:
+        folder: where the work is done.
+        work: what it is called.
 
     Raises:
-        ConfigError: another training is at work in the folder.
+        ConfigError: another such work is under way in the folder.
     """
     import fcntl
 
@@ -88,7 +92,7 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise ConfigError(
-                f"another training ({holder}) is at work in {folder}: wait for it or stop it, or "
+                f"another {work} ({holder}) is at work in {folder}: wait for it or stop it, or "
                 "name another folder"
             ) from error
         except OSError as error:  # a file system without locks

@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from ..backbone import unpack
+from ..backbone import TextEmbedding, unpack
 from ..guards.checks import check_floats, check_texts
 from ..io.masks import mask_ids, split_masks
 from ..io.texts import clean
@@ -116,3 +116,13 @@ def resize_mask(labels: Tensor, size: tuple[int, int]) -> Tensor:
         labels[None, None].double(), size, mode="nearest-exact"
     )
     return resized[0, 0].long()
+
+
+def laid_out(null: TextEmbedding, text: TextEmbedding) -> TextEmbedding:
+    """The negative texts for b pictures."""
+    if null.tokens.shape[1] != text.tokens.shape[1] or len(text) % len(null):
+        raise ValueError(
+            "prompt_embeds and negative_prompt_embeds must have the same shape when passed "
+            f"directly, got {tuple(text.tokens.shape)} and {tuple(null.tokens.shape)}"
+        )
+    return null[torch.arange(len(text)) % len(null)]

@@ -21,6 +21,7 @@ import sys
 from ec2face_core.command_line import parse_override
 from ec2face_core.config import SETTINGS, ConfigError, load_profile
 from ec2face_core.guards.checks import number
+from ec2face_core.guards.ranks import locked
 from ec2face_core.io.paths import CODE, user_path
 
 from ..reproduce import assign, run_notebooks, select
@@ -69,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
     assigned = assign(select(options.notebooks, options.only), requested)
     if options.train:  # first what the others need
         assigned = dict(sorted(assigned.items(), key=lambda item: "train" not in item[1]))
-    complete = run_notebooks(assigned, config, options.force, options.keep_going)
+    with locked(config.run_dir / "notebooks", "reproduction"):
+        complete = run_notebooks(assigned, config, options.force, options.keep_going)
     if not complete:
         return 1
     agreement = compare(config)

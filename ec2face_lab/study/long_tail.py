@@ -24,7 +24,7 @@ from ec2face_core.attributes import (
 )
 from ec2face_core.config import Config, LossConfig
 from ec2face_core.io.paths import resolve
-from ec2face_core.losses import class_weights, latent_weights, long_tail_weights, weight_scale
+from ec2face_core.losses import bounded_weights, latent_weights, long_tail_weights, weight_scale
 from ec2face_core.runs import parallel
 
 from .faces import RARE
@@ -56,11 +56,9 @@ def trained_weights(counts: Tensor, config: LossConfig) -> Tensor:
         counts: pixels of each class in the training set, `(19,)`.
         config: clip and normalize are used.
     """
-    weights = class_weights(counts)
-    if config.clip > 0:
-        weights = weights.clamp(max=config.clip)
+    weights = bounded_weights(counts, config)
     if config.normalize != "none":
-        weights = weights / weight_scale(counts, config.clip)
+        weights = weights / weight_scale(counts, config)
     return weights
 
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from ec2face_core.fast.importance import low_discrepancy_timesteps
-from ec2face_core.flow import interpolate, reverse_estimate, sample_timesteps, target_velocity
+from ec2face_core.flow import (
+    follow_path,
+    interpolate,
+    reverse_estimate,
+    sample_timesteps,
+    target_velocity,
+)
 
 SHAPES = [(5,), (5, 7), (5, 16, 32), (5, 3, 8, 6)]
 
@@ -100,3 +106,21 @@ def test_times_come_from_the_given_generator_alone():
     first, second = (sample_timesteps(9, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_own_path_is_the_ode_from_the_noise():
+    """A field that leads every noise to one point, and one whose Euler steps are known."""
+    generator = torch.Generator().manual_seed(1)
+    noise, data = torch.randn(2, 3, 4, generator=generator)
+    t = torch.tensor([0.0, 0.3, 1.0])
+    straight = follow_path(lambda x, s: noise - data, noise, t, 4)
+    torch.testing.assert_close(straight, interpolate(data, noise, t))
+    times = []
+
+    def decay(x, s):
+        times.append(s)
+        return x
+
+    decayed = follow_path(decay, noise, t, 2)
+    torch.testing.assert_close(decayed, noise * (1 - (1 - t[:, None]) / 2) ** 2)
+    torch.testing.assert_close(torch.stack(times), torch.stack([torch.ones(3), (1 + t) / 2]))

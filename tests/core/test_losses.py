@@ -12,6 +12,7 @@ from ec2face_core.attributes import CLASS_ID
 from ec2face_core.config import LossConfig
 from ec2face_core.losses import (
     beta,
+    bounded_weights,
     class_weights,
     drop_conditions,
     flow_matching_loss,
@@ -216,6 +217,22 @@ def test_the_constant_makes_the_mean_square_one_over_the_training_set(earring, g
         assert w.square().mean().item() == pytest.approx(1, rel=1e-5)
         # a face's weights do not depend on the others of its step
         torch.testing.assert_close(latent_weights(maps[:1], counts, 16, options), w[:1])
+
+
+def test_other_weightings_and_bounds(earring):
+    label_map, counts, skin, ring = earring
+    mean = 100_000 / 19  # pixels of the mean class
+    cases = (
+        ({"weighting": "sqrt"}, skin**0.5, ring**0.5),
+        ({"floor": 1.0}, 1.0, ring),
+        ({"floor": 1.0, "clip": 3.0}, 1.0, 3.0),
+        ({"weighting": "effective"}, *(1 / (1 - math.exp(-n / mean)) for n in (99_000, 1_000))),
+    )
+    for options, of_skin, of_ring in cases:
+        w = latent_weights(label_map, counts, 16, raw(**options))
+        assert w[0, 0, 0].item() == pytest.approx(of_skin, rel=1e-5)
+        assert w[0, 5, 6].item() == pytest.approx(of_ring, rel=1e-4)
+        assert bounded_weights(counts, raw(**options))[0] >= options.get("floor", 0)
 
 
 def test_sample_scope_counts_each_map_by_itself(earring, generator):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ec2face_core.backbone import load_backbone
+from ec2face_core.config import UserError
 from ec2face_core.data import FaceDataset
 from ec2face_core.latents import encode_dataset
 from ec2face_core.stream import SampleStream
@@ -51,3 +52,22 @@ def test_samples_have_the_stated_distribution(cache):
     both = (draws.keep_text & draws.keep_mask).float().mean()
     assert abs(both - 0.75**2) < 4 * (0.5625 * 0.4375 / b) ** 0.5  # dropped independently
     assert abs(draws.noise.mean()) < 1e-2 and abs(draws.noise.std() - 1) < 1e-2
+
+
+def test_faces_with_rare_classes_are_shown_more_often(cache):
+    rare = set(cache.ids_with((15, 16)))
+    expected = {
+        id for id in cache.ids if (torch.isin(cache.label_maps([id]), torch.tensor([15, 16]))).any()
+    }
+    assert rare == expected and 0 < len(rare) < len(cache.ids)
+    chance = len(rare) / len(cache.ids)
+    for share in (0.0, 0.5):
+        ids = SampleStream(cache, 1, 0.0, rare_faces=share).ids(range(6000))
+        found = sum(id in rare for id in ids) / len(ids)
+        assert found == pytest.approx(share + (1 - share) * chance, abs=0.03)
+    repeated = SampleStream(cache, 1, 0.0, repeats=3, rare_faces=0.5).ids(range(30))
+    assert all(len(set(repeated[i : i + 3])) == 1 for i in range(0, 30, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(cache), "ids_with", lambda self, classes: [])
+        with pytest.raises(UserError, match="no training face has a rare class"):
+            SampleStream(cache, 1, 0.0, rare_faces=0.5)

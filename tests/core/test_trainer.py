@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from ec2face_core import train
 from ec2face_core import trainer as trainer_module
 from ec2face_core.backbone import load_backbone
 from ec2face_core.config import Config, ConfigError, load_profile
+from ec2face_core.consistency import PixelConsistency
 from ec2face_core.io.lora_file import load_mask_lora, read_mask_lora, training_settings
 from ec2face_core.io.paths import ROOT, resolve
 from ec2face_core.mask_branch import predict_velocity
@@ -91,12 +93,42 @@ def test_a_sample_without_a_mask_has_no_gradient_and_is_not_computed(exact, monk
     assert all(value.isfinite() for value in means.values())
 
 
+def test_consistency_on_the_model_s_own_states(exact, monkeypatch):
+    """The losses look at Eq. 5 of states that the model itself reaches from the sample's noise."""
+    samples = exact.stream.sample(range(8))
+    samples = samples[samples.keep_mask.nonzero()[:, 0]]
+    plain, _ = step_gradients(exact, samples)
+    loss = dataclasses.replace(exact.config.loss, states="own", own_steps=3, own_below=0.6)
+    monkeypatch.setattr(exact, "config", dataclasses.replace(exact.config, loss=loss))
+    seen = {}
+    gradient = PixelConsistency.gradient
+
+    def spy(pixels, z_hat, captions, label_map, t, *rest):
+        seen["z_hat"], seen["t"] = z_hat.detach(), t
+        return gradient(pixels, z_hat, captions, label_map, t, *rest)
+
+    monkeypatch.setattr(PixelConsistency, "gradient", spy)
+    own, means = step_gradients(exact, samples)
+    assert torch.equal(seen["t"], 0.6 * samples.t)
+    batch = exact.cache.batch(samples.ids, samples.caption_indices)
+    text = batch["text"].where(samples.keep_text, exact.null_text)
+    z, t = samples.noise, torch.ones(len(samples.t))
+    with torch.no_grad():
+        for k in (1, 2, 3, 4):  # three steps, and the one back of Eq. 5
+            v = predict_velocity(exact.model, z, t, text, batch["z_mask"], None)
+            later = 1 - (1 - seen["t"]) * k / 3 if k < 4 else torch.zeros_like(t)
+            z, t = z - (t - later)[:, None, None, None] * v, later
+    torch.testing.assert_close(seen["z_hat"], z, rtol=1e-4, atol=1e-4)
+    assert any(not torch.allclose(a, b) for a, b in zip(plain, own, strict=True))
+    assert all(value.isfinite() for value in means.values())
+
+
 def test_no_step_has_a_key_mask(exact, monkeypatch):
     """At the paper's p, 97 % of the steps of 8 x 4 samples had one on some rank."""
     seen = []
 
     def spy(*arguments, **rest):
-        seen.append(arguments[5])
+        seen.append(rest["keep_mask"])
         return predict_velocity(*arguments, **rest)
 
     monkeypatch.setattr(trainer_module, "predict_velocity", spy)

@@ -10,6 +10,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ec2face_core.config import ConfigError, load_profile
+from ec2face_core.guards.ranks import locked
 from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import git_state
 from ec2face_lab import reproduce
@@ -43,6 +44,12 @@ def folder(tmp_path):
     write_notebook(tmp_path / "nb" / "02_second.ipynb", "x = 1", parameters=typed)
     write_notebook(tmp_path / "nb" / "draft.ipynb", "x = 1")
     return tmp_path / "nb"
+
+
+def test_a_second_reproduction_of_a_profile_is_refused(capsys):
+    with locked(load_profile("smoke").run_dir / "notebooks", "reproduction"):
+        assert main(["reproduce", "--profile", "smoke", "--only", "13"]) == 2
+    assert "another reproduction (process" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ selection and parameters
