@@ -231,6 +231,9 @@ class SamplingConfig:
     guidance: NotNegative = 3.5  # guidance embedding of FLUX.1-dev
     text_guidance: NotNegative = 1.0  # CFG scale of the text, for an undistilled base; 1: off
     mask_guidance: NotNegative = 1.0  # CFG scale of the mask
+    # not the paper's: how far the parser of training leads the estimate at each step; 0: not
+    consistency: NotNegative = field(default=0.0, metadata=ADDED)
+    consistency_below: Fraction = field(default=0.6, metadata=ADDED)  # at times up to this
     seed: Seed = 42
     batch_size: Size = 4
     mixed_precision: Literal["no", "bf16"] = "no"  # autocast around frozen float32 weights

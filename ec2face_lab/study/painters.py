@@ -11,6 +11,7 @@ the order.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -169,6 +170,8 @@ def through_autoencoder(vae: Any, images: Tensor) -> Tensor:
 class EC2Face(Painter):
     """A variant of EC²Face, or the base model without LoRA, which reads the text alone."""
 
+    _led_by: Any = None  # consistency guidance, once it is asked for
+
     def paint(self, ids: Sequence[str]) -> Tensor:
         """Images `b 3 h w` in [0, 1], from each face's manifest caption and mask."""
         texts = [self.dataset.manifest_caption(name) for name in ids]
@@ -184,6 +187,9 @@ class EC2Face(Painter):
         settings = [s.steps, s.guidance, s.text_guidance, s.mask_guidance, s.seed]
         settings += [s.mixed_precision, b.dtype, b.text_length, self.config.data.size]
         weights = [_backbone_digests(b), self._lora_digest()]
+        if s.consistency:
+            settings += [s.consistency, s.consistency_below, dataclasses.asdict(self.config.loss)]
+            weights.append(path_digest(resolve(self.config.perception.parser)))
         return [self.method, settings, weights, code_digest(SHAPING)]
 
     def about(self, name: str) -> dict[str, str]:
@@ -255,6 +261,9 @@ class EC2Face(Painter):
         self.check()
         s = self.config.sampling
         pipe = self._pipeline()
+        options: dict[str, Any] = {}
+        if s.consistency:
+            options["consistency"] = self._guidance(pipe.vae)
         half = torch.autocast(_device().type, torch.bfloat16, enabled=s.mixed_precision == "bf16")
         with half, warnings.catch_warnings():
             if getattr(pipe, "told", False):  # captions are cut in every batch, said in the first
@@ -267,9 +276,19 @@ class EC2Face(Painter):
                 mask_guidance=s.mask_guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
+                **options,
             ).images
         pipe.told = True
         return images.float()
+
+    def _guidance(self, vae: Any) -> Any:
+        from ec2face_core.inference.consistency import ConsistencyGuidance
+
+        if self._led_by is None:
+            s = self.config.sampling
+            given = (self.config, vae, s.consistency, s.consistency_below)
+            self._led_by = ConsistencyGuidance.from_config(*given)
+        return self._led_by
 
     def _pipeline(self) -> Any:
         """The pipeline with this variant's LoRA; the backbone is loaded once for all variants."""
