@@ -74,6 +74,15 @@ def test_folders_are_never_stale(config, sampled):
         PictureSet(config, "boht", "test")
 
 
+def test_pictures_under_consistency_guidance_are_others(config, sampled):
+    led = config.replace(sampling={"consistency": 0.3, "consistency_below": 0.9})
+    other = config.replace(sampling={"consistency": 0.3, "consistency_below": 0.1})
+    sets = [PictureSet(c, "both", "test", limit=1) for c in (led, other)]
+    assert len({sampled.key, *(pictures.key for pictures in sets)}) == 3
+    (name,) = sets[0].ids
+    assert not same(sets[0].load([name]), sampled.load([name]))
+
+
 def test_references(config, sampled, tmp_path):
     """Real images are the faces; the round trip is another picture of the same face."""
     dataset = sampled.dataset
