@@ -38,7 +38,6 @@ from .losses import (
 from .metrics import mask_accuracy
 
 if TYPE_CHECKING:
-    from .inference.consistency import ConsistencyGuidance
     from .mask_branch import predict_velocity
     from .perception import ClipScorer, FaceParser
     from .pipeline import EC2FacePipeline
@@ -49,7 +48,6 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _LAZY = {
     "ClipScorer": "perception",
-    "ConsistencyGuidance": "inference.consistency",
     "EC2FacePipeline": "pipeline",
     "FaceParser": "perception",
     "Trainer": "trainer",
@@ -61,7 +59,6 @@ __all__ = [
     "GROUPS",
     "PALETTE",
     "ClipScorer",
-    "ConsistencyGuidance",
     "EC2FacePipeline",
     "FaceDataset",
     "FaceParser",

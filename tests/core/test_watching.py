@@ -214,7 +214,7 @@ def test_the_default_fits_the_papers_gpus(flux, monkeypatch):
         check_memory(four, gpu)
     check_memory(four, torch.device("cpu"))
     check_memory(four.replace(trainer={"gradient_checkpointing": True}), gpu)
-    assert needed_memory(flux.replace(**{"trainer.shard": True})) < 45e9
+    assert needed_memory(flux.replace(**{"trainer.shard": True})) < 50e9
 
 
 def test_running_out_of_memory_names_the_settings(monkeypatch, tiny_config, tmp_path, capsys):
