@@ -100,6 +100,9 @@ class RandomCache:
             "text": self.text(ids),
         }
 
+    def read_ahead(self, ids: Sequence[str], caption_indices: Sequence[int]) -> None:
+        """Nothing: everything is in memory."""
+
     @staticmethod
     def _rows(names: Sequence[str]) -> list[int]:
         return [int(name or 0) for name in names]  # the empty caption has an embedding, too
@@ -150,7 +153,9 @@ def configuration(size: Size, settings: Settings) -> Config:
     return load_profile(
         "paper",
         data={"size": size.pixels},
-        backbone={"text_length": settings.text},
+        backbone={
+            "text_length": settings.text, "dtype": str(size.dtype).removeprefix("torch."),
+        },
         lora={"rank": size.rank, "alpha": float(size.rank), "attention": settings.attention},
         trainer={
             "batch_size": settings.batch, "noise_repeats": settings.repeats, "num_processes": 1,
