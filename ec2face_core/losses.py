@@ -34,6 +34,8 @@ from .guards.checks import (
 
 ROUNDING = 1e-3  # by which a probability may exceed [0, 1]
 
+NEVER_FADES = 1000.0  # a center t_c so far right that beta(t) is 1 for every t
+
 # ------------------------------------------------------------------- flow matching (Eqs. 3, 10, 11)
 
 

@@ -404,8 +404,11 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
 
         f = self.vae_scale_factor
         shape = (b, self.transformer.config.in_channels // 4, size[0] // f, size[1] // f)
-        given = None if latents is None else given_latents(latents, shape).to(device)
-        z = draw_noise(shape, generator, device) if given is None else given
+        z = (
+            draw_noise(shape, generator, device)
+            if latents is None
+            else given_latents(latents, shape).to(device)
+        )
         tokens = shape[-2] * shape[-1] // 4
         timesteps = flux_timesteps(self.scheduler, num_inference_steps, tokens, device, sigmas)
         self._num_timesteps = len(timesteps)
@@ -424,9 +427,9 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
                     v = consistency(v, z, t, led_by)
                 z = self.scheduler.step(v, time, z, return_dict=False)[0]  # Eq. 2, one Euler step
                 if callback_on_step_end is not None:
-                    tensors = {"latents": pack(z), "prompt_embeds": text.tokens}
-                    tensors = {name: tensors[name] for name in wanted}
-                    changed = callback_on_step_end(self, step, time, tensors) or {}
+                    given = {"latents": pack(z), "prompt_embeds": text.tokens}
+                    given = {name: given[name] for name in wanted}
+                    changed = callback_on_step_end(self, step, time, given) or {}
                     z = unpack(changed.get("latents", pack(z)), *shape[-2:])
                     text = TextEmbedding(changed.get("prompt_embeds", text.tokens), text.pooled)
                 bar.update()

@@ -12,3 +12,14 @@ def step_gradients(trainer, samples, w=None):
     for p in trainer.parameters:
         p.grad = None
     return gradients, means
+
+
+def pipeline_with_lora(config):
+    """The pipeline of a configuration with a new mask LoRA, silent."""
+    from ec2face_core.mask_branch import add_mask_lora
+    from ec2face_core.pipeline import EC2FacePipeline
+
+    pipe = EC2FacePipeline.from_config(config, None)
+    add_mask_lora(pipe.transformer, config.lora)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -22,13 +22,12 @@ from ..config import Config, UserError
 from ..consistency import PixelConsistency
 from ..flow import reverse_estimate
 from ..guards.checks import check_number
+from ..losses import NEVER_FADES
 from ..perception import ClipScorer, FaceParser
 from .inputs import Texts, resize_mask, text_list
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-NEVER_FADES = 1000.0  # a t_c so far right that beta(t) is 1 at every t
 
 
 class ConsistencyGuidance:

@@ -208,27 +208,18 @@ def score_share(
         rank: of this process, from 0.
         world: number of processes.
     """
-    ids = evaluated_ids(config, dataset, limit)
-    files, report = _named_files(folder, dataset, ids)
-    if not report.problems and _is_kept(_score_file(folder, files, dataset, config)):
-        return
-    _check_pictures(report, files, config.data.size)
-    cache = _score_file(folder, files, dataset, config)
-    _score_parts(cache, files, ids, dataset, config, rank == 0, rank, world)
+    ids, files, cache = _checked(folder, dataset, config, limit)
+    if not _is_kept(cache):
+        _score_parts(cache, files, ids, dataset, config, rank == 0, rank, world)
 
 
 def _scored(folder: Path, dataset: FaceDataset, config: Config, limit: int, progress: bool) -> Path:
     """The CSV of a folder's scores, with the features beside it; made if it is not there."""
     import pandas as pd
 
-    ids = evaluated_ids(config, dataset, limit)
-    files, report = _named_files(folder, dataset, ids)
-    if report.problems:  # the one report also names unreadable pictures
-        _check_pictures(report, files, config.data.size)
-    cache = _score_file(folder, files, dataset, config)
+    ids, files, cache = _checked(folder, dataset, config, limit)
     if _is_kept(cache):
         return cache
-    _check_pictures(report, files, config.data.size)
     parts = _score_parts(cache, files, ids, dataset, config, progress)
     models = perception_models(config)
     captions = [dataset.manifest_caption(name) for name in ids]
@@ -249,6 +240,23 @@ def _scored(folder: Path, dataset: FaceDataset, config: Config, limit: int, prog
     record_hash(cache)
     shutil.rmtree(_parts_folder(cache))
     return cache
+
+
+def _checked(
+    folder: Path, dataset: FaceDataset, config: Config, limit: int
+) -> tuple[list[str], dict[str, Path], Path]:
+    """Ids, their pictures, and where the scores are kept; bad pictures are refused.
+
+    Pictures whose scores are kept were checked when they were scored.
+    """
+    ids = evaluated_ids(config, dataset, limit)
+    files, report = _named_files(folder, dataset, ids)
+    if report.problems:  # the one report also names unreadable pictures
+        _check_pictures(report, files, config.data.size)
+    cache = _score_file(folder, files, dataset, config)
+    if not _is_kept(cache):
+        _check_pictures(report, files, config.data.size)
+    return ids, files, cache
 
 
 def _score_file(

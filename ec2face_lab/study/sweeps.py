@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ec2face_core.config import Config, NotInProfileError, adapter_dir, adapter_name, trained_seeds
 from ec2face_core.io.lora_file import LORA_FILE
+from ec2face_core.losses import NEVER_FADES
 from ec2face_core.runs import read_metrics
 
 from ..cache import kept_file
@@ -72,8 +73,6 @@ def _lora(rank: int, tokens: str = "mask") -> dict[str, Any]:
     return {"lora.rank": rank, "lora.alpha": float(rank), "lora.tokens": tokens}
 
 
-ALWAYS = 1000.0  # a center t_c so far right that beta(t) is 1 for every t
-
 # The first point of a sweep is what the others are compared with: the profile's own setting.
 SWEEPS: dict[str, dict[str, Point]] = {
     "weights": {
@@ -95,8 +94,8 @@ SWEEPS: dict[str, dict[str, Point]] = {
         "gamma-20": Point("γ = 20", "both", _beta(steepness=20.0)),
         "center-0.2": Point("t_c = 0.2", "both", _beta(center=0.2)),
         "center-0.6": Point("t_c = 0.6", "both", _beta(center=0.6)),
-        "always": Point("β ≡ 1", "both", _beta(center=ALWAYS)),
-        "alpha-5-always": Point("α = 5, β ≡ 1", "both", _beta(center=ALWAYS, alpha=5.0)),
+        "always": Point("β ≡ 1", "both", _beta(center=NEVER_FADES)),
+        "alpha-5-always": Point("α = 5, β ≡ 1", "both", _beta(center=NEVER_FADES, alpha=5.0)),
     },
     "attention": {
         "joint": Point("joint", settings={"lora.attention": "joint"}),

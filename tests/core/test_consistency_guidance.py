@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import pipeline_with_lora
 
 from ec2face_core.backbone import unpack
 from ec2face_core.config import UserError
 from ec2face_core.data import FaceDataset
 from ec2face_core.flow import reverse_estimate
 from ec2face_core.inference.consistency import ConsistencyGuidance
-from ec2face_core.mask_branch import add_mask_lora
-from ec2face_core.pipeline import EC2FacePipeline
 
 SIZE = (64, 64)
 
 
 @pytest.fixture(scope="module")
 def pipe(tiny_config):
-    pipe = EC2FacePipeline.from_config(tiny_config, None)
-    add_mask_lora(pipe.transformer, tiny_config.lora)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipeline_with_lora(tiny_config)
 
 
 @pytest.fixture(scope="module")

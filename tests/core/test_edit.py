@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import pipeline_with_lora
 from PIL import Image
 
 from ec2face_core.backbone import decode_latents, encode_images, pack, unpack
@@ -12,16 +13,11 @@ from ec2face_core.data import FaceDataset
 from ec2face_core.inference.edit import changed_pixels, keep_outside, read_pictures
 from ec2face_core.inference.inputs import draw_noise
 from ec2face_core.io.report import DataError
-from ec2face_core.mask_branch import add_mask_lora
-from ec2face_core.pipeline import EC2FacePipeline
 
 
 @pytest.fixture(scope="module")
 def pipe(tiny_config):
-    pipe = EC2FacePipeline.from_config(tiny_config, None)
-    add_mask_lora(pipe.transformer, tiny_config.lora)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipeline_with_lora(tiny_config)
 
 
 @pytest.fixture(scope="module")
