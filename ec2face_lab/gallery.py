@@ -1,7 +1,7 @@
 """Executed notebooks that one can read without running them.
 
-`tidy` leaves of an executed copy what a reader wants: the last state of each progress bar, no dead
-widget, no path of this machine. `render` writes a copy as Markdown with small pictures beside it.
+`tidy` leaves of an executed copy what a reader wants: no progress bar, no dead widget, no path of
+this machine. `render` writes a copy as Markdown with small pictures beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import whole_file
+
+from .launch import BAR
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -41,7 +43,7 @@ def tidy_file(path: Path) -> None:
 
 
 def tidy(notebook: NotebookNode) -> None:
-    """Join what one cell printed, and drop widgets, earlier states of bars and machine paths."""
+    """Join what one cell printed, and drop widgets, progress bars and machine paths."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type != "code":
@@ -57,7 +59,7 @@ def tidy(notebook: NotebookNode) -> None:
                 kept.append(output)
         for output in kept:
             if output.output_type == "stream":
-                output.text = without_machine(last_states(output.text))
+                output.text = without_machine(without_bars(last_states(output.text)))
             elif "text/plain" in output.get("data", {}):
                 output.data["text/plain"] = without_machine(output.data["text/plain"])
         cell.outputs = [o for o in kept if o.output_type != "stream" or o.text.strip()]
@@ -71,6 +73,11 @@ def last_states(text: str) -> str:
         if states or "\r" not in line:
             lines.append(states[-1].rstrip() if states else "")
     return "\n".join(lines)
+
+
+def without_bars(text: str) -> str:
+    """Text without the lines of progress bars."""
+    return "".join(line for line in text.splitlines(keepends=True) if not BAR.search(line))
 
 
 def without_machine(text: str) -> str:

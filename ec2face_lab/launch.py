@@ -64,6 +64,7 @@ def run(
     num_processes: int = 1,
     env: Mapping[str, str] | None = None,
     logs: Path = LOGS,
+    title: str = "",
 ) -> None:
     """Run `python -m module args` in the repository root and print its output as it comes.
 
@@ -74,6 +75,7 @@ def run(
             the output of rank 0 is printed, and each rank has a log.
         env: variables to set besides those of this process.
         logs: folder for the logs of several ranks, kept if the child fails.
+        title: printed first; empty: the command as one types it in a shell.
 
     Raises:
         LaunchError: the child's exit code was not 0.
@@ -83,7 +85,8 @@ def run(
         logs.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{module}-", dir=logs))
     command = command_line(module, *args, num_processes=num_processes, logs=folder)
-    print(f"$ {shlex.join(['python', *command[1:]])}", flush=True)
+    start = ["python"] if num_processes == 1 else ["torchrun", f"--nproc-per-node={num_processes}"]
+    print(title or f"$ {shlex.join([*start, '-m', module, *args])}", flush=True)
     last: deque[str] = deque(maxlen=LAST_LINES)
     process = subprocess.Popen(
         command,

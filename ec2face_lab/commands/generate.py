@@ -39,10 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the pictures; inside runs/<profile> if it is not given",
     )  # fmt: skip
     parser.add_argument("--limit", type=number(0), default=0, help="the first faces only; 0: all")
+    parser.add_argument("--quiet", action="store_true", help="do not print the folders")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Generate and print the folders."""
+    """Generate, and print the folders unless `--quiet` is given."""
     generate(config_from_args(options), options)
     leave_group()
 
@@ -57,7 +58,8 @@ def generate(config: Config, options: argparse.Namespace) -> dict[str, Path]:
         del pictures
         gc.collect()  # at paper scale two models do not fit
     wait_for_ranks()
-    print("pictures:", *folders.values(), sep="\n", flush=True)
+    if not options.quiet:
+        print("pictures:", *folders.values(), sep="\n", flush=True)
     return folders
 
 

@@ -6,11 +6,12 @@ They are trained in miniature, as many at a time as there are cores; the same ca
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ec2face_core.config import Config, ConfigError, adapter_dir
 from ec2face_core.data import open_dataset
@@ -216,8 +217,9 @@ def describe_lead(
 def system_facts(config: Config, split: str = "test") -> DataFrame:
     """Parameters, minutes of training and seconds for each picture, one row for each system.
 
-    The cells of an official repository's pictures are blank; seconds are measured only if there
-    are miniatures. A foundation's minutes exclude the autoencoder, which every latent model shares.
+    Minutes are summed over the cores of a training, or over its GPUs. A foundation's exclude the
+    autoencoder, which every latent model shares. The cells of an official repository's pictures are
+    blank; seconds are measured only if there are miniatures.
     """
     import pandas as pd
 
@@ -231,7 +233,9 @@ def system_facts(config: Config, split: str = "test") -> DataFrame:
         if path.is_file() and not official:
             record = json.loads(path.read_text())["parameters"]
         training, shared = (
-            sum(stage["seconds"] for stage in record.get(key, {}).values()) / 60
+            sum(stage["seconds"] for stage in record.get(key, {}).values())
+            * record.get("threads", 1)
+            / 60
             for key in ("stages", "shared")
         )
         foundation = ours[1] if "base" in record.get("stands_on", {}) else shared
@@ -239,8 +243,13 @@ def system_facts(config: Config, split: str = "test") -> DataFrame:
         rows.append((name, record.get("parameters", 0) / 1e6, foundation, training, seconds))
     seconds = sampling_seconds(config, OURS) if miniatures else 0
     rows.append((METHODS["EC2Face"], *ours, seconds))
-    columns = ["system", "parameters (M)", "foundation (min)", "training (min)", "sampling (s)"]
-    table = pd.DataFrame(rows, columns=columns).set_index("system").round(3)
+    places = {
+        "parameters (M)": 2,
+        "foundation (core min)": 1,
+        "training (core min)": 1,
+        "sampling (s)": 3,
+    }
+    table = pd.DataFrame(rows, columns=["system", *places]).set_index("system").round(places)
     return table.astype(object).where(table > 0, "")
 
 
@@ -259,7 +268,10 @@ def sampling_seconds(config: Config, method: str, count: int = 8) -> float:
 
 
 def _own_facts(config: Config) -> tuple[float, float, float]:
-    """Millions of parameters, minutes of the base's and of the LoRA's training."""
+    """Millions of parameters, and minutes of the base's and of the LoRA's training.
+
+    Minutes are summed as in `system_facts`.
+    """
     base = resolve(config.backbone.path)
     lora = adapter_dir(config, OURS)
     files = list((base / "transformer").glob("*.safetensors"))
@@ -268,6 +280,13 @@ def _own_facts(config: Config) -> tuple[float, float, float]:
         count = sum(parameter_count(path) for path in (*files, lora / LORA_FILE))
     minutes = []
     for folder in (base, lora):
-        record = folder / "provenance.json"
-        minutes.append(json.loads(record.read_text())["seconds"] / 60 if record.is_file() else 0.0)
+        path = folder / "provenance.json"
+        record = json.loads(path.read_text()) if path.is_file() else {"seconds": 0}
+        minutes.append(record["seconds"] / 60 * _devices(record))
     return count / 1e6, *minutes
+
+
+def _devices(record: Mapping[str, Any]) -> int:
+    """How many cores, or GPUs, a training used, from its provenance."""
+    on_cores = re.match(r"cpu \(.*, (\d+) cores\)", record.get("device", ""))
+    return int(on_cores[1]) if on_cores else record.get("parameters", {}).get("processes", 1)

@@ -181,8 +181,9 @@ def generate_missing(sets: Iterable[PictureSet]) -> None:
             config.save(settings)
             run(
                 "ec2face_lab", "generate", "--config", str(settings), "--method", *methods,
-                "--split", split, "--limit", str(limit),
+                "--split", split, "--limit", str(limit), "--quiet",
                 num_processes=processes,
+                title=f"{split} pictures by {', '.join(methods)}, on {processes} processes",
             )  # fmt: skip
 
 

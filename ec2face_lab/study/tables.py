@@ -262,21 +262,24 @@ def pictures_by_method(
 
 
 def substitutes(config: Config) -> str:
-    """What replaces the paper's data and perception models in this profile; "" at paper scale."""
+    """What replaces the paper's perception models in this profile; "" at paper scale."""
     e = config.evaluation
     p = config.perception
+    small = {}  # a bundle's, by their files' names
+    if p.clip.endswith("clip_guiding"):
+        small["CLIPs"] = "ViT-L/14"
+    if p.parser.endswith("parser_guiding.pt"):
+        small["parsers"] = "FaRL"
     parts = []
-    if config.data.procedural:
-        parts.append("The faces are procedural.")
-    if p.clip.startswith("local-dir:"):
-        parts.append("The CLIPs are miniatures, instead of ViT-L/14.")
-    if p.parser.startswith("data/mini"):
-        parts.append("The parsers are miniatures, instead of FaRL.")
+    if small:
+        parts.append(f"small {' and '.join(small)} stand in for {' and '.join(small.values())}")
     if e.niqe_refit:
-        parts.append(f"NIQE is refitted on the training faces, in blocks of {e.niqe_block} pixels.")
+        parts.append(f"NIQE is refitted on the training faces (blocks of {e.niqe_block} px)")
+    said = "; ".join(parts)
+    sentences = [f"{said[0].upper()}{said[1:]}."] if said else []
     if e.lpips == "alex-random":
-        parts.append("LPIPS has a random trunk, ranks no methods, and is in the CSV alone.")
-    return " ".join(parts)
+        sentences.append("LPIPS has a random trunk and is in the CSV alone.")
+    return " ".join(sentences)
 
 
 def table_caption(config: Config, split: str) -> str:
@@ -286,7 +289,8 @@ def table_caption(config: Config, split: str) -> str:
     """
     dataset = open_dataset(config, split)
     n = len(evaluated_ids(config, dataset))
-    return f"There are {n} faces of {dataset.root.name}. {substitutes(config)}".strip()
+    kind = "procedural faces" if config.data.procedural else "faces"
+    return f"Scores are of {n:,} {kind} ({dataset.root.name}). {substitutes(config)}".strip()
 
 
 # -------------------------------------------------------------------------------------- sentences

@@ -55,7 +55,11 @@ def command(work: Path, run_dir: Path, ranks: int) -> list[str]:
 
 
 def start(line: list[str], mark: str, log: Path) -> subprocess.Popen:
-    """Start a command in a session of its own; its processes carry the mark."""
+    """Start a command in a session of its own; its processes carry the mark.
+
+    A script that runs in the background ignores SIGINT, and so would all that it starts.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with log.open("ab") as file:
         return subprocess.Popen(

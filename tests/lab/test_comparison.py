@@ -13,7 +13,7 @@ from figure_checks import texts
 
 from ec2face_core import runs
 from ec2face_core.backbone import load_backbone
-from ec2face_core.config import Config, ConfigError, adapter_dir
+from ec2face_core.config import Config, ConfigError, adapter_dir, load_profile
 from ec2face_core.data import open_dataset
 from ec2face_core.io import paths
 from ec2face_core.io.paths import resolve
@@ -321,6 +321,13 @@ def test_the_lead_is_described_against_the_best_of_the_others():
     alone = describe_lead(newer[:2], lead[1:], ["RFA"])
     assert alone.splitlines()[0] == "RFA: EC²Face (ours) 60.0; MDiTFace 70.0: -10.0 [-12.0, -8.0]."
     assert "No comparison system" in describe_lead(rows, pd.DataFrame())
+
+
+def test_minutes_are_summed_over_cores_or_gpus():
+    _, base, lora = comparison._own_facts(load_profile("mini"))
+    assert base == pytest.approx(2 * 4272.1 / 60) and lora == pytest.approx(2 * 889.7 / 60)
+    gpus = {"device": "8 x NVIDIA H100", "parameters": {"processes": 8}}
+    assert comparison._devices(gpus) == 8 and comparison._devices({}) == 1
 
 
 @pytest.mark.slow

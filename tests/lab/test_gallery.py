@@ -57,22 +57,22 @@ def test_a_warning_names_its_cell_without_a_folder():
     assert said == "cell:3: UserWarning: x\n"
 
 
-def test_tidy_joins_streams_and_drops_widgets_and_machine_paths(tmp_path):
+def test_tidy_joins_streams_and_drops_bars_widgets_and_machine_paths(tmp_path):
     widget = new_output(
         "display_data",
         data={"application/vnd.jupyter.widget-view+json": {"model_id": "a"}, "text/plain": "0%|"},
     )
     path = saved(
         tmp_path / "a.ipynb",
-        stream("\r 1%|"), stream("\r 99%|\n"), widget,
-        stream(f"see {ROOT}/runs and {sys.prefix}/lib\n"),
+        stream("\ra:  1%| | 1/99 [00:01<01:38]"), stream("\ra: 100%|#| 99/99 [01:39<00:00]\n"),
+        widget, stream(f"\r50 %\rsee {ROOT}/runs and {sys.prefix}/lib\n"),
         picture(noise(4, 4)), stream("\r  \r"), stream("after\n"),
     )  # fmt: skip
     gallery.tidy_file(path)
     notebook = nbformat.read(path, as_version=4)
     assert "widgets" not in notebook.metadata
     first, shown, last = notebook.cells[1].outputs
-    assert first.text == " 99%|\nsee runs and .venv/lib\n"
+    assert first.text == "see runs and .venv/lib\n"
     assert "image/png" in shown.data and last.text == "after\n"
 
 

@@ -58,9 +58,11 @@ def test_a_progress_bar_stays_one_line(module, capsys):
         "for _ in tqdm(range(300), mininterval=0): pass\n"
         "sys.stderr.write('after\\nhalf\\rwhole\\n')\n",
     )
-    for processes in (1, 2):  # torchrun writes each state as a line of its own
+    starts = {1: f"$ python -m {name}", 2: f"$ torchrun --nproc-per-node=2 -m {name}"}
+    for processes, start in starts.items():  # torchrun writes each state as a line of its own
         launch.run(name, env=env, num_processes=processes)
-        shown = last_states(capsys.readouterr().out).splitlines()[1:]
+        command, *shown = last_states(capsys.readouterr().out).splitlines()
+        assert command == start
         bars = [line for line in shown if "300/300" in line]
         assert len(bars) == 1 and not any("299/300" in line for line in shown)
         others = [line for line in shown if line not in bars and line != "half"]
@@ -71,10 +73,11 @@ def test_a_progress_bar_stays_one_line(module, capsys):
 def test_a_failure_carries_the_last_lines(module, capsys):
     name, env = module("fails", "for i in range(50): print('line', i)\nraise SystemExit(2)\n")
     with pytest.raises(subprocess.CalledProcessError) as error:
-        launch.run(name, env=env)
+        launch.run(name, env=env, title="fifty lines")
     assert error.value.returncode == 2
     assert "line 49" in str(error.value) and "line 5\n" not in str(error.value)
-    assert "line 5\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("fifty lines\nline 0\n") and "line 5\n" in out
 
 
 def test_command_lines():
