@@ -180,6 +180,8 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
     def from_config(cls, config: Config, variant: str | None = "both") -> EC2FacePipeline:
         """The pipeline of a profile with the LoRA of a variant; None: the base model alone.
 
+        Guidance and size are the profile's; steps and seed are arguments of the call.
+
         Raises:
             ConfigError: the variant's LoRA was trained with other settings.
         """
@@ -197,18 +199,21 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
         return pipeline
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> EC2FacePipeline:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> EC2FacePipeline:
         """A pipeline that was saved or pushed, or any FluxPipeline (base alone): folder or hub id.
 
         Pickles of the hub are not opened, those of a folder as tensors alone.
         """
-        if Path(path).is_dir():
-            check_sums(Path(path))
+        place = pretrained_model_name_or_path
+        if Path(place).is_dir():
+            check_sums(Path(place))
         else:
             kwargs.setdefault("use_safetensors", True)
-        if (lora := saved_mask_lora(path, kwargs)) is not None:
+        if (lora := saved_mask_lora(place, kwargs)) is not None:
             kwargs.setdefault(LORA_FOLDER, lora)  # else diffusers would open it as foreign code
-        return super().from_pretrained(str(path), **kwargs)
+        return super().from_pretrained(str(place), **kwargs)
 
     # ---------------------------------------------------------------------------------- sampling
 
@@ -223,7 +228,7 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
         max_sequence_length: int | None = None,
         lora_scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """FluxPipeline's: embed b prompts, or pass on what is embedded already.
+        """As in FluxPipeline: embed b prompts, or pass on what is embedded already.
 
         Args:
             prompt: of CLIP and T5; "" or None is no text.
@@ -255,12 +260,13 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
             texts = text_list(prompt)
             texts_2 = text_list(prompt_2) if prompt_2 else texts
             length = max_sequence_length or self.config.text_length
-            warn_of_lost_words(self, texts_2, length, stacklevel=6)
+            warn_of_lost_words(self, texts, length, texts_2, stacklevel=6)
+            scale = 1.0 if lora_scale is None else lora_scale
             for encoder in (self.text_encoder, self.text_encoder_2):
-                scale_lora_layers(encoder, lora_scale or 1.0)
+                scale_lora_layers(encoder, scale)
             text = encode_text(self, texts, length, texts_2)
             for encoder in (self.text_encoder, self.text_encoder_2):
-                unscale_lora_layers(encoder, lora_scale or 1.0)
+                unscale_lora_layers(encoder, scale)
             prompt_embeds = text.tokens
             pooled_prompt_embeds = text.pooled
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, 0).to(device)

@@ -21,6 +21,7 @@ from ..io.lora_file import (
     LORA_FOLDER,
     WEIGHTS,
     MaskLora,
+    is_mask_lora,
     load_mask_lora,
     write_card,
 )
@@ -59,13 +60,14 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
             if value := self._trained(trained):
                 self.register_to_config(**{name: value})
 
-    def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write all parts; the mask LoRA lies in the sub-folder `mask_lora`. Other LoRAs do not."""
+        path = Path(save_directory)
         hook = None
         if getattr(self.transformer, "peft_config", None):  # the base is saved as if without LoRAs
             hook = self.transformer.register_state_dict_post_hook(_without_loras)
-        Path(path).mkdir(parents=True, exist_ok=True)
-        self._describe(Path(path))
+        path.mkdir(parents=True, exist_ok=True)
+        self._describe(path)
         try:
             super().save_pretrained(str(path), **kwargs)
         finally:
@@ -84,16 +86,23 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
         write_card(folder, self.mask_lora.record if self.mask_lora else None, pipeline=True)
         (folder / "pipeline.py").write_text(MODULE)
 
-    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """FluxPipeline's, for styles, identities, few steps: the LoRAs that are active stay so.
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in FluxPipeline, for styles, identities, few steps: active LoRAs stay active.
 
-        Such a LoRA acts on all tokens, the mask's among them.
+        Such a LoRA acts on all tokens, the mask's among them. The folder or file of a mask LoRA is
+        given to `load_mask_lora`.
         """
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, str | Path) and is_mask_lora(user_path(source)):
+            self.load_mask_lora(source)
+            return
         with keep_loras_active(self.transformer):
-            super().load_lora_weights(*args, **kwargs)
+            super().load_lora_weights(source, *args, **kwargs)
 
     def set_adapters(self, adapter_names: str | list[str], adapter_weights: Any = None) -> None:
-        """FluxPipeline's; a mask LoRA that is not named stays active."""
+        """As in FluxPipeline; a mask LoRA that is not named stays active."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if self.mask_lora is not None and ADAPTER not in names:
             given = isinstance(adapter_weights, list)
@@ -103,20 +112,20 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
         super().set_adapters(names, adapter_weights)
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """FluxPipeline's; the mask LoRA stays (`delete_adapters("mask")` removes it)."""
+        """As in FluxPipeline; the mask LoRA stays (`delete_adapters("mask")` removes it)."""
         if self.mask_lora is None:
             super().unload_lora_weights(*args, **kwargs)
         else:
             self.delete_adapters([n for n in self.transformer.peft_config if n != ADAPTER])
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """FluxPipeline's."""
+        """As in FluxPipeline."""
         super().delete_adapters(adapter_names)
         if ADAPTER not in getattr(self.transformer, "peft_config", {}):
             self.register_modules(mask_lora=None)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """FluxPipeline's, but refused with a mask LoRA, which a fused layer would leave out."""
+        """As in FluxPipeline; refused with a mask LoRA, which a fused layer would leave out."""
         if self.mask_lora is not None:
             raise RuntimeError(
                 "no LoRA can be fused beside the mask LoRA, which acts on mask tokens only: fuse "

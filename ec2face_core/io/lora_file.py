@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,20 @@ def read_mask_lora(folder: Path | str) -> LoraRecord:
     return LoraRecord(**(values | {"lora": LoraConfig(**values["lora"])}))
 
 
+def is_mask_lora(path: Path) -> bool:
+    """Whether a folder or a file is a mask LoRA's, by the metadata of its file."""
+    from safetensors import SafetensorError, safe_open
+
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(file, "pt") as weights:
+            return "ec2face" in (weights.metadata() or {})
+    except SafetensorError:
+        return False  # whoever opens it names the damage
+
+
 def load_mask_lora(transformer: FluxTransformer2DModel, folder: Path | str) -> LoraConfig:
     """Load a LoRA into the mask branch, replacing the one that is there; others stay active.
 
@@ -163,7 +178,8 @@ HOW = {
 def training_settings(config: Config, variant: str) -> dict[str, Any]:
     """The settings that shape a variant's LoRA, flat: `loss.clip`, `lora.rank`, `trainer.steps`.
 
-    How a step is computed is left out; `trainer.samples` are those of an optimiser step.
+    How a step is computed is left out; `trainer.samples` are those of an optimiser step (their
+    mean, in the file of a training that was resumed with another batch).
     """
     config = config.replace(**VARIANTS[variant])
     t = config.trainer
@@ -227,7 +243,7 @@ def train_command(config: Config, variant: str) -> str:
     ]
     if config.seed != shipped.seed:
         settings.append(f"seed={config.seed}")
-    options = "".join(f" --set {setting}" for setting in settings)
+    options = "".join(f" --set {shlex.quote(setting)}" for setting in settings)
     return f"python -m ec2face_core.train --profile {config.profile} --variant {variant}{options}"
 
 

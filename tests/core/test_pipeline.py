@@ -223,6 +223,8 @@ def test_words_that_are_cut_are_told(pipe):
     with pytest.warns(LostWordsWarning, match=r"1 of 2 texts are longer than T5 .*red hat") as told:
         long_images = pipe([long, CORPUS[0]], generator=seeded(1, 2), **FAST).images
     assert len(told) == 1 and told[0].filename == __file__
+    with pytest.warns(LostWordsWarning, match="CLIP"):
+        pipe(long * 3, prompt_2="a red hat.", **FAST)  # T5 reads this one, CLIP the long one
     with pytest.warns(LostWordsWarning):  # these words change nothing, which is why they are told
         same_images = pipe([long[:-8], CORPUS[0]], generator=seeded(1, 2), **FAST).images
     assert torch.equal(long_images, same_images)
@@ -234,6 +236,9 @@ def test_a_lora_is_loaded_from_its_folder_or_file(pipe, label_map, tmp_path):
     for place in (tmp_path / "lora", tmp_path / "lora" / "pytorch_lora_weights.safetensors"):
         pipe.load_mask_lora(place)
         assert same(draw(pipe, mask=label_map), expected)
+        pipe.delete_adapters("mask")
+        pipe.load_lora_weights(str(place))  # diffusers would put it on all tokens
+        assert same(draw(pipe, mask=label_map), expected) and pipe.mask_lora is not None
 
 
 def test_output_types_latents_and_sizes(pipe):
