@@ -315,6 +315,21 @@ def add_mask_lora(transformer: FluxTransformer2DModel, config: LoraConfig) -> li
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig as PeftConfig
 
+    peft_config = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        init_lora_weights="gaussian",
+        target_modules=lora_targets(transformer, config),
+    )
+    transformer.requires_grad_(False)
+    transformer.add_adapter(peft_config, adapter_name=ADAPTER)
+    cast_training_params(transformer, dtype=torch.float32)
+    install_mask_branch(transformer, config)
+    return [p for p in transformer.parameters() if p.requires_grad]
+
+
+def lora_targets(transformer: FluxTransformer2DModel, config: LoraConfig) -> str:
+    """A regular expression for the names of the layers with a LoRA."""
     targets = (
         r"(x_embedder"
         r"|transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.2)"
@@ -322,19 +337,9 @@ def add_mask_lora(transformer: FluxTransformer2DModel, config: LoraConfig) -> li
     )
     if config.tokens == "mask":  # nothing reads what mask tokens become in the last block
         last = transformer.config.num_single_layers - 1
-        without = rf"(?!single_transformer_blocks\.{last}\.(attn\.to_q|proj_mlp|proj_out)$)"
-        targets = without + targets
-    peft_config = PeftConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        init_lora_weights="gaussian",
-        target_modules=targets,
-    )
-    transformer.requires_grad_(False)
-    transformer.add_adapter(peft_config, adapter_name=ADAPTER)
-    cast_training_params(transformer, dtype=torch.float32)
-    install_mask_branch(transformer, config)
-    return [p for p in transformer.parameters() if p.requires_grad]
+        unread = rf"single_transformer_blocks\.{last}\.(attn\.to_q|proj_mlp|proj_out)"
+        return rf"(?!{unread}$){targets}"
+    return targets
 
 
 def install_mask_branch(
@@ -467,7 +472,7 @@ class MaskBranch:
         return _AddToTail.apply(result, delta)
 
     def merge_unsafe(self, *_: Any) -> None:
-        """Refuse: a merged LoRA would act on text and noise tokens, too."""
+        """Refuse: a merged LoRA would act on all tokens."""
         raise RuntimeError("the mask LoRA acts on mask tokens only and cannot be fused or merged")
 
     merge_safe = unmerge = merge_unsafe

@@ -6,9 +6,11 @@ switches another off; peft and diffusers would leave the newest alone active.
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
@@ -28,6 +30,8 @@ from ..io.lora_file import (
 from ..io.paths import user_path
 from ..mask_branch import ADAPTER, keep_loras_active
 
+T = TypeVar("T")
+
 # diffusers loads components of the libraries and classes that it knows
 LOADABLE_CLASSES[MaskLora.__module__] = {"MaskLora": ["save_pretrained", "from_pretrained"]}
 ALL_IMPORTABLE_CLASSES["MaskLora"] = ["save_pretrained", "from_pretrained"]
@@ -36,6 +40,31 @@ MODULE = """# By this file other programs find the pipeline's class:
 # DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)
 from ec2face_core.pipeline import EC2FacePipeline
 """
+
+
+TRAINED = {"text_length": "text_length", "image_size": "size"}  # pipeline's setting: LoRA's record
+
+
+def keeps_lora_scales(call: Callable[..., T]) -> Callable[..., T]:
+    """Give all LoRAs the scales back that they had before a method of the pipeline.
+
+    `joint_attention_kwargs={"scale": 0}` would leave a scale of 1 behind.
+    """
+
+    @functools.wraps(call)
+    def kept(self: Any, *args: Any, **kwargs: Any) -> T:
+        from peft.tuners.lora import LoraLayer
+
+        parts = (self.transformer, self.text_encoder, self.text_encoder_2)
+        layers = [m for part in parts if part is not None for m in part.modules()]
+        scales = [(m, dict(m.scaling)) for m in layers if isinstance(m, LoraLayer)]
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            for layer, scaling in scales:
+                layer.scaling.update(scaling)
+
+    return kept
 
 
 class MaskLoraMixin(FluxLoraLoaderMixin):
@@ -51,14 +80,15 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
         place = user_path(path)
         if not place.exists() and is_hub_id(str(path)):
             place = _download(str(path), **hub)
-        folder = place.parent if place.is_file() else place
-        inner = folder / LORA_FOLDER / WEIGHTS  # of a whole pipeline
-        folder = inner if inner.is_dir() else folder
-        load_mask_lora(self.transformer, folder)
+        inner = place / LORA_FOLDER / WEIGHTS  # of a whole pipeline
+        load_mask_lora(self.transformer, inner if inner.is_dir() else place)
+        before = getattr(self, "_without_lora", None)
+        if before is None:
+            before = {name: self.config[name] for name in TRAINED}
+            self._without_lora = before
         self.register_modules(mask_lora=MaskLora(self.transformer))
-        for name, trained in (("text_length", "text_length"), ("image_size", "size")):
-            if value := self._trained(trained):
-                self.register_to_config(**{name: value})
+        for name, recorded in TRAINED.items():
+            self.register_to_config(**{name: self._trained(recorded) or before[name]})
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write all parts; the mask LoRA lies in the sub-folder `mask_lora`. Other LoRAs do not."""
@@ -123,6 +153,7 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
         super().delete_adapters(adapter_names)
         if ADAPTER not in getattr(self.transformer, "peft_config", {}):
             self.register_modules(mask_lora=None)
+            self.register_to_config(**getattr(self, "_without_lora", {}))
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As in FluxPipeline; refused with a mask LoRA, which a fused layer would leave out."""
@@ -145,7 +176,7 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
                 f"the mask LoRA was trained at {trained}x{trained} pixels, and {size[1]}x{size[0]} "
                 "are asked for: leave height and width out for its own size",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 
