@@ -98,7 +98,7 @@ def test_the_command_trains_what_was_asked_for():
     )
 
 
-# ------------------------------------------------------------------ files that do not fit themselves
+# ------------------------------------------------------------------------- files that do not fit
 
 
 @pytest.fixture(scope="module")
