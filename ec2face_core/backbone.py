@@ -281,7 +281,11 @@ def encode_text(
 
 
 def warn_of_lost_words(
-    backbone: Backbone, prompts: Sequence[str], length: int, stacklevel: int = 3
+    backbone: Backbone,
+    prompts: Sequence[str],
+    length: int,
+    prompts_2: Sequence[str] | None = None,
+    stacklevel: int = 3,
 ) -> None:
     """Warn, once for all prompts, of words beyond what the text encoders read.
 
@@ -289,10 +293,11 @@ def warn_of_lost_words(
         backbone: anything with the two tokenizers, such as a pipeline.
         prompts: captions.
         length: T5 tokens.
+        prompts_2: what T5 reads instead of the captions.
         stacklevel: of the warning.
     """
     clip_length = backbone.tokenizer.model_max_length
-    lost = lost_texts(backbone.tokenizer_2, prompts, length)
+    lost = lost_texts(backbone.tokenizer_2, prompts_2 or prompts, length)
     reader = f"T5 ({length} tokens)"
     if not lost:
         lost = lost_texts(backbone.tokenizer, prompts, clip_length)

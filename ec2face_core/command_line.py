@@ -76,8 +76,13 @@ def config_from_args(options: argparse.Namespace, **overrides: Any) -> Config:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`trainer.steps=5` from a command line -> `{"trainer.steps": 5}`; the value is YAML."""
+    """`trainer.steps=5` from a command line -> `{"trainer.steps": 5}`; the value is YAML.
+
+    Nothing after the `=` is the empty text.
+    """
     key, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--set {text!r}: expected option=value, for example trainer.steps=10")
+    if not value.strip():
+        return {key: ""}
     return {key: user_setting(read_yaml(value, f"--set {reprlib.repr(text)}: the value"))}

@@ -135,7 +135,7 @@ class LossConfig:
     long_tail: Flag = True  # Eq. 11 instead of Eq. 3
     scope: Literal["dataset", "sample"] = "dataset"  # T of Eq. 10: training set | one face
     reduction: Literal["max", "mean", "nearest"] = "max"  # weights to latent resolution
-    # mean squared weight is 1 over the pixels of the training set | over the cells of a step
+    # the mean squared weight is 1 over the latent cells of the training set | of a step
     normalize: Literal["constant", "mean", "none"] = "constant"
     clip: NotNegative = 0.0  # upper bound of the weights after Eq. 10; 0: none
     # Eq. 10 | its root | Eq. 10 for rare classes, 1 for frequent ones (Cui et al. 2019)
@@ -183,7 +183,7 @@ class TrainerConfig:
     learning_rate: Positive = 1e-4
     weight_decay: NotNegative = 0.01
     warmup: CountOrZero = 0  # steps of linear warm-up
-    schedule: Literal["constant", "cosine"] = "constant"  # cosine: to 0 at the last step
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: towards 0
     max_grad_norm: NotNegative = 1.0  # 0: no clipping
     drop_probability: Fraction = 0.1  # p of Eq. 13, text and mask independently
     low_discrepancy_t: Flag = field(  # t of neighbouring samples covers [0, 1] evenly

@@ -122,19 +122,18 @@ def bounded_weights(counts: Tensor, config: LossConfig) -> Tensor:
     return w.clamp(min=config.floor, max=config.clip or torch.inf)
 
 
-def weight_scale(counts: Tensor, config: LossConfig) -> Tensor:
-    """Root mean square of `bounded_weights` over all pixels that are counted; a scalar."""
-    weights = bounded_weights(counts, config)
-    return ((counts.double() / counts.sum()) * weights.square()).sum().sqrt()
-
-
 def latent_weights(
-    label_map: Tensor, counts: Tensor, latent_size: int, config: LossConfig
+    label_map: Tensor,
+    counts: Tensor,
+    latent_size: int,
+    config: LossConfig,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The weight matrix of Eqs. 10 and 11 at latent resolution.
 
     Eq. 10 at pixel resolution (`bounded_weights`), then `config.reduction` over the pixels of each
-    latent cell, then `config.normalize`.
+    latent cell, then `config.normalize`, so that the loss has the scale that it has without
+    weights.
 
     Args:
         label_map: `b h w` int64 ids.
@@ -142,17 +141,38 @@ def latent_weights(
             scope `sample` counts each map by itself.
         latent_size: side of the latent, `h'`.
         config: scope, weighting, floor, clip, reduction and normalize are used.
+        scale: `weight_scale` of the training set, by which normalize `constant` divides. None: that
+            of the given maps.
 
     Returns:
-        Weights `b h' w'` float32. Normalised weights keep the loss at about the scale that it has
-        without weights: with `constant` the weights' mean square over all pixels of the training
-        set is 1, so a face with rare classes weighs more than one without; with `mean` it is 1 over
-        the cells of the given maps.
+        Weights `b h' w'` float32. Their mean square is 1 over the cells of the training set with
+        `constant`, so a face with rare classes weighs more than one without, and over the cells of
+        the given maps with `mean`.
 
     Raises:
         TypeError, ValueError: the label map is no `b h w` of ids 0-18, the counts are not 19, or
             latent_size is not in 1 to h.
     """
+    w = _reduced_weights(label_map, counts, latent_size, config)
+    if config.normalize == "none":
+        return w
+    if scale is None or config.normalize == "mean":
+        scale = w.square().mean().sqrt()
+    return w / scale.to(w)
+
+
+def weight_scale(label_map: Tensor, counts: Tensor, latent_size: int, config: LossConfig) -> Tensor:
+    """Root mean square of the reduced weights over the latent cells of all maps; a scalar.
+
+    Arguments and errors are those of `latent_weights`.
+    """
+    return _reduced_weights(label_map, counts, latent_size, config).double().square().mean().sqrt()
+
+
+def _reduced_weights(
+    label_map: Tensor, counts: Tensor, latent_size: int, config: LossConfig
+) -> Tensor:
+    """Weights at latent resolution before normalisation, `b h' w'`."""
     check_tensor(label_map, "label map")
     if label_map.ndim != 3 or label_map.numel() == 0:
         raise ValueError(f"label map {tuple(label_map.shape)}: expected `b h w`")
@@ -165,17 +185,10 @@ def latent_weights(
         w = torch.cat([long_tail_weights(m[None], T, config) for m, T in maps])
 
     if config.reduction == "max":
-        w = F.adaptive_max_pool2d(w, latent_size)
-    elif config.reduction == "mean":
-        w = F.adaptive_avg_pool2d(w, latent_size)
-    else:
-        w = F.interpolate(w[:, None], size=(latent_size, latent_size), mode="nearest")[:, 0]
-
-    if config.normalize == "constant":
-        w = w / weight_scale(counts, config).to(w)
-    elif config.normalize == "mean":
-        w = w / w.square().mean().sqrt()
-    return w
+        return F.adaptive_max_pool2d(w, latent_size)
+    if config.reduction == "mean":
+        return F.adaptive_avg_pool2d(w, latent_size)
+    return F.interpolate(w[:, None], size=(latent_size, latent_size), mode="nearest")[:, 0]
 
 
 # --------------------------------------------------------------------- consistency (Eqs. 6, 7, 8)
@@ -329,8 +342,8 @@ def drop_conditions(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 13: which samples keep their text and which keep their mask, drawn independently.
 
-    `TextEmbedding.where` replaces a dropped text by the null text, and `predict_velocity` lets no
-    token attend to a dropped mask.
+    `TextEmbedding.where` replaces a dropped text by the null text. `predict_velocity` lets no token
+    attend to a dropped mask; the trainer leaves such samples out where they have no gradient.
 
     Args:
         b: number of samples.

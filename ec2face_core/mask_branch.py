@@ -13,7 +13,8 @@ The LoRA's file records how it was trained, and loading restores it (`io/lora_fi
                    *stock* forward. decoupled: mask tokens attend to mask tokens only, so that
                    `precompute_mask_kv` runs them once for all steps (`fast/decoupled.py`)
     tokens         mask: text and noise tokens keep the base weights (profile paper);
-                   all: image and mask tokens have the LoRA (profile paper-all-tokens)
+                   all: image and mask tokens have the LoRA, and in the single-stream blocks,
+                   whose weights all tokens share, text tokens too (profile paper-all-tokens)
     mask_position  first position id of mask tokens: offset (1) or aligned (0, the noise tokens');
                    rows and columns are the noise tokens'
 
@@ -87,7 +88,7 @@ def mask_latents_of(vae: AutoencoderKL, label_map: Tensor) -> Tensor:
     return encode_images(vae, palette_image(label_map))
 
 
-def predict_velocity(  # noqa: PLR0913, PLR0917
+def predict_velocity(
     transformer: FluxTransformer2DModel,
     z_t: Tensor,
     t: Tensor,
@@ -95,7 +96,6 @@ def predict_velocity(  # noqa: PLR0913, PLR0917
     mask_latents: Tensor | MaskKVCache | None = None,
     keep_mask: Tensor | None = None,
     guidance: float | Tensor = 1.0,
-    lora: LoraConfig | None = None,
     mask_strength: float = 1.0,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
@@ -111,7 +111,6 @@ def predict_velocity(  # noqa: PLR0913, PLR0917
         keep_mask: `(b,)` bool; False: null mask, no token attends to that sample's mask tokens.
             All True costs nothing; a CPU tensor avoids a wait for the GPU.
         guidance: value of the guidance embedding, if the transformer has one; or one a sample.
-        lora: its mask_position is used; default: the installed mask branch's.
         mask_strength: factor on each mask token in the softmax of text and noise tokens (its
             logarithm is added to the logit), >= 0. LoRAs are trained with 1, which costs nothing; 0
             is no mask; other values need an attention backend that takes a mask.
@@ -144,7 +143,7 @@ def predict_velocity(  # noqa: PLR0913, PLR0917
         mask_tokens = mask_latents.tokens
         options["mask_kv"] = mask_latents
     elif mask_latents is not None:
-        mask_ids = _mask_ids(mask_latents, lora or (branch.config if branch else LoraConfig()))
+        mask_ids = _mask_ids(mask_latents, branch.config if branch else LoraConfig())
         mask_tokens = len(mask_ids)
         tokens = torch.cat([tokens, pack(mask_latents).to(tokens.dtype)], dim=1)  # [z_t; z_m]
         ids = torch.cat([ids, mask_ids])
@@ -316,6 +315,21 @@ def add_mask_lora(transformer: FluxTransformer2DModel, config: LoraConfig) -> li
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig as PeftConfig
 
+    peft_config = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        init_lora_weights="gaussian",
+        target_modules=lora_targets(transformer, config),
+    )
+    transformer.requires_grad_(False)
+    transformer.add_adapter(peft_config, adapter_name=ADAPTER)
+    cast_training_params(transformer, dtype=torch.float32)
+    install_mask_branch(transformer, config)
+    return [p for p in transformer.parameters() if p.requires_grad]
+
+
+def lora_targets(transformer: FluxTransformer2DModel, config: LoraConfig) -> str:
+    """A regular expression for the names of the layers with a LoRA."""
     targets = (
         r"(x_embedder"
         r"|transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.2)"
@@ -323,19 +337,9 @@ def add_mask_lora(transformer: FluxTransformer2DModel, config: LoraConfig) -> li
     )
     if config.tokens == "mask":  # nothing reads what mask tokens become in the last block
         last = transformer.config.num_single_layers - 1
-        without = rf"(?!single_transformer_blocks\.{last}\.(attn\.to_q|proj_mlp|proj_out)$)"
-        targets = without + targets
-    peft_config = PeftConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        init_lora_weights="gaussian",
-        target_modules=targets,
-    )
-    transformer.requires_grad_(False)
-    transformer.add_adapter(peft_config, adapter_name=ADAPTER)
-    cast_training_params(transformer, dtype=torch.float32)
-    install_mask_branch(transformer, config)
-    return [p for p in transformer.parameters() if p.requires_grad]
+        unread = rf"single_transformer_blocks\.{last}\.(attn\.to_q|proj_mlp|proj_out)"
+        return rf"(?!{unread}$){targets}"
+    return targets
 
 
 def install_mask_branch(
@@ -412,7 +416,7 @@ def _cast_inputs(transformer: FluxTransformer2DModel) -> None:
 
 
 def _fuse_qkv_projections(self: FluxTransformer2DModel) -> None:
-    """The transformer's own, unless it would leave the mask LoRA out."""
+    """Fuse the projections as diffusers does; refused with a mask LoRA, which they would omit."""
     if ADAPTER in getattr(self, "peft_config", {}):
         raise RuntimeError(
             "fuse_qkv_projections() would leave the mask LoRA out of the attention: delete it first"
@@ -468,7 +472,7 @@ class MaskBranch:
         return _AddToTail.apply(result, delta)
 
     def merge_unsafe(self, *_: Any) -> None:
-        """Refuse: a merged LoRA would act on text and noise tokens, too."""
+        """Refuse: a merged LoRA would act on all tokens."""
         raise RuntimeError("the mask LoRA acts on mask tokens only and cannot be fused or merged")
 
     merge_safe = unmerge = merge_unsafe

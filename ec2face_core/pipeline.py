@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +40,6 @@ from .backbone import (
     encode_text,
     load_backbone,
     pack,
-    unpack,
     warn_of_lost_words,
 )
 from .config import BackboneConfig, Config, DataConfig, SamplingConfig
@@ -49,15 +49,22 @@ from .inference.edit import EditMixin
 from .inference.inputs import (
     MaskLike,
     Texts,
+    after_callback,
+    attention_options,
+    callback_inputs,
+    check_embeddings,
+    check_request,
+    checked_sigmas,
     draw_noise,
     flux_timesteps,
     given_latents,
     laid_out,
     mask_list,
+    paired_texts,
     resize_mask,
-    text_list,
+    t5_length,
 )
-from .inference.loras import MaskLoraMixin, saved_mask_lora
+from .inference.loras import MaskLoraMixin, keeps_lora_scales, saved_mask_lora
 from .io.lora_file import LORA_FOLDER, MaskLora, find_mask_lora
 from .io.sums import check_sums
 from .mask_branch import (
@@ -180,6 +187,8 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
     def from_config(cls, config: Config, variant: str | None = "both") -> EC2FacePipeline:
         """The pipeline of a profile with the LoRA of a variant; None: the base model alone.
 
+        Guidance and size are the profile's; steps and seed are arguments of the call.
+
         Raises:
             ConfigError: the variant's LoRA was trained with other settings.
         """
@@ -197,18 +206,21 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
         return pipeline
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> EC2FacePipeline:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> EC2FacePipeline:
         """A pipeline that was saved or pushed, or any FluxPipeline (base alone): folder or hub id.
 
         Pickles of the hub are not opened, those of a folder as tensors alone.
         """
-        if Path(path).is_dir():
-            check_sums(Path(path))
+        place = pretrained_model_name_or_path
+        if Path(place).is_dir():
+            check_sums(Path(place))
         else:
             kwargs.setdefault("use_safetensors", True)
-        if (lora := saved_mask_lora(path, kwargs)) is not None:
+        if (lora := saved_mask_lora(place, kwargs)) is not None:
             kwargs.setdefault(LORA_FOLDER, lora)  # else diffusers would open it as foreign code
-        return super().from_pretrained(str(path), **kwargs)
+        return super().from_pretrained(str(place), **kwargs)
 
     # ---------------------------------------------------------------------------------- sampling
 
@@ -223,7 +235,7 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
         max_sequence_length: int | None = None,
         lora_scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """FluxPipeline's: embed b prompts, or pass on what is embedded already.
+        """As in FluxPipeline: embed b prompts, or pass on what is embedded already.
 
         Args:
             prompt: of CLIP and T5; "" or None is no text.
@@ -246,21 +258,23 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
             raise ValueError("give prompt_embeds and pooled_prompt_embeds, or neither")
         if prompt_embeds is not None and (prompt or prompt_2):
             raise ValueError("give prompts or prompt_embeds, not both")
-        if prompt_embeds is None or pooled_prompt_embeds is None:
+        if prompt_embeds is not None and pooled_prompt_embeds is not None:
+            check_embeddings(prompt_embeds, pooled_prompt_embeds, self.transformer.config)
+        else:
             if self.text_encoder is None or self.text_encoder_2 is None:
                 raise ValueError(
                     "this pipeline has no text encoders: give prompt_embeds and "
                     "pooled_prompt_embeds, with guidance the negative ones too"
                 )
-            texts = text_list(prompt)
-            texts_2 = text_list(prompt_2) if prompt_2 else texts
-            length = max_sequence_length or self.config.text_length
-            warn_of_lost_words(self, texts_2, length, stacklevel=6)
+            texts, texts_2 = paired_texts(prompt, prompt_2)
+            length = t5_length(max_sequence_length, self.config.text_length)
+            warn_of_lost_words(self, texts, length, texts_2, stacklevel=7)
+            scale = 1.0 if lora_scale is None else lora_scale
             for encoder in (self.text_encoder, self.text_encoder_2):
-                scale_lora_layers(encoder, lora_scale or 1.0)
+                scale_lora_layers(encoder, scale)
             text = encode_text(self, texts, length, texts_2)
             for encoder in (self.text_encoder, self.text_encoder_2):
-                unscale_lora_layers(encoder, lora_scale or 1.0)
+                unscale_lora_layers(encoder, scale)
             prompt_embeds = text.tokens
             pooled_prompt_embeds = text.pooled
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, 0).to(device)
@@ -270,6 +284,7 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
         return prompt_embeds, pooled_prompt_embeds, text_ids
 
     @torch.no_grad()
+    @keeps_lora_scales
     def __call__(  # noqa: D417, PLR0913, PLR0917
         self,
         prompt: Texts = None,
@@ -356,15 +371,17 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
                 not finite.
             NotFiniteError: the pictures are not finite.
         """
-        num_inference_steps = num_inference_steps if sigmas is None else len(sigmas)
+        if sigmas is not None:
+            sigmas = checked_sigmas(sigmas)
+            num_inference_steps = len(sigmas)
         side = self.config.image_size
         size = (side if height is None else height, side if width is None else width)
         self._check(size, num_inference_steps, output_type)
         check_number(num_images_per_prompt, "num_images_per_prompt", 1, whole=True)
         check_number(mask_strength, "mask_strength", 0)
-        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        if unknown := [name for name in wanted if name not in self._callback_tensor_inputs]:
-            raise ValueError(f"callbacks are given {self._callback_tensor_inputs}, not {unknown}")
+        wanted = callback_inputs(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         if text_guidance is not None and true_cfg_scale is not None:
             raise ValueError("true_cfg_scale is another name of text_guidance: give one of them")
         self._guidance_scale = self._setting("guidance", guidance_scale)
@@ -372,7 +389,7 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
             "text_guidance", true_cfg_scale if text_guidance is None else text_guidance
         )
         mask_scale = self._setting("mask_guidance", mask_guidance)
-        self._joint_attention_kwargs = dict(joint_attention_kwargs or {})
+        self._joint_attention_kwargs = attention_options(joint_attention_kwargs)
         self._interrupt = False
         device = self._execution_device
 
@@ -427,11 +444,8 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
                     v = consistency(v, z, t, led_by)
                 z = self.scheduler.step(v, time, z, return_dict=False)[0]  # Eq. 2, one Euler step
                 if callback_on_step_end is not None:
-                    given = {"latents": pack(z), "prompt_embeds": text.tokens}
-                    given = {name: given[name] for name in wanted}
-                    changed = callback_on_step_end(self, step, time, given) or {}
-                    z = unpack(changed.get("latents", pack(z)), *shape[-2:])
-                    text = TextEmbedding(changed.get("prompt_embeds", text.tokens), text.pooled)
+                    told = partial(callback_on_step_end, self, step, time)
+                    z, text = after_callback(told, wanted, z, text)
                 bar.update()
         self._current_timestep = None
         images = pack(z) if output_type == "latent" else self._decode(z, output_type)
@@ -478,14 +492,7 @@ class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
         return self.image_processor.postprocess(decoded, output_type)
 
     def _check(self, size: tuple[int, int], steps: int, output_type: str) -> None:
-        multiple = 2 * self.vae_scale_factor
-        for name, side in zip(("height", "width"), size, strict=True):
-            check_number(side, name, multiple, whole=True)
-        if any(side % multiple for side in size):
-            raise ValueError(f"height and width {size} must be multiples of {multiple}")
-        check_number(steps, "num_inference_steps", 1, whole=True)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type {output_type!r}: use pil, np, pt or latent")
+        check_request(size, 2 * self.vae_scale_factor, steps, output_type)
 
     def _setting(self, name: str, given: float | None) -> float:
         """A scale that was given, or the model's own; finite and not negative."""

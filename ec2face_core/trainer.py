@@ -12,17 +12,18 @@ accumulation change the loss.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backbone import load_backbone, load_tiny_decoder
+from .backbone import TextEmbedding, load_backbone, load_tiny_decoder
 from .consistency import PixelConsistency
 from .data import open_dataset
 from .fast.blocks import prepare_blocks
@@ -33,7 +34,7 @@ from .fast.sharding import average_gradients, ignore_frozen, shard_base
 from .fast.transfer import send
 from .flow import follow_path, interpolate, reverse_estimate, target_velocity
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
-from .losses import flow_matching_loss, latent_weights, total_loss
+from .losses import flow_matching_loss, latent_weights, total_loss, weight_scale
 from .mask_branch import MaskKVCache, add_mask_lora, precompute_mask_kv, predict_velocity
 from .perception import ClipScorer, FaceParser
 from .stream import Samples, SampleStream
@@ -42,6 +43,27 @@ from .training.ema import AveragedLora
 from .training.log import METRICS
 from .training.run import TrainingRun
 from .training.validation import ValidationFaces
+
+SCALE_FACES = 2048  # whose masks give the scale of the long-tail weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one micro-batch computes: b samples on the device, if not said otherwise."""
+
+    rows: Tensor  # (b,) their numbers among the given samples, on the CPU
+    share: float  # that they stand for of the given samples
+    z: Tensor  # b c h w, latents of the faces
+    z_m: Tensor  # b c h w, latents of the masks
+    m: Tensor  # b H W int64, label maps
+    captions: list[str]
+    text: TextEmbedding  # of the captions, or of the empty one
+    t: Tensor  # (b,)
+    noise: Tensor  # b c h w
+    keep_text: Tensor  # (b,) bool
+    keep_mask: Tensor  # (b,) bool
+    keep_mask_tokens: Tensor | None  # (b,) bool on the CPU; None: all mask tokens are attended to
+    pixel_weight: Tensor | None  # (b,) on the CPU, see Samples
 
 
 class Trainer(TrainingRun):
@@ -64,9 +86,8 @@ class Trainer(TrainingRun):
     def step(self, samples: Samples, w: Tensor | None = None) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch: the paper's step in its symbols.
 
-        Eq. 13 comes first because it decides the inputs; Eq. 10 is computed once for a whole
-        optimiser step (`update`). Gradients are added to the LoRA's. Samples whose gradient is zero
-        are left out, see `_taught`.
+        Eq. 10 is computed once for a whole optimiser step (`update`), Eq. 13 in `_prepare`, because
+        it decides the inputs. Gradients are added to the LoRA's.
 
         Args:
             samples: faces, times, noise and dropped conditions of b samples.
@@ -76,51 +97,35 @@ class Trainer(TrainingRun):
             Means over the computed samples for the log, detached: t, the parts of Eq. 12, and
             unweighted_flow (Eq. 3).
         """
-        rows, share = self._taught(samples)
-        samples = samples[rows]
-        w = None if w is None else w[rows]
-        z, z_m, m, c, text = self._read(samples)
-        t = send(samples.t, self.device)
-        noise = send(samples.noise, self.device)
-
-        text = text.where(samples.keep_text, self.null_text).send(self.device)  # Eq. 13
-        keep_text = send(samples.keep_text, self.device)
-        keep_mask = send(samples.keep_mask, self.device)
-
+        x = self._prepare(samples)
+        w = None if w is None else w[x.rows]
         velocity = partial(  # Eqs. 1, 4
-            predict_velocity, self.model, text=text, mask_latents=self._mask_condition(z_m, rows),
-            keep_mask=None if self.masks_only else samples.keep_mask,
-            guidance=self.config.backbone.guidance, lora=self.config.lora,
+            predict_velocity, self.model, text=x.text, mask_latents=self._mask_condition(x),
+            keep_mask=x.keep_mask_tokens, guidance=self.config.backbone.guidance,
         )  # fmt: skip
-        z_t = interpolate(z, noise, t)  # the path of Eqs. 2 and 3
-        mu = target_velocity(z, noise)
-        v = velocity(z_t, t)
-        flow_loss = flow_matching_loss(v, mu, w)  # Eqs. 3, 11
-        total = flow_loss.mean()
+        z_t = interpolate(x.z, x.noise, x.t)  # the path of Eqs. 2 and 3
+        mu = target_velocity(x.z, x.noise)
+        v = velocity(z_t, x.t)
+        L_opt_fm = flow_matching_loss(v, mu, w)  # Eqs. 3, 11
 
-        text_loss = mask_loss = None
-        if self.consistency is not None:
-            v_c = v
-            if self.config.loss.states == "own":  # not the paper's: where sampling comes by
-                t = self.config.loss.own_below * t
-                with torch.no_grad():
-                    z_t = follow_path(velocity, noise, t, self.config.loss.own_steps)
-                v_c = velocity(z_t, t)
-            z_hat = reverse_estimate(z_t, v_c, t)  # Eq. 5
+        if self.consistency is None:
+            parts = total_loss(L_opt_fm, None, None, x.t, self.config.loss)
+        else:
+            states = (z_t, v, x.t)
+            if self.config.loss.states == "own":
+                states = self._own_states(velocity, x)
+            z_hat = reverse_estimate(*states)  # Eq. 5
             with guides_precision(self.config, self.accelerator):
-                # Eqs. 6-9: g = dL_mcc / dz_hat, a constant
-                g, text_loss, mask_loss = self.consistency.gradient(
-                    z_hat, c, m, t, keep_text, keep_mask, samples.pixel_weight
+                L_mcc = self.consistency.loss(  # Eqs. 6-9
+                    z_hat, x.captions, x.m, states[-1], x.keep_text, x.keep_mask, x.pixel_weight
                 )
-            total = total + (z_hat * g).sum() / len(t)  # has the gradient of Eq. 12, not its value
-        self.accelerator.backward(total * share / self.config.trainer.accumulation)
+            total = L_opt_fm + L_mcc.total  # Eq. 12
+            parts = dataclasses.replace(L_mcc, total=total, flow=L_opt_fm)
+        self.accelerator.backward(parts.total.mean() * x.share / self.config.trainer.accumulation)
 
         with torch.no_grad():
-            parts = total_loss(
-                flow_loss, text_loss, mask_loss, t, self.config.loss, keep_text, keep_mask
-            )  # Eqs. 9, 12 for the log
             unweighted = flow_matching_loss(v, mu).mean()
-        return parts.mean() | {"t": t.mean(), "unweighted_flow": unweighted}
+        return parts.mean() | {"t": x.t.mean(), "unweighted_flow": unweighted}
 
     def update(self) -> None:
         """One optimiser step over the next samples of the stream."""
@@ -165,9 +170,44 @@ class Trainer(TrainingRun):
             return None
         label_maps = send(self.cache.label_maps(self.stream.ids(indices)), self.device)
         side = self.cache.latent_shape[-1]
-        return latent_weights(label_maps, self.counts, side, self.config.loss)
+        return latent_weights(label_maps, self.counts, side, self.config.loss, self.weight_scale)
 
-    def _taught(self, samples: Samples) -> tuple[Tensor, float]:
+    def _weight_scale(self) -> Tensor | None:
+        """The constant that long-tail weights are divided by; None where there is none.
+
+        It is taken over `SCALE_FACES` faces of the training set, evenly spaced, the same on every
+        rank.
+        """
+        loss = self.config.loss
+        if not loss.long_tail or loss.normalize != "constant":
+            return None
+        spaced = torch.linspace(0, len(self.cache.ids) - 1, SCALE_FACES).round().long()
+        side = self.cache.latent_shape[-1]
+        squares = []
+        for rows in spaced.unique().split(32):
+            maps = self.cache.label_maps([self.cache.ids[i] for i in rows.tolist()])
+            scale = weight_scale(maps.to(self.device), self.counts, side, loss)
+            squares += [scale.square()] * len(maps)
+        return torch.stack(squares).mean().sqrt()
+
+    def _prepare(self, samples: Samples) -> Batch:
+        """The samples that are computed, on the device, with Eq. 13 applied."""
+        rows, share = self._computed_rows(samples)
+        samples = samples[rows]
+        cached = self.cache.batch(samples.ids, samples.caption_indices)
+        z, z_m, m = (send(cached[name], self.device) for name in ("z", "z_mask", "label_map"))
+        text = cached["text"].where(samples.keep_text, self.null_text).send(self.device)  # Eq. 13
+        t, noise, keep_text, keep_mask = (
+            send(part, self.device)
+            for part in (samples.t, samples.noise, samples.keep_text, samples.keep_mask)
+        )
+        keep_mask_tokens = None if self.masks_only else samples.keep_mask
+        return Batch(
+            rows, share, z, z_m, m, cached["captions"], text, t, noise, keep_text, keep_mask,
+            keep_mask_tokens, samples.pixel_weight,
+        )  # fmt: skip
+
+    def _computed_rows(self, samples: Samples) -> tuple[Tensor, float]:
         """The rows that are computed, and the share of the b samples that they stand for.
 
         With the LoRA on mask tokens alone, a sample whose mask is dropped has no gradient: nothing
@@ -181,51 +221,63 @@ class Trainer(TrainingRun):
         kept = samples.keep_mask.nonzero()[:, 0]
         return (kept, len(kept) / b) if len(kept) else (kept.new_zeros(1), 0.0)
 
-    def _read(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor, list[str], Any]:
-        """Cached inputs: z, z_m and m on the device, captions c and their embeddings."""
-        batch = self.cache.batch(samples.ids, samples.caption_indices)
-        tensors = (send(batch[name], self.device) for name in ("z", "z_mask", "label_map"))
-        return *tensors, batch["captions"], batch["text"]
+    def _own_states(
+        self, velocity: Callable[[Tensor, Tensor], Tensor], x: Batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States, velocities and times on the model's own path (`loss.states: own`).
+
+        The paper's losses look at noised data instead.
+        """
+        t = self.config.loss.own_below * x.t
+        with torch.no_grad():
+            z_t = follow_path(velocity, x.noise, t, self.config.loss.own_steps)
+        return z_t, velocity(z_t, t), t
 
     def _read_ahead(self, first: int) -> None:
         """Begin to read the next micro-batch, of samples `first` ..., beside the computation."""
         samples = self.stream.sample(range(first, first + self.config.trainer.batch_size))
-        samples = samples[self._taught(samples)[0]]
+        samples = samples[self._computed_rows(samples)[0]]
         self.cache.read_ahead(samples.ids, samples.caption_indices)
 
-    def _mask_condition(self, z_m: Tensor, rows: Tensor) -> Tensor | MaskKVCache:
-        """Mask latents of these rows, or one pass over each face's mask for its noise repeats."""
+    def _mask_condition(self, x: Batch) -> Tensor | MaskKVCache:
+        """Mask latents, or one pass over each face's mask for its noise repeats."""
         repeats = self.config.trainer.noise_repeats
         if repeats == 1:
-            return z_m
-        faces, place = (rows // repeats).unique(return_inverse=True)
+            return x.z_m
+        faces, place = (x.rows // repeats).unique(return_inverse=True)
         first = [place.tolist().index(k) for k in range(len(faces))]
-        return precompute_mask_kv(self.model, z_m[first])[place]
+        return precompute_mask_kv(self.model, x.z_m[first])[place]
 
     def setup(self) -> None:
         """Encode what is not cached; load transformer, LoRA and guides; make the optimiser."""
+        self._start_processes()
+        check_memory(self.config, self.device)
+        self._encode()
+        self._load_models()
+        self._make_optimizer()
+
+    def _encode(self) -> None:
+        """The latent cache, and the stream of samples from it."""
         config = self.config
         c = config.trainer
-        self._start_processes()
-        check_memory(config, self.device)
         with self.accelerator.main_process_first():
             dataset = open_dataset(config, "train")
             if c.validate_every:
                 self.validation = ValidationFaces(config)
         fixed = self.validation.captions if self.validation else []
         last = self.samples_done + (c.steps - self.steps_done) * self.step_samples
-        drawn: Sequence[int] = range(self.samples_done, last)
+        numbers: Sequence[int] = range(self.samples_done, last)
         memory = config.data.texts == "memory"
         if memory:  # this rank's alone
             mine = self.accelerator.process_index * c.batch_size
             turn = c.num_processes * c.batch_size
-            drawn = [k for k in drawn if mine <= (k - drawn[0]) % turn < mine + c.batch_size]
+            numbers = [k for k in numbers if mine <= (k - numbers[0]) % turn < mine + c.batch_size]
         self.cache = encode_dataset(
             dataset,
             lambda: load_backbone(config.backbone, ("vae", "text")).to(self.device),
             config,
             cache_folder(config),
-            captions=lambda cache: {*self._stream(cache).captions(drawn), *fixed},
+            captions=lambda cache: {*self._stream(cache).captions(numbers), *fixed},
             accelerator=self.accelerator,
             memory=memory,
         )
@@ -233,7 +285,11 @@ class Trainer(TrainingRun):
         self.content = training_content(config)
         self.null_text = self.cache.text([EMPTY])
         self.counts = self.cache.label_counts().to(self.device)
+        self.weight_scale = self._weight_scale()
 
+    def _load_models(self) -> None:
+        """The frozen transformer with a new LoRA, and the guides of the consistency losses."""
+        config = self.config
         needs_text = config.loss.alpha_text > 0
         needs_mask = config.loss.alpha_mask > 0
         needs_vae = (needs_text or needs_mask) and not config.backbone.pixel_decoder
@@ -244,7 +300,7 @@ class Trainer(TrainingRun):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.parameters = add_mask_lora(self.transformer, config.lora)
-        prepare_blocks(self.transformer, c)
+        prepare_blocks(self.transformer, config.trainer)
 
         self.consistency = None
         if needs_text or needs_mask:
@@ -267,6 +323,10 @@ class Trainer(TrainingRun):
             pixels = self.consistency
             guides_there = (pixels.clip, pixels.parser) if pixels else ()
             self.validation.open(backbone, self.cache, self.device, *guides_there)
+
+    def _make_optimizer(self) -> None:
+        """AdamW over the LoRA, its moving average, and accelerate's wrappers."""
+        c = self.config.trainer
         self.average = AveragedLora(self.parameters, c.ema)
         optimizer = torch.optim.AdamW(
             self.parameters,
@@ -295,7 +355,7 @@ class Trainer(TrainingRun):
 def learning_rate(
     step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "constant"
 ) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, then constant or half a cosine to 0.
+    """Learning rate of step 0, 1, ...: linear warm-up, then constant or half a cosine towards 0.
 
     Args:
         step: number of the optimiser step.

@@ -105,7 +105,7 @@ class PlainLoop:
             text = self.encoders.embed(tokens)
         with torch.autocast(self.device.type, torch.bfloat16):
             z_t = interpolate(z, noise, t)
-            v = predict_velocity(n.transformer, z_t, t, text, z_mask, lora=config.lora)
+            v = predict_velocity(n.transformer, z_t, t, text, z_mask)
             counts = torch.bincount(labels.flatten(), minlength=NUM_CLASSES)
             w = latent_weights(labels, counts, z.shape[-1], config.loss)
             flow = flow_matching_loss(v.float(), target_velocity(z, noise), w)

@@ -18,7 +18,6 @@ from ec2face_core.fast.blocks import blocks_of, prepare_blocks
 from ec2face_core.fast.decoupled import set_attention
 from ec2face_core.mask_branch import install_mask_branch
 from ec2face_core.trainer import Trainer
-from ec2face_core.training.ema import AveragedLora
 
 FACES = 8  # of the random data
 
@@ -125,27 +124,30 @@ class RandomTrainer(Trainer):
         self.size = size
 
     def setup(self) -> None:
-        """Put the transformer into the state of the settings; make cache, stream and optimiser."""
-        c = self.config.trainer
+        """As in Trainer, without the check of the memory, which is measured."""
         self._start_processes()
+        self._encode()
+        self._load_models()
+        self._make_optimizer()
+
+    def _encode(self) -> None:
+        """A cache of random latents, and the stream of samples from it."""
         self.cache: Any = RandomCache(self.size, self.config.backbone.text_length)
         self.stream = self._stream(self.cache)
         self.null_text = self.cache.text([""])
         self.counts = self.cache.label_counts().to(self.device)
+        self.weight_scale = self._weight_scale()
+
+    def _load_models(self) -> None:
+        """Put the random transformer into the state of the settings."""
         n = self.networks
         self.transformer = n.transformer
         self.parameters = n.parameters
         for p in self.parameters:
             p.grad = None  # of a measurement that ran out of memory
         reset(self.transformer, self.config, self.size)
-        prepare_blocks(self.transformer, c)
-        self.average = AveragedLora(self.parameters, c.ema)
+        prepare_blocks(self.transformer, self.config.trainer)
         self.consistency = PixelConsistency(n.vae, n.clip, n.parser, self.config.loss)
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=c.learning_rate, weight_decay=c.weight_decay,
-            fused=self.device.type == "cuda",
-        )  # fmt: skip
-        self.model, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
 
 
 def configuration(size: Size, settings: Settings) -> Config:

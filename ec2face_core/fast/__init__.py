@@ -1,1 +1,1 @@
-"""Options that make training and sampling cheaper; all are off by default."""
+"""What makes training and sampling cheaper without changing what is computed."""

@@ -6,9 +6,11 @@ switches another off; peft and diffusers would leave the newest alone active.
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
@@ -21,11 +23,14 @@ from ..io.lora_file import (
     LORA_FOLDER,
     WEIGHTS,
     MaskLora,
+    is_mask_lora,
     load_mask_lora,
     write_card,
 )
 from ..io.paths import user_path
 from ..mask_branch import ADAPTER, keep_loras_active
+
+T = TypeVar("T")
 
 # diffusers loads components of the libraries and classes that it knows
 LOADABLE_CLASSES[MaskLora.__module__] = {"MaskLora": ["save_pretrained", "from_pretrained"]}
@@ -35,6 +40,31 @@ MODULE = """# By this file other programs find the pipeline's class:
 # DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)
 from ec2face_core.pipeline import EC2FacePipeline
 """
+
+
+TRAINED = {"text_length": "text_length", "image_size": "size"}  # pipeline's setting: LoRA's record
+
+
+def keeps_lora_scales(call: Callable[..., T]) -> Callable[..., T]:
+    """Give all LoRAs the scales back that they had before a method of the pipeline.
+
+    `joint_attention_kwargs={"scale": 0}` would leave a scale of 1 behind.
+    """
+
+    @functools.wraps(call)
+    def kept(self: Any, *args: Any, **kwargs: Any) -> T:
+        from peft.tuners.lora import LoraLayer
+
+        parts = (self.transformer, self.text_encoder, self.text_encoder_2)
+        layers = [m for part in parts if part is not None for m in part.modules()]
+        scales = [(m, dict(m.scaling)) for m in layers if isinstance(m, LoraLayer)]
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            for layer, scaling in scales:
+                layer.scaling.update(scaling)
+
+    return kept
 
 
 class MaskLoraMixin(FluxLoraLoaderMixin):
@@ -50,22 +80,24 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
         place = user_path(path)
         if not place.exists() and is_hub_id(str(path)):
             place = _download(str(path), **hub)
-        folder = place.parent if place.is_file() else place
-        inner = folder / LORA_FOLDER / WEIGHTS  # of a whole pipeline
-        folder = inner if inner.is_dir() else folder
-        load_mask_lora(self.transformer, folder)
+        inner = place / LORA_FOLDER / WEIGHTS  # of a whole pipeline
+        load_mask_lora(self.transformer, inner if inner.is_dir() else place)
+        before = getattr(self, "_without_lora", None)
+        if before is None:
+            before = {name: self.config[name] for name in TRAINED}
+            self._without_lora = before
         self.register_modules(mask_lora=MaskLora(self.transformer))
-        for name, trained in (("text_length", "text_length"), ("image_size", "size")):
-            if value := self._trained(trained):
-                self.register_to_config(**{name: value})
+        for name, recorded in TRAINED.items():
+            self.register_to_config(**{name: self._trained(recorded) or before[name]})
 
-    def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write all parts; the mask LoRA lies in the sub-folder `mask_lora`. Other LoRAs do not."""
+        path = Path(save_directory)
         hook = None
         if getattr(self.transformer, "peft_config", None):  # the base is saved as if without LoRAs
             hook = self.transformer.register_state_dict_post_hook(_without_loras)
-        Path(path).mkdir(parents=True, exist_ok=True)
-        self._describe(Path(path))
+        path.mkdir(parents=True, exist_ok=True)
+        self._describe(path)
         try:
             super().save_pretrained(str(path), **kwargs)
         finally:
@@ -84,16 +116,23 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
         write_card(folder, self.mask_lora.record if self.mask_lora else None, pipeline=True)
         (folder / "pipeline.py").write_text(MODULE)
 
-    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """FluxPipeline's, for styles, identities, few steps: the LoRAs that are active stay so.
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in FluxPipeline, for styles, identities, few steps: active LoRAs stay active.
 
-        Such a LoRA acts on all tokens, the mask's among them.
+        Such a LoRA acts on all tokens, the mask's among them. The folder or file of a mask LoRA is
+        given to `load_mask_lora`.
         """
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, str | Path) and is_mask_lora(user_path(source)):
+            self.load_mask_lora(source)
+            return
         with keep_loras_active(self.transformer):
-            super().load_lora_weights(*args, **kwargs)
+            super().load_lora_weights(source, *args, **kwargs)
 
     def set_adapters(self, adapter_names: str | list[str], adapter_weights: Any = None) -> None:
-        """FluxPipeline's; a mask LoRA that is not named stays active."""
+        """As in FluxPipeline; a mask LoRA that is not named stays active."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if self.mask_lora is not None and ADAPTER not in names:
             given = isinstance(adapter_weights, list)
@@ -103,20 +142,21 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
         super().set_adapters(names, adapter_weights)
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """FluxPipeline's; the mask LoRA stays (`delete_adapters("mask")` removes it)."""
+        """As in FluxPipeline; the mask LoRA stays (`delete_adapters("mask")` removes it)."""
         if self.mask_lora is None:
             super().unload_lora_weights(*args, **kwargs)
         else:
             self.delete_adapters([n for n in self.transformer.peft_config if n != ADAPTER])
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """FluxPipeline's."""
+        """As in FluxPipeline."""
         super().delete_adapters(adapter_names)
         if ADAPTER not in getattr(self.transformer, "peft_config", {}):
             self.register_modules(mask_lora=None)
+            self.register_to_config(**getattr(self, "_without_lora", {}))
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """FluxPipeline's, but refused with a mask LoRA, which a fused layer would leave out."""
+        """As in FluxPipeline; refused with a mask LoRA, which a fused layer would leave out."""
         if self.mask_lora is not None:
             raise RuntimeError(
                 "no LoRA can be fused beside the mask LoRA, which acts on mask tokens only: fuse "
@@ -136,7 +176,7 @@ class MaskLoraMixin(FluxLoraLoaderMixin):
                 f"the mask LoRA was trained at {trained}x{trained} pixels, and {size[1]}x{size[0]} "
                 "are asked for: leave height and width out for its own size",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

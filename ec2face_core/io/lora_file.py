@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,8 @@ from ..config import (
     profiles,
     shipped_profile,
 )
-from ..mask_branch import ADAPTER, install_mask_branch, keep_loras_active
+from ..guards.checks import check_number
+from ..mask_branch import ADAPTER, install_mask_branch, keep_loras_active, lora_targets
 from ..runs import whole_file, write_tensors
 from .sums import check_sums, list_sums
 
@@ -102,52 +105,159 @@ def save_mask_lora(
     list_sums(folder / LORA_FILE)
 
 
-def read_mask_lora(folder: Path | str) -> LoraRecord:
-    """What a LoRA was trained with.
+def read_mask_lora(path: Path | str) -> LoraRecord:
+    """What the LoRA of a folder, or of a file, was trained with.
 
     Raises:
         FileNotFoundError: there is no LoRA.
         DamagedError: the file is not the one that was kept (`io/sums.py`).
         ValueError: the file is damaged, or no mask LoRA.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(folder) / LORA_FILE
-    if not path.is_file():
+    file = _file(path)
+    if not file.is_file():
         raise FileNotFoundError(
-            f"no mask LoRA at {path}: train it with `python -m ec2face_core.train`, or give the "
+            f"no mask LoRA at {file}: train it with `python -m ec2face_core.train`, or give the "
             "folder of another one"
         )
-    check_sums(path)
+    check_sums(file)
+    text = _metadata(file).get("ec2face")
+    if text is None:
+        raise ValueError(f"{file} is not a mask LoRA of this project: it has no `ec2face` metadata")
     try:
-        with safe_open(path, "pt") as file:
-            values = json.loads((file.metadata() or {}).get("ec2face", "null"))
-    except SafetensorError as error:
+        values = json.loads(text)
+        if "lora" not in values:  # files of former versions hold LoraConfig and text_length alone
+            values = {"text_length": values.pop("text_length"), "lora": values}
+        record = LoraRecord(**(values | {"lora": LoraConfig(**values["lora"])}))
+        check_number(record.text_length, "text_length", 0, whole=True)  # 0: not known
+        if record.size is not None:
+            check_number(record.size, "size", 1, whole=True)
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged or incomplete ({error}): copy or train it again"
+            f"the `ec2face` metadata of {file} cannot be read ({_first_line(error)}): copy the "
+            "file again, or update this package if a newer version wrote it"
         ) from error
-    if values is None:
-        raise ValueError(f"{path} is not a mask LoRA of this project: it has no `ec2face` metadata")
-    if "lora" not in values:  # files of former versions hold LoraConfig and text_length alone
-        return LoraRecord(text_length=values.pop("text_length"), lora=LoraConfig(**values))
-    return LoraRecord(**(values | {"lora": LoraConfig(**values["lora"])}))
+    return record
 
 
-def load_mask_lora(transformer: FluxTransformer2DModel, folder: Path | str) -> LoraConfig:
+def is_mask_lora(path: Path) -> bool:
+    """Whether a folder or a file is a mask LoRA's, by the metadata of its file."""
+    file = _file(path)
+    if not file.is_file() or file.suffix != ".safetensors":
+        return False
+    try:
+        return "ec2face" in _metadata(file)
+    except ValueError:
+        return False  # whoever opens it names the damage
+
+
+def load_mask_lora(transformer: FluxTransformer2DModel, path: Path | str) -> LoraConfig:
     """Load a LoRA into the mask branch, replacing the one that is there; others stay active.
 
-    Returns the LoraConfig that it was trained with; raises what `read_mask_lora` raises.
+    Args:
+        transformer: FluxTransformer2DModel; unchanged where the LoRA is refused.
+        path: the LoRA's folder, or its file.
+
+    Returns:
+        The LoraConfig that it was trained with.
+
+    Raises:
+        FileNotFoundError, ValueError: as for `read_mask_lora`.
+        ValueError: the file's layers are not those of its record and of this transformer.
     """
-    record = read_mask_lora(folder)
+    file = _file(path)
+    record = read_mask_lora(file)
+    _check_layers(file, record.lora, transformer)
     if ADAPTER in getattr(transformer, "peft_config", {}):
         transformer.delete_adapters(ADAPTER)
     with keep_loras_active(transformer):
         transformer.load_lora_adapter(
-            str(folder), prefix="transformer", weight_name=LORA_FILE, adapter_name=ADAPTER
+            str(file.parent), prefix="transformer", weight_name=file.name, adapter_name=ADAPTER
         )
     branch = install_mask_branch(transformer, record.lora)
     branch.record = record
     return record.lora
+
+
+def _file(path: Path | str) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / LORA_FILE
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as weights:
+            return weights.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or incomplete ({error}): copy or train it again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = f"{type(error).__name__}: {error}".splitlines()
+    return " ".join(lines[:3])
+
+
+def _check_layers(file: Path, config: LoraConfig, transformer: FluxTransformer2DModel) -> None:
+    """Refuse tensors that are not those of the record and of the transformer, and finite."""
+    from safetensors.torch import load_file
+
+    peft = _peft_settings(file)
+    recorded = {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    other = [f"{k} {peft[k]}, not {v}" for k, v in recorded.items() if peft.get(k, v) != v]
+    if other or peft.get("rank_pattern") or peft.get("alpha_pattern"):
+        raise ValueError(
+            f"the two records of {file} contradict each other "
+            f"({', '.join(other) or 'ranks or scales of single layers'}): copy it again"
+        )
+    tensors = load_file(file)
+    targets = re.compile(lora_targets(transformer, config))
+    shapes = {
+        f"transformer.{layer}.{name}.weight": shape
+        for layer, module in transformer.named_modules()
+        if targets.fullmatch(layer)
+        for name, shape in (
+            ("lora_A", (config.rank, module.in_features)),
+            ("lora_B", (module.out_features, config.rank)),
+        )
+    }
+    wrong = {
+        "missing": shapes.keys() - tensors.keys(),
+        "not of this LoRA": tensors.keys() - shapes.keys(),
+        "of another shape": {
+            k for k in shapes.keys() & tensors.keys() if tuple(tensors[k].shape) != shapes[k]
+        },
+        "not finite numbers": {
+            k for k, x in tensors.items() if not (x.is_floating_point() and x.isfinite().all())
+        },
+    }
+    for what, names in wrong.items():
+        if names:
+            raise ValueError(
+                f"{file} does not fit this transformer: {len(names)} tensors are {what}, the first "
+                f"is {min(names)}; copy the file again, or load the base that it was trained on"
+            )
+
+
+def _peft_settings(file: Path) -> dict[str, Any]:
+    """What the file tells peft, by the setting's name; empty if it says nothing."""
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+
+    text = _metadata(file).get(LORA_ADAPTER_METADATA_KEY, "{}")
+    try:
+        values = json.loads(text)
+        return {k.removeprefix("transformer."): v for k, v in values.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"the `{LORA_ADAPTER_METADATA_KEY}` of {file} cannot be read ({error}): copy it again"
+        ) from error
 
 
 # ------------------------------------------------------------- is it the LoRA that was asked for?
@@ -163,7 +273,8 @@ HOW = {
 def training_settings(config: Config, variant: str) -> dict[str, Any]:
     """The settings that shape a variant's LoRA, flat: `loss.clip`, `lora.rank`, `trainer.steps`.
 
-    How a step is computed is left out; `trainer.samples` are those of an optimiser step.
+    How a step is computed is left out; `trainer.samples` are those of an optimiser step (their
+    mean, in the file of a training that was resumed with another batch).
     """
     config = config.replace(**VARIANTS[variant])
     t = config.trainer
@@ -227,7 +338,7 @@ def train_command(config: Config, variant: str) -> str:
     ]
     if config.seed != shipped.seed:
         settings.append(f"seed={config.seed}")
-    options = "".join(f" --set {setting}" for setting in settings)
+    options = "".join(f" --set {shlex.quote(setting)}" for setting in settings)
     return f"python -m ec2face_core.train --profile {config.profile} --variant {variant}{options}"
 
 

@@ -224,6 +224,7 @@ def training_identity(config: Config) -> dict[str, Any]:
 
 def training_content(config: Config) -> dict[str, str]:
     """Digests of what the paths of a training lead to, by setting; what is not here is left out."""
+    from ..backbone import backbone_folder
     from ..data import FaceDataset
     from ..perception import LOCAL_DIR
 
@@ -237,6 +238,8 @@ def training_content(config: Config) -> dict[str, str]:
     for key, name in paths.items():
         if name and resolve(name).exists():
             content[key] = weights_digest(resolve(name))
+    if "backbone.path" not in content:  # a repository of the hub
+        content["backbone.path"] = weights_digest(backbone_folder(config.backbone))
     root = resolve(config.data.root)
     if root.exists():
         faces = FaceDataset(root, "train", config.data.size)

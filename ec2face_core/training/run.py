@@ -20,7 +20,7 @@ from ..fast.blocks import attention_kernel
 from ..fast.precision import accelerated
 from ..guards.ranks import agree, locked, make_accelerator
 from ..io.lora_file import save_mask_lora, training_settings
-from ..io.paths import user_path
+from ..io.paths import resolve, user_path
 from ..latents import LatentCache
 from ..runs import (
     VALIDATION_FILE,
@@ -51,8 +51,7 @@ from .validation import ValidationFaces
 class TrainingRun:
     """What is common to every training of a LoRA; `Trainer` is the paper's.
 
-    Attributes that `setup` has to set: transformer, parameters, model, optimizer, average, cache,
-    content.
+    `setup` has to set the attributes that are declared below, and what `update` needs besides.
     """
 
     transformer: Any
@@ -299,15 +298,20 @@ class TrainingRun:
 
     def _write_lora(self, folder: Path) -> None:
         config = self.config
+        settings = training_settings(config, self.variant)
+        if self.samples_done != self.steps_done * self.step_samples:  # resumed with another batch
+            settings["trainer.samples"] = self.samples_done / self.steps_done
         with self.average.in_use():
             save_mask_lora(
                 self.transformer, folder, config.lora, config.backbone.text_length,
-                config.data.size, config.backbone.path, training_settings(config, self.variant),
+                config.data.size, config.backbone.path, settings,
             )  # fmt: skip
+        local = resolve(config.backbone.path).exists()
         record = provenance(
             config,
             seconds=sum(row["seconds"] for row in read_metrics(self.run_dir)),
-            inputs=[config.backbone.path],
+            inputs=[config.backbone.path] if local else [],
+            backbone=self.content.get("backbone.path"),
             variant=self.variant,
             steps=self.steps_done,
             samples=self.samples_done,

@@ -24,7 +24,7 @@ from ec2face_core.attributes import (
 )
 from ec2face_core.config import Config, LossConfig
 from ec2face_core.io.paths import resolve
-from ec2face_core.losses import bounded_weights, latent_weights, long_tail_weights, weight_scale
+from ec2face_core.losses import bounded_weights, latent_weights, long_tail_weights
 from ec2face_core.runs import parallel
 
 from .faces import RARE
@@ -48,9 +48,8 @@ def latent_side(config: Config) -> int:
 def trained_weights(counts: Tensor, config: LossConfig) -> Tensor:
     """The weight of each class as the training uses it, `(19,)` float64.
 
-    Eq. 10, clipped, and divided by the root mean square over all pixels. (With normalize `mean` the
-    trainer takes the mean square over the latent cells of a step instead, which differs from step
-    to step.)
+    Eq. 10, clipped, and divided by the root mean square over all pixels. (The trainer takes it over
+    latent cells, those of the training set or of a step.)
 
     Args:
         counts: pixels of each class in the training set, `(19,)`.
@@ -58,7 +57,8 @@ def trained_weights(counts: Tensor, config: LossConfig) -> Tensor:
     """
     weights = bounded_weights(counts, config)
     if config.normalize != "none":
-        weights = weights / weight_scale(counts, config)
+        squared = (counts.double() / counts.sum()) * weights.square()
+        weights = weights / squared.sum().sqrt()
     return weights
 
 

@@ -108,6 +108,10 @@ def test_nested_dotted_and_command_line_overrides_are_the_same():
     assert nested.trainer.steps == 7 and nested.trainer.batch_size == 16
     with pytest.raises(ConfigError, match="option=value"):
         parse_override("trainer.steps")
+    empty = parse_override("backbone.pixel_decoder=")
+    assert load_profile("mini", **empty).backbone.pixel_decoder == ""
+    with pytest.raises(ConfigError, match="steps"):
+        load_profile("mini", **parse_override("trainer.steps="))
 
 
 def test_save_and_load_round_trip(tmp_path):

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import re
+import shutil
 
-from ec2face_core.config import Config, ConfigError, load_profile, trained_dir
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ec2face_core.config import Config, ConfigError, LoraConfig, load_profile, trained_dir
 from ec2face_core.io.lora_file import (
+    LORA_FILE,
     find_mask_lora,
+    load_mask_lora,
     read_mask_lora,
+    save_mask_lora,
     train_command,
     training_settings,
 )
+from ec2face_core.mask_branch import add_mask_lora
 from ec2face_core.pipeline import EC2FacePipeline
 from ec2face_core.trainer import Trainer
+from ec2face_lab.world.networks import tiny_backbone
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +96,65 @@ def test_the_command_trains_what_was_asked_for():
         "python -m ec2face_core.train --profile paper --variant mask --set loss.clip=5.0 "
         "--set seed=43"
     )
+
+
+# ------------------------------------------------------------------------- files that do not fit
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A transformer with a mask LoRA, and the LoRA's file."""
+    folder = tmp_path_factory.mktemp("lora")
+    transformer = tiny_backbone(["a hat"]).transformer
+    add_mask_lora(transformer, LoraConfig(rank=4, alpha=8.0))
+    save_mask_lora(transformer, folder, LoraConfig(rank=4, alpha=8.0), text_length=24)
+    return transformer, folder / LORA_FILE
+
+
+def other_metadata(metadata, key, **values):
+    return metadata | {key: json.dumps(json.loads(metadata[key]) | values)}
+
+
+PEFT = "lora_adapter_metadata"
+DAMAGES = {
+    "kohya's names": lambda t, m: ({k.replace("lora_A", "lora_down"): v for k, v in t.items()}, m),
+    "a layer is missing": lambda t, m: (dict(sorted(t.items())[1:]), m),
+    "no tensors": lambda t, m: ({}, m),
+    "a tensor too many": lambda t, m: (t | {"transformer.more.weight": torch.ones(2)}, m),
+    "half the rank": lambda t, m: ({k: v[:2] if "_A" in k else v[:, :2] for k, v in t.items()}, m),
+    "whole numbers": lambda t, m: ({k: v.int() for k, v in t.items()}, m),
+    "a NaN": lambda t, m: ({k: v * float("nan") for k, v in t.items()}, m),
+    "another rank": lambda t, m: (t, other_metadata(m, PEFT, **{"transformer.r": 2})),
+    "another scale": lambda t, m: (t, other_metadata(m, PEFT, **{"transformer.lora_alpha": 64})),
+    "rsLoRA": lambda t, m: (t, other_metadata(m, PEFT, **{"transformer.use_rslora": True})),
+    "another record": lambda t, m: (t, other_metadata(m, "ec2face", lora={"rank": 8})),
+    "no tokens": lambda t, m: (t, other_metadata(m, "ec2face", lora={"tokens": "none"})),
+    "no length": lambda t, m: (t, other_metadata(m, "ec2face", text_length="x")),
+    "a newer version": lambda t, m: (t, other_metadata(m, "ec2face", novelty=1)),
+    "no JSON": lambda t, m: (t, m | {"ec2face": "{"}),
+    "no JSON for peft": lambda t, m: (t, m | {PEFT: "{"}),
+    "a list": lambda t, m: (t, m | {"ec2face": "[]"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_does_not_fit_is_refused_and_the_lora_before_stays(kept, tmp_path, damage):
+    transformer, file = kept
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors, metadata = DAMAGES[damage](load_file(file), metadata)
+    bad = tmp_path / "bad.safetensors"
+    save_file({k: v.contiguous() for k, v in tensors.items()}, bad, metadata)
+    before = {n: p.clone() for n, p in transformer.named_parameters() if "lora" in n}
+    with pytest.raises(ValueError, match=re.escape(str(bad))):
+        load_mask_lora(transformer, bad)
+    after = dict(transformer.named_parameters())
+    assert before and all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_named_file_is_loaded_and_no_other(kept, tmp_path):
+    transformer, file = kept
+    shutil.copy(file, tmp_path / "mine.safetensors")
+    assert load_mask_lora(transformer, tmp_path / "mine.safetensors").rank == 4
+    with pytest.raises(FileNotFoundError, match=r"yours\.safetensors"):
+        load_mask_lora(transformer, tmp_path / "yours.safetensors")

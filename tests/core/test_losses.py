@@ -20,6 +20,7 @@ from ec2face_core.losses import (
     mask_consistency_loss,
     text_consistency_loss,
     total_loss,
+    weight_scale,
 )
 
 
@@ -207,16 +208,21 @@ def test_normalised_weights_have_mean_square_one_and_the_same_ratios(earring):
     torch.testing.assert_close(w / w[0, 0, 0], unscaled / unscaled[0, 0, 0])
 
 
-def test_the_constant_makes_the_mean_square_one_over_the_training_set(earring, generator):
+@pytest.mark.parametrize("reduction", ["max", "mean", "nearest"])
+def test_the_constant_makes_the_mean_square_one_over_the_training_set(
+    earring, generator, reduction
+):
     label_map, _, _, _ = earring
     maps = torch.cat([label_map, torch.randint(0, 19, (2, 16, 16), generator=generator)])
     counts = torch.bincount(maps.flatten(), minlength=19)  # these maps are the training set
     for clip in (0.0, 1.5):
-        options = raw(normalize="constant", clip=clip)
-        w = latent_weights(maps, counts, 16, options)  # a cell is a pixel
+        options = raw(normalize="constant", clip=clip, reduction=reduction)
+        scale = weight_scale(maps, counts, 4, options)
+        w = latent_weights(maps, counts, 4, options, scale)
         assert w.square().mean().item() == pytest.approx(1, rel=1e-5)
         # a face's weights do not depend on the others of its step
-        torch.testing.assert_close(latent_weights(maps[:1], counts, 16, options), w[:1])
+        torch.testing.assert_close(latent_weights(maps[:1], counts, 4, options, scale), w[:1])
+        torch.testing.assert_close(latent_weights(maps, counts, 4, options), w)
 
 
 def test_other_weightings_and_bounds(earring):

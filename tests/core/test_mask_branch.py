@@ -230,7 +230,8 @@ def test_mask_position(base, batch):
     offset = perturbed(base)
     v = predict_velocity(aligned, **batch)
     assert not torch.allclose(v, predict_velocity(offset, **batch))
-    assert torch.equal(predict_velocity(offset, **batch, lora=config), v)
+    install_mask_branch(offset, config)
+    assert torch.equal(predict_velocity(offset, **batch), v)
 
 
 def test_half_precision_base_with_float_lora(base, batch):

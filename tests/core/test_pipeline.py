@@ -223,6 +223,8 @@ def test_words_that_are_cut_are_told(pipe):
     with pytest.warns(LostWordsWarning, match=r"1 of 2 texts are longer than T5 .*red hat") as told:
         long_images = pipe([long, CORPUS[0]], generator=seeded(1, 2), **FAST).images
     assert len(told) == 1 and told[0].filename == __file__
+    with pytest.warns(LostWordsWarning, match="CLIP"):
+        pipe(long * 3, prompt_2="a red hat.", **FAST)  # T5 reads this one, CLIP the long one
     with pytest.warns(LostWordsWarning):  # these words change nothing, which is why they are told
         same_images = pipe([long[:-8], CORPUS[0]], generator=seeded(1, 2), **FAST).images
     assert torch.equal(long_images, same_images)
@@ -234,6 +236,97 @@ def test_a_lora_is_loaded_from_its_folder_or_file(pipe, label_map, tmp_path):
     for place in (tmp_path / "lora", tmp_path / "lora" / "pytorch_lora_weights.safetensors"):
         pipe.load_mask_lora(place)
         assert same(draw(pipe, mask=label_map), expected)
+        pipe.delete_adapters("mask")
+        pipe.load_lora_weights(str(place))  # diffusers would put it on all tokens
+        assert same(draw(pipe, mask=label_map), expected) and pipe.mask_lora is not None
+
+
+def test_the_size_and_length_of_a_lora_go_with_it(pipe, tmp_path):
+    own = (pipe.config.text_length, pipe.config.image_size)
+    save_mask_lora(pipe.transformer, tmp_path / "large", LORA, text_length=20, size=48)
+    save_mask_lora(pipe.transformer, tmp_path / "plain", LORA, text_length=24)
+    pipe.load_mask_lora(tmp_path / "large")
+    assert (pipe.config.text_length, pipe.config.image_size) == (20, 48)
+    pipe.load_mask_lora(tmp_path / "plain")  # it records no size
+    assert (pipe.config.text_length, pipe.config.image_size) == own
+
+
+def test_second_prompts_pair_up_with_the_first(pipe):
+    one = draw(pipe, CORPUS[0], prompt_2=CORPUS[1])
+    assert not same(one, draw(pipe, CORPUS[0]))
+    two = pipe(CORPUS, prompt_2=CORPUS[1], generator=seeded(1, 1), **FAST).images
+    assert len(two) == 2 and same(two[:1], one) and not same(two[1:], one)
+    for prompts, seconds in ((CORPUS, CORPUS * 2), ("a hat", CORPUS)):
+        with pytest.raises(ValueError, match="second prompts"):
+            pipe(prompts, prompt_2=seconds, **FAST)
+    with pytest.raises(ValueError, match="negative prompts"):
+        pipe(CORPUS * 2, negative_prompt=["a", "b", "c"], text_guidance=2.0, **FAST)
+
+
+def test_a_scale_of_one_call_does_not_reach_the_next(pipe, label_map):
+    pipe.set_adapters(["mask"], [0.5])
+    expected = draw(pipe, mask=label_map)
+    for scale in (0, 2.0):
+        other = draw(pipe, mask=label_map, joint_attention_kwargs={"scale": scale})
+        assert not same(other, expected) and same(draw(pipe, mask=label_map), expected)
+    pipe.set_adapters(["mask"], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        *(
+            ({"sigmas": sigmas}, "sigmas")
+            for sigmas in (
+                [0.2, 0.9], [2.0, 1.0], [1.0, -0.5], [float("inf"), 1.0], [1.0, 0.0], [1.0, 1.0],
+                [float("nan"), 0.5], ["1", "0.5"], [True, False], 0.5, "ab", [[1.0, 0.5]], [],
+            )
+        ),
+        *(
+            ({"joint_attention_kwargs": given}, "joint_attention_kwargs")
+            for given in ({"scale": float("nan")}, {"scale": "x"}, {"scale": True}, [1], "scale")
+        ),
+        *(
+            ({"max_sequence_length": length}, "max_sequence_length")
+            for length in (-1, 0, 1.0, "4", float("nan"), 10**9, True)
+        ),
+        ({"callback_on_step_end": 5}, "callback_on_step_end"),
+        ({"callback_on_step_end": lambda *_: "done"}, "callback_on_step_end"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1)}}, "latents"),
+        ({"negative_prompt_2": 5, "text_guidance": 2.0}, "prompt_2"),
+    ],
+)  # fmt: skip
+def test_arguments_that_mean_nothing_are_named(pipe, arguments, named):
+    with pytest.raises((TypeError, ValueError), match=named):
+        draw(pipe, CORPUS[0], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pooled"),
+    [
+        ((1, 24, 7), (1, None)), ((24, None), (1, None)), ((2, 24, None), (1, None)),
+        ((1, 0, None), (1, None)), ((1, 24, None), (1, 3)), ((1, 24, None), (None,)),
+    ],
+)  # fmt: skip
+def test_embeddings_that_do_not_fit_are_refused(pipe, tokens, pooled):
+    config = pipe.transformer.config
+    fill = (config.joint_attention_dim, config.pooled_projection_dim)
+    shapes = [
+        [w if n is None else n for n in s] for s, w in zip((tokens, pooled), fill, strict=True)
+    ]
+    given = [torch.zeros(shape) for shape in shapes]
+    with pytest.raises(ValueError, match="prompt_embeds"):
+        draw(pipe, prompt_embeds=given[0], pooled_prompt_embeds=given[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_embeddings_that_are_no_numbers_are_refused(pipe, bad):
+    config = pipe.transformer.config
+    tokens = torch.zeros(1, 24, config.joint_attention_dim)
+    pooled = torch.zeros(1, config.pooled_projection_dim)
+    given = tokens.numpy() if bad is None else tokens + bad
+    with pytest.raises((TypeError, ValueError), match="prompt_embeds"):
+        draw(pipe, prompt_embeds=given, pooled_prompt_embeds=pooled)
 
 
 def test_output_types_latents_and_sizes(pipe):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ec2face_core import trainer as trainer_module
 from ec2face_core.config import Config, ConfigError
 from ec2face_core.guards.ranks import locked
-from ec2face_core.io.lora_file import LORA_FILE
+from ec2face_core.io.lora_file import LORA_FILE, read_mask_lora
 from ec2face_core.runs import read_metrics
 from ec2face_core.trainer import Trainer
 
@@ -44,6 +44,8 @@ def test_another_batch_and_more_steps(config, run_dir):
     Trainer(config.replace(trainer={"steps": 4, "batch_size": 4}), "none", run_dir).fit()
     rows = read_metrics(run_dir)
     assert [row["samples"] for row in rows] == [2, 4, 8, 12]
+    settings = read_mask_lora(run_dir / "final").settings
+    assert settings["trainer.samples"] == 3  # on average: found by no configuration
     with pytest.raises(ConfigError, match=r"holds a training of 4 steps, more than.* 2"):
         Trainer(config, "none", run_dir).fit()
 
