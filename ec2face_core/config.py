@@ -9,12 +9,9 @@ line to the working directory: see `io/paths.py`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import os
 import reprlib
-from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,23 +34,12 @@ from .guards.bounds import (
     Size,
     Text,
 )
+from .guards.errors import ConfigError, NotInProfileError, UserError  # noqa: F401
 from .io.paths import resolve
+from .io.settings import describe, flat, hint, read_environment, read_mapping
 
 PROFILES = Path(__file__).resolve().parent / "profiles"
 SETTINGS = "EC2FACE_SETTINGS"  # environment variable: JSON of settings that profiles are read with
-
-
-class UserError(Exception):
-    """The request cannot be met; the message names the remedy. Commands exit with code 2."""
-
-
-class NotInProfileError(UserError):
-    """What was asked for belongs to other profiles; a notebook that ends with it is done."""
-
-
-class ConfigError(UserError, ValueError):
-    """An unknown profile or option, or a value of the wrong type or out of bounds."""
-
 
 # ------------------------------------------------------------------------------------- the schema
 
@@ -316,7 +302,7 @@ class Config:
         text = json.dumps(digest_values(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def replace(self, **overrides: Any) -> Config:
+    def replace(self, /, **overrides: Any) -> Config:
         """A copy with overrides, nested (`trainer={"steps": 5}`) or dotted (`"trainer.steps"`)."""
         return load_config(dataclasses.asdict(self), **overrides)
 
@@ -327,6 +313,9 @@ class Config:
             path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
         except OSError as error:
             raise OSError(f"cannot write {path}: {error}") from error
+
+
+DEFAULTS = dataclasses.asdict(Config())  # to be read, not to be changed
 
 
 def digest_values(config: Any) -> dict[str, Any]:
@@ -371,9 +360,12 @@ def load_profile(name: str, **overrides: Any) -> Config:
             type or out of bounds.
     """
     config = shipped_profile(name)
-    for settings in (json.loads(os.environ.get(SETTINGS, "{}")), overrides):
-        config = config.replace(**settings) if settings else config
-    return config
+    if given := read_environment(SETTINGS):
+        try:
+            config = config.replace(**given)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (a setting of `reproduce --set` or {SETTINGS})") from error
+    return config.replace(**overrides) if overrides else config
 
 
 def shipped_profile(name: str) -> Config:
@@ -384,84 +376,93 @@ def shipped_profile(name: str) -> Config:
     """
     known = profiles()
     if name not in known:
-        raise ConfigError(f"profile {name!r} does not exist{_hint(name, known)}; known: {known}")
-    values = yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) or {}
-    base = values.pop("base", "")
-    merged = dataclasses.asdict(shipped_profile(base) if base else Config())
-    _merge(merged, values)
-    return load_config({**merged, "profile": name})
+        raise ConfigError(f"profile {name!r} does not exist{hint(name, known)}; known: {known}")
+    base, settings = _read_file(PROFILES / f"{name}.yaml")
+    return (base or Config()).replace(**(settings | {"profile": str(name)}))
 
 
-def load_config(values: Path | dict[str, Any], **overrides: Any) -> Config:
-    """A Config from a mapping or from a YAML file that `Config.save` wrote.
+def load_config(values: Path | dict[str, Any], /, **overrides: Any) -> Config:
+    """A Config from a mapping or from a YAML file.
+
+    A file has all settings, as `Config.save` writes them, or names a profile as its `base` and then
+    holds only what differs from that. A file of `profiles/` is that profile.
 
     Raises:
-        ConfigError: as `load_profile`; or the file is not YAML.
+        ConfigError: as `load_profile`; or the file is not YAML, or has the name of a profile but
+            not its settings.
     """
     if isinstance(values, Path):
-        path = values
-        values = read_yaml(path.read_bytes(), str(path)) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected settings, got {type(values).__name__}")
+        if values.resolve().parent == PROFILES:
+            return shipped_profile(values.stem).replace(**overrides)
+        base, settings = _read_file(values)
+        if base is None:
+            _check_profile(settings, values)
+        start = base or Config()
         try:
-            return load_config(values, **overrides)
+            return _build(start, settings, overrides)
         except ConfigError as error:  # that of the overrides is not the file's
-            where = "" if overrides and _loads(values) else f"{path}: "
+            where = "" if overrides and _loads(start, settings) else f"{values}: "
             raise ConfigError(f"{where}{error}") from error
-    merged = dataclasses.asdict(Config())
-    _merge(merged, values)
-    _merge(merged, overrides)
+    if not isinstance(values, dict):
+        raise ConfigError(f"expected a Path or a mapping of settings, got {reprlib.repr(values)}")
+    return _build(Config(), values, overrides)
+
+
+def named(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested or dotted settings as dotted ones, `trainer.steps`; ConfigError if one is unknown."""
+    return flat(values, DEFAULTS)
+
+
+def _build(start: Config, *layers: dict[str, Any]) -> Config:
+    """A Config with settings laid over it."""
+    merged = dataclasses.asdict(start)
+    for layer in layers:
+        for name, value in named(layer).items():
+            group, _, key = name.rpartition(".")
+            (merged[group] if group else merged)[key] = value
     try:
         return Config(**merged)
     except ValidationError as error:
-        raise ConfigError("; ".join(map(_describe, error.errors()))) from error
+        raise ConfigError("; ".join(map(describe, error.errors()))) from error
 
 
-def _loads(values: dict[str, Any]) -> bool:
+def _loads(start: Config, settings: dict[str, Any]) -> bool:
     try:
-        load_config(values)
+        _build(start, settings)
     except ConfigError:
         return False
     return True
 
 
-def read_yaml(text: str | bytes, where: str) -> Any:
-    """The value that a YAML text holds; ConfigError, in one line that names `where`, if none."""
+def _read_file(path: Path) -> tuple[Config | None, dict[str, Any]]:
+    """The profile that a file names as its base, if it does, and the settings of the file."""
+    values = read_mapping(path)
+    base = values.pop("base", None)
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{where} is not valid YAML: {reason}") from error
+        return None if base is None else shipped_profile(base), named(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
-def _merge(values: dict[str, Any], overrides: dict[str, Any], where: str = "") -> None:
-    """Lay nested or dotted overrides over a complete nested mapping, naming what is unknown."""
-    for key, value in overrides.items():
-        head, _, rest = str(key).partition(".")
-        if head not in values:
-            raise ConfigError(f"{where}{head}: unknown option{_hint(head, values)}")
-        if rest or isinstance(value, dict):
-            if not isinstance(values[head], dict):
-                raise ConfigError(f"{where}{head}: is a single value and has no options in it")
-            _merge(values[head], {rest: value} if rest else value, f"{where}{head}.")
-        elif isinstance(values[head], dict):
-            raise ConfigError(f"{where}{head}: expected options, got {reprlib.repr(value)}")
-        else:
-            values[head] = value
-
-
-def _describe(problem: Any) -> str:
-    """One of pydantic's errors as `trainer.steps: input should be a valid integer, got 'many'`."""
-    where = ".".join(map(str, problem["loc"]))
-    message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], (str, int, float, type(None))):
-        return f"{where}: {message[0].lower()}{message[1:]}, got {reprlib.repr(problem['input'])}"
-    return f"{where}: {message}" if where else message  # of several fields together
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+def _check_profile(settings: dict[str, Any], path: Path) -> None:
+    """Refuse a file of no profile, or of one whose settings it neither has nor is based on."""
+    name = settings.get("profile")
+    if name is None:
+        raise ConfigError(
+            f"{path}: has neither a `profile`, which names its folder in runs/, nor a `base`: "
+            "write `base: mini`, for example, to begin with the settings of that profile"
+        )
+    if name not in profiles():
+        return
+    shipped = named(dataclasses.asdict(shipped_profile(name)))
+    defaults = named(DEFAULTS)
+    lacking = [key for key in shipped if key not in settings and shipped[key] != defaults[key]]
+    if lacking:
+        raise ConfigError(
+            f"{path}: has the name of profile {name}, but no {lacking[0]}, which is "
+            f"{shipped[lacking[0]]!r} there: write `base: {name}` instead of `profile: {name}` to "
+            "begin with the settings of that profile, or give it a name of its own"
+        )
 
 
 # ------------------------------------------------------------------------------------------ paths
@@ -469,8 +470,8 @@ def _hint(name: str, known: Iterable[str]) -> str:
 
 def adapter_name(config: Config, variant: str) -> str:
     """Folder name of a variant's training: `both`, and `both-seed43` for a seed other than 42."""
-    if variant not in VARIANTS:
-        raise ConfigError(f"variant {variant!r} does not exist{_hint(variant, VARIANTS)}")
+    if variant not in list(VARIANTS):
+        raise ConfigError(f"variant {variant!r} does not exist{hint(variant, VARIANTS)}")
     return variant if config.seed == Config.seed else f"{variant}-seed{config.seed}"
 
 

@@ -27,9 +27,10 @@ from typing import Any
 
 import ec2face_core
 import ec2face_lab
-from ec2face_core.config import Config, ConfigError, read_yaml
+from ec2face_core.config import Config, ConfigError, named
 from ec2face_core.data import open_dataset
 from ec2face_core.io.paths import ROOT, resolve
+from ec2face_core.io.settings import read_yaml
 from ec2face_core.runs import content_key, git_state, path_digest, remove_leftovers, write_json
 
 from .cache import code_digest
@@ -151,12 +152,13 @@ def assign(notebooks: Sequence[Path], requested: Mapping[str, str]) -> dict[Path
 def _typed(name: str, text: str, kind: str) -> Any:
     """A command-line value as the type that the notebook declares (1e-4 is a float, not text)."""
     choices = {"true": True, "false": False, "1": True, "0": False}
-    value = read_yaml(text, name) if kind == "dict" else text
+    if kind == "dict" and isinstance(value := read_yaml(text, f"parameter {name}"), dict):
+        return named(value)  # settings that replace those of the profile
     try:
         if kind == "bool":
             return choices[text.lower()]
         if kind == "dict":
-            return dict(value)
+            raise TypeError
         return {"int": int, "float": float}.get(kind, str)(text)
     except (KeyError, TypeError, ValueError):
         raise ConfigError(f"parameter {name}: expected {kind}, got {text!r}") from None

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..command_line import override
 from ..config import (
     VARIANTS,
     Config,
     ConfigError,
     LoraConfig,
     adapter_dir,
+    named,
     profiles,
     shipped_profile,
 )
@@ -327,19 +329,17 @@ def find_mask_lora(config: Config, variant: str) -> Path:
 
 
 def train_command(config: Config, variant: str) -> str:
-    """The shell command that trains a variant with these settings."""
-    shipped = shipped_profile(config.profile) if config.profile in profiles() else Config()
-    values, default = (dataclasses.asdict(c) for c in (config, shipped))
-    settings = [
-        f"{group}.{key}={value}"
-        for group in ("data", "backbone", "loss", "lora", "trainer")
-        for key, value in values[group].items()
-        if value != default[group][key]
-    ]
-    if config.seed != shipped.seed:
-        settings.append(f"seed={config.seed}")
-    options = "".join(f" --set {shlex.quote(setting)}" for setting in settings)
-    return f"python -m ec2face_core.train --profile {config.profile} --variant {variant}{options}"
+    """The shell command that trains a variant with these settings, from the nearest profile."""
+    values = named(dataclasses.asdict(config))
+
+    def changes(name: str) -> list[str]:
+        shipped = named(dataclasses.asdict(shipped_profile(name)))
+        return [override(key, value) for key, value in values.items() if value != shipped[key]]
+
+    names = profiles()
+    name = config.profile if config.profile in names else min(names, key=lambda n: len(changes(n)))
+    options = "".join(f" --set {shlex.quote(change)}" for change in changes(name))
+    return f"python -m ec2face_core.train --profile {name} --variant {variant}{options}"
 
 
 # -------------------------------------------------------------------------------------- model card

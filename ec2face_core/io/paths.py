@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
@@ -10,8 +11,8 @@ NAMED = os.environ.get("EC2FACE_ROOT", "")
 ROOT = Path(NAMED).expanduser().absolute() if NAMED else CODE
 
 
-class PathError(FileNotFoundError, ValueError):
-    """A path that leads nowhere; the message names the remedy."""
+class PathError(FileNotFoundError, ValueError, argparse.ArgumentTypeError):
+    """A path that leads nowhere; the message names the remedy, also where argparse reports it."""
 
 
 def resolve(path: str | Path) -> Path:
@@ -37,7 +38,7 @@ def user_path(text: str | Path) -> Path:
         PathError: it is empty, or names a home that does not exist.
     """
     if not str(text):
-        raise PathError("an empty path")
+        raise PathError("an empty path: name a file or a folder")
     return _at_home(text).absolute()
 
 

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="override a setting of the profile in every notebook, e.g. sampling.num_processes=4",
+        help="override a setting of the profile in every notebook, e.g. sampling.num_processes=4; "
+        "repeatable, the last one of a setting counts",
     )  # fmt: skip
     add(
         "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),

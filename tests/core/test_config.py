@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from ec2face_core.command_line import parse_override
 from ec2face_core.config import (
     PROFILES,
+    SETTINGS,
     VARIANTS,
     Config,
     ConfigError,
@@ -89,12 +91,45 @@ def test_wrong_options_are_named(overrides, message):
 def test_an_unknown_profile_is_named_with_the_nearest():
     with pytest.raises(ConfigError, match="'mnii' does not exist, did you mean 'mini'"):
         load_profile("mnii")
+    for name in (None, 5, [], b"x", "", "mini.yaml", "../profiles/mini"):
+        with pytest.raises(ConfigError, match=r"does not exist.* known: \['mini', "):
+            load_profile(name)
+        with pytest.raises(ConfigError, match="does not exist"):
+            adapter_dir(load_profile("mini"), name)
+        with pytest.raises(ConfigError):
+            load_config(name)  # a mapping or a Path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", f"{SETTINGS} is no JSON object"),
+        ("5", f"{SETTINGS} is no JSON object"),
+        ("null", f"{SETTINGS} is no JSON object"),
+        ('["seed"]', f"{SETTINGS} is no JSON object"),
+        ("[" * 100_000, f"{SETTINGS} is no JSON object"),
+        ('{"sede": 5}', f"sede: unknown option, did you mean 'seed'.*{SETTINGS}"),
+        ('{"self": 5}', f"self: unknown option.*{SETTINGS}"),
+        ('{"seed": "042"}', f"seed: .*valid integer, got '042'.*{SETTINGS}"),
+    ],
+)
+def test_settings_of_the_environment_are_named_with_it(monkeypatch, text, message):
+    monkeypatch.setenv(SETTINGS, text)
+    with pytest.raises(ConfigError, match=message):
+        load_profile("mini")
+
+
+def test_settings_of_the_environment_may_be_empty(monkeypatch):
+    plain = load_profile("mini")
+    for text in ("", "{}"):
+        monkeypatch.setenv(SETTINGS, text)
+        assert load_profile("mini") == plain
 
 
 def test_numbers_that_yaml_reads_as_text_become_numbers(tmp_path):
     assert isinstance(yaml.safe_load("1e-4"), str)  # YAML 1.1
     file = tmp_path / "config.yaml"
-    file.write_text("trainer:\n  learning_rate: 1e-4\n  weight_decay: 0\n")
+    file.write_text("base: mini\ntrainer:\n  learning_rate: 1e-4\n  weight_decay: 0\n")
     config = load_config(file)
     assert config.trainer.learning_rate == 1e-4
     assert config.trainer.weight_decay == 0.0 and isinstance(config.trainer.weight_decay, float)
@@ -190,10 +225,10 @@ def test_a_file_that_is_not_yaml_is_one_line(tmp_path):
 
 def test_a_setting_in_a_file_is_named_with_the_file_and_an_override_without(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("trainer: {steps: 3p}")
+    path.write_text("base: mini\ntrainer: {steps: 3p}")
     with pytest.raises(ConfigError, match=r"mine\.yaml: trainer\.steps"):
         load_config(path)
-    path.write_text("trainer: {steps: 3}")
+    path.write_text("base: mini\ntrainer: {steps: 3}")
     with pytest.raises(ConfigError, match=r"^trainer\.steps"):
         load_config(path, **{"trainer.steps": -1})
 
@@ -203,3 +238,141 @@ def test_paths_on_a_command_line_are_the_users(monkeypatch, tmp_path):
     assert user_path("runs") == tmp_path / "runs"
     assert user_path("~/runs") == Path.home() / "runs"
     assert resolve("~/weights") == Path.home() / "weights"
+
+
+# -------------------------------------------------------------------------------------- YAML files
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("trainer: {mixed_precision: no}", "mixed_precision", "no"),
+        ("trainer: {compile: off}", "compile", False),
+        ("trainer: {compile: True}", "compile", True),
+        ("trainer: {learning_rate: 5}", "learning_rate", 5.0),
+        ("trainer: {learning_rate: 2.E-3}", "learning_rate", 2e-3),
+        ("trainer: {weight_decay: .5}", "weight_decay", 0.5),
+        ("trainer: {steps: +7}", "steps", 7),
+        ("trainer.steps: 7", "steps", 7),
+    ],
+)
+def test_a_plain_value_is_of_its_settings_type(tmp_path, text, key, value):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: smoke\n{text}\n")
+    found = getattr(load_config(path).trainer, key)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_text_in_a_file_is_what_was_written(tmp_path):
+    path = tmp_path / "mine.yaml"
+    for text in ("no", "on", "042", "1e5", "1:30", "12345678", "2020-01-01", "0x1f", "'a #b'"):
+        path.write_text(f"base: smoke\nbackbone: {{revision: {text}}}")
+        config = load_config(path)
+        assert config.backbone.revision == text.strip("'")
+        config.save(path)  # as YAML 1.1 with its quotes
+        assert load_config(path) == config
+    path.write_text("base: smoke\ndata:\n  cache:\n")
+    assert load_config(path).data.cache == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 042", "seed: 0o42", "seed: 0x1f", "seed: 0b11", "seed: 1_000", "seed: 1:30",
+        "seed: 1e3", "seed: 5.0", "seed: no", "seed: null", "seed: ~", "seed:", "seed: .inf",
+        "seed: '5'", "seed: [5]", "seed: {a: 5}", "seed: !!int 010", "seed: ٣", "seed: 1 000",
+        "seed: 2020-01-01", "seed: " + "9" * 5000, "loss: {center: 010}", "loss: {center: 1:30}",
+        "loss: {center: 1_0.5}", "loss: {center: .nan}", "loss: {center: nan}",
+        "loss: {center: -.inf}", "loss: {center: Infinity}", "loss: {center: 1e999}",
+        "loss: {clip: 1e-999}", "loss: {center: true}", "loss: {center: 0x1p3}",
+        "loss: {center: 1d3}", "loss: {long_tail: 1}", "loss: {long_tail: y}",
+        "loss: {long_tail: 'true'}", "loss: {long_tail: }", "loss: {scope: no}", "loss:", "loss: 5",
+        "data: {root: [a]}", "data: {root: {a: b}}", "data: {root: }", 'data: {root: "a\\nb"}',
+        'data: {root: "a\\0b"}', "data: {root: ' '}", "data: {root: 'a '}",
+    ],
+)  # fmt: skip
+def test_a_value_that_may_mean_something_else_is_refused(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: smoke\n{text}\n")
+    with pytest.raises(ConfigError, match=r"^[^ ]*mine\.yaml") as refusal:
+        load_config(path)
+    message = str(refusal.value)
+    assert re.search(
+        "seed|center|clip|long_tail|scope|loss|root", message.partition("mine.yaml")[2]
+    )
+    assert "\n" not in message and len(message) < 400
+
+
+def test_a_whole_number_in_another_notation_is_refused_with_its_decimal_digits():
+    for text, digits in (("042", 42), ("-007", -7), ("1_000", 1000), ("1e3", 1000), ("5.0", 5)):
+        with pytest.raises(ConfigError, match=f"decimal digits, got '{text}'; write {digits}$"):
+            parse_override(f"seed={text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: mini\nseed: 1\nseed: 2", r"'seed' is given twice \(lines 2 and 3\)"),
+        ("base: mini\nloss:\n  clip: 1\ndata: {}\nloss: {}", r"'loss' .* \(lines 2 and 5\)"),
+        ("base: mini\nloss: {clip: 1, 'clip': 1}", r"'clip' is given twice"),
+        ("base: mini\nloss.clip: 1\nloss: {clip: 2}", r"loss\.clip: is given twice"),
+        ("base: mini\nbase: paper", "'base' is given twice"),
+    ],
+)
+def test_a_setting_that_is_given_twice_is_refused(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"mine\.yaml.*{message}"):
+        load_config(path)
+
+
+def test_one_mapping_may_be_merged_into_another(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: mini\nloss: {<<: {clip: 2, floor: 1}, floor: 0.5}")
+    loss = load_config(path).loss
+    assert (loss.clip, loss.floor) == (2.0, 0.5)
+
+
+def test_a_file_begins_with_the_profile_that_it_names_as_its_base(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: mini\nseed: 3\n")
+    assert load_config(path) == load_profile("mini", seed=3)
+    path.write_text("base: mini\nprofile: mine\n")
+    assert load_config(path, seed=4) == load_profile("mini", seed=4, profile="mine")
+    path.write_text("profile: mine\nseed: 3\n")  # a name of its own: over the defaults
+    assert load_config(path) == Config(profile="mine", seed=3)
+    assert load_config(PROFILES / "smoke.yaml") == load_profile("smoke")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("profile: mini", "name of profile mini, but no adapters.*write `base: mini`"),
+        ("profile: smoke\nadapters: data/mini/adapters", "name of profile smoke.*`base: smoke`"),
+        ("trainer: {steps: 3}", "neither a `profile`.*write `base: mini`"),
+        ((PROFILES / "mini.yaml").read_text(), "neither a `profile`"),
+        ("base: mnii", "'mnii' does not exist, did you mean 'mini'"),
+        ("base: [mini]", "does not exist"),
+        ("base:", "profile '' does not exist"),
+        ("", "expected settings, got nothing"),
+        ("# seed: 5", "expected settings, got nothing"),
+        ("mini", "expected settings, got text"),
+    ],
+)
+def test_a_file_with_a_profiles_name_alone_is_refused(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"mine\.yaml: .*{message}"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.yaml")))
+def test_a_saved_file_of_a_former_version_still_loads(tmp_path, name):
+    """It lacks the settings that were added since, which no profile of its time had."""
+    config = load_profile(name)
+    config.save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del values["loss"]["own_steps"], values["trainer"]["ema"], values["sampling"]["consistency"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_config(tmp_path / "config.yaml") == config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ec2face_core.command_line import config_from_args
 from ec2face_core.config import Config, ConfigError, LoraConfig, load_profile, trained_dir
 from ec2face_core.io.lora_file import (
     LORA_FILE,
@@ -23,6 +25,7 @@ from ec2face_core.io.lora_file import (
 )
 from ec2face_core.mask_branch import add_mask_lora
 from ec2face_core.pipeline import EC2FacePipeline
+from ec2face_core.train import build_parser
 from ec2face_core.trainer import Trainer
 from ec2face_lab.world.networks import tiny_backbone
 
@@ -93,9 +96,32 @@ def test_the_command_trains_what_was_asked_for():
     config = load_profile("paper", **{"loss.clip": 5.0, "seed": 43})
     command = train_command(config, "mask")
     assert command == (
-        "python -m ec2face_core.train --profile paper --variant mask --set loss.clip=5.0 "
-        "--set seed=43"
+        "python -m ec2face_core.train --profile paper --variant mask --set seed=43 "
+        "--set loss.clip=5.0"
     )
+
+
+@pytest.mark.parametrize(
+    ("profile", "settings"),
+    [
+        ("mini", {}),
+        (
+            "paper",
+            {"trainer.mixed_precision": "no", "trainer.compile": True, "loss.clip": 1e-6},
+        ),
+        ("mini", {"data.root": "/a b/#c: 'd' \"e\"", "data.cache": "", "seed": 7}),
+        ("mini128", {"data.root": "./a", "perception.scoring_facts": "", "perception.clip": "no"}),
+        ("smoke", {"profile": "my run/it's", "loss.smoothing": 1e-9, "sampling.seed": 3}),
+        ("paper", {"profile": "/somewhere else/$HOME", "adapters": "a\\"}),
+    ],
+)
+@pytest.mark.parametrize("variant", ["both", "none"])
+def test_the_command_can_be_pasted_into_a_shell(profile, settings, variant):
+    config = load_profile(profile, **settings)
+    words = shlex.split(train_command(config, variant))
+    assert words[:3] == ["python", "-m", "ec2face_core.train"]
+    options = build_parser().parse_args(words[3:])
+    assert config_from_args(options) == config and options.variant == variant
 
 
 # ------------------------------------------------------------------------- files that do not fit

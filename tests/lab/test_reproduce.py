@@ -64,10 +64,15 @@ def test_notebooks_are_selected_by_number_in_order(folder):
 
 def test_parameters_reach_those_that_declare_them_with_the_declared_type(folder):
     requested = {"profile": "mini", "lr": "1e-4", "seeds": "3", "train": "True", "name": "7"}
-    requested["more"] = "{loss: {center: 0.5}}"
+    requested["more"] = "{loss: {center: 0.5}, trainer.mixed_precision: no}"
     first, second = reproduce.assign(reproduce.select(folder), requested).values()
     assert first == {"profile": "mini"}
-    typed = {"lr": 1e-4, "seeds": 3, "train": True, "more": {"loss": {"center": 0.5}}}
+    typed = {
+        "lr": 1e-4,
+        "seeds": 3,
+        "train": True,
+        "more": {"loss.center": 0.5, "trainer.mixed_precision": "no"},
+    }
     assert second == {"profile": "mini", "name": "7"} | typed
 
 
@@ -79,6 +84,9 @@ def test_parameters_reach_those_that_declare_them_with_the_declared_type(folder)
         ({"profile": "mini", "train": "yes!"}, "parameter train: expected bool"),
         ({"profile": "mini", "more": "loss.center"}, "parameter more: expected dict"),
         ({"profile": "mini", "more": "{a: "}, "more is not valid YAML"),
+        ({"profile": "mini", "more": ""}, "parameter more: expected dict"),
+        ({"profile": "mini", "more": "{sede: 5}"}, "sede: unknown option, did you mean 'seed'"),
+        ({"profile": "mini", "more": "{seed: 042}"}, "seed: .*write 42"),
     ],
 )
 def test_what_no_notebook_understands_is_refused(folder, requested, message):
