@@ -339,7 +339,7 @@ def _papermill(notebook: Path, copy: Path, parameters: Parameters) -> tuple[int,
         try:
             while child.poll() is None:
                 memory = max(memory, _tree_memory(child.pid))
-                time.sleep(0.5)
+                time.sleep(2.0)  # reading the maps of large processes takes a while
         except BaseException:  # interrupted: a papermill that is terminated ends its kernel, too
             stop(child)
             raise
