@@ -14,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -211,10 +211,6 @@ class FaceDataset(Dataset[FaceSample]):
         """All captions of a face."""
         return self._read("text", name, read_captions)
 
-    def caption(self, name: str, index: int) -> str:
-        """One caption of a face."""
-        return self.captions(name)[index]
-
     def manifest_caption(self, name: str) -> str:
         """The caption that the manifest assigns to a face for evaluation."""
         return self._rows[name].caption
@@ -249,16 +245,6 @@ class FaceDataset(Dataset[FaceSample]):
             return read(path)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-
-
-def collate(samples: Sequence[FaceSample]) -> dict[str, Any]:
-    """Batch: `id` list, `image (b, 3, h, w)`, `label_map (b, h, w)`, `captions` list of tuples."""
-    return {
-        "id": [sample.id for sample in samples],
-        "image": torch.stack([sample.image for sample in samples]),
-        "label_map": torch.stack([sample.label_map for sample in samples]),
-        "captions": [sample.captions for sample in samples],
-    }
 
 
 def open_dataset(config: Config, split: str) -> FaceDataset:
