@@ -14,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -79,26 +79,6 @@ def visible_files(folder: Path) -> list[Path]:
 def without_padding(name: str) -> str:
     """A name whose numbers have no leading zeros: 00012_a and 12_a are alike."""
     return re.sub(r"[0-9]+", lambda number: number[0].lstrip("0") or "0", name)
-
-
-def paired(names: Iterable[str], files: Mapping[str, T]) -> dict[str, T]:
-    """The same files under the names that theirs differ from by zero padding only.
-
-    A file that more than one name, or that with other files one name would suit, keeps its own.
-    """
-    names = list(names)
-    wanted: dict[str, list[str]] = {}
-    spare: dict[str, list[str]] = {}
-    for name in set(names) - files.keys():
-        wanted.setdefault(without_padding(name), []).append(name)
-    for name in files.keys() - set(names):
-        spare.setdefault(without_padding(name), []).append(name)
-    other = {
-        spare[plain][0]: found[0]
-        for plain, found in wanted.items()
-        if len(found) == 1 and len(spare.get(plain, ())) == 1
-    }
-    return {other.get(name, name): file for name, file in files.items()}
 
 
 def report_missing(

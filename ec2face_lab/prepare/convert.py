@@ -28,7 +28,6 @@ from ec2face_core.data import (
     file_id,
     files_by_id,
     is_dropping,
-    paired,
     report_missing,
 )
 from ec2face_core.io.masks import check_ids, read_mask
@@ -40,6 +39,7 @@ from ec2face_core.runs import parallel, whole_file
 from .captions import FaceAttributes, captions_from_mask, celeba_attributes
 from .captions import captions as compose
 from .downloads import is_plain, read_part, read_reduced
+from .pairs import paired
 from .snapping import read_snapped
 from .validate import Problems, try_read, validate
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from ec2face_core.data import files_by_id, is_dropping, paired, visible_files
+from ec2face_core.data import files_by_id, is_dropping, visible_files
 from ec2face_core.io import pictures
 from ec2face_core.io.pictures import open_picture, read_image
 from ec2face_core.io.report import DataError, Report
@@ -337,22 +337,6 @@ def test_names_are_compared_in_composed_form(tmp_path):
     report = Report(tmp_path)
     files_by_id(tmp_path, (".png",), report)
     assert "duplicate id" in report.problems[0][1]
-
-
-@pytest.mark.parametrize(
-    ("names", "files", "expected"),
-    [
-        (["1", "2"], ["00001", "2"], {"1": "00001", "2": "2"}),
-        (["00001"], ["1"], {"00001": "1"}),
-        (["a_01_x", "0"], ["a_1_x", "000"], {"a_01_x": "a_1_x", "0": "000"}),
-        (["1", "01"], ["001"], {"001": "001"}),  # whose is it?
-        (["1"], ["01", "001"], {"01": "01", "001": "001"}),
-        (["1", "01"], ["1", "01"], {"1": "1", "01": "01"}),
-        (["10"], ["1"], {"1": "1"}),
-    ],
-)
-def test_names_that_differ_by_zeros_pair_up(names, files, expected):
-    assert paired(names, {name: name for name in files}) == expected
 
 
 def test_a_report_shows_twenty_lines_and_a_count(tmp_path):
