@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
+import pytest
+
 
 def step_gradients(trainer, samples, w=None):
     """The LoRA's gradients of `Trainer.step` on these samples, and its means for the log."""
@@ -23,3 +29,17 @@ def pipeline_with_lora(config):
     add_mask_lora(pipe.transformer, config.lora)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a process is gone (or a zombie that nobody asks for)."""
+    for _ in range(200):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return
+        except FileNotFoundError:
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("it lives on")

@@ -34,8 +34,9 @@ from ec2face_core.io.masks import check_ids, read_mask
 from ec2face_core.io.pictures import IMAGE_SUFFIXES, read_image
 from ec2face_core.io.report import DataError, Report
 from ec2face_core.io.texts import MANIFEST_COLUMNS, read_captions
-from ec2face_core.runs import parallel, whole_file
+from ec2face_core.runs import whole_file
 
+from ..workers import in_processes
 from .captions import FaceAttributes, captions_from_mask, celeba_attributes
 from .captions import captions as compose
 from .downloads import is_plain, read_part, read_reduced
@@ -242,9 +243,7 @@ def _convert(
     write = partial(_write_face, root=part, size=size)
     label = "converting" if progress else None
     bad = set()
-    for source, problems in zip(
-        sources, parallel(write, sources, label, processes=True), strict=True
-    ):
+    for source, problems in zip(sources, in_processes(write, sources, label), strict=True):
         for path, reason in problems:
             report.add(path, reason)
             bad.add(source.id)

@@ -37,6 +37,7 @@ from ec2face_core.runs import content_key, parallel, path_digest, whole_file
 
 from ..cache import code_digest, data_digest, is_whole, record_hash, write_frame
 from ..prepare.pairs import paired
+from ..workers import in_processes
 from .png import read_picture
 from .quality import Lpips, Niqe
 
@@ -309,7 +310,7 @@ def _niqe_of(niqe: Niqe, batches: list[list[Path]], world: int) -> Iterator[Tens
     function = functools.partial(_niqe_of_files, niqe)
     if (os.cpu_count() or 1) // world < SPARE_CORES:
         return map(function, batches)
-    return parallel(function, batches, processes=True)
+    return in_processes(function, batches)
 
 
 def _niqe_of_files(niqe: Niqe, files: Sequence[Path]) -> Tensor:
