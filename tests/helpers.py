@@ -31,6 +31,20 @@ def pipeline_with_lora(config):
     return pipe
 
 
+def accuracy_row(accuracy):
+    """Every value of a `MaskAccuracy` by the name that tables give it."""
+    from ec2face_core.attributes import CLASSES
+    from ec2face_core.metrics import OVERLAP, RECALL
+
+    row = {name: getattr(accuracy, name) for name in RECALL}
+    row |= dict(zip(CLASSES, accuracy.per_class.tolist(), strict=True))
+    row |= {name: getattr(accuracy, name) for name in OVERLAP}
+    for name in ("precision", "f1", "iou"):
+        values = getattr(accuracy, name).tolist()
+        row |= {f"{name}_{c}": value for c, value in zip(CLASSES, values, strict=True)}
+    return row
+
+
 def wait_for_end(pid: int) -> None:
     """Wait until a process is gone (or a zombie that nobody asks for)."""
     for _ in range(200):
