@@ -1,4 +1,4 @@
-"""The 19 semantic classes of CelebAMask-HQ: names, groups, palette, flips, other parsers' order.
+"""The 19 semantic classes of CelebAMask-HQ: names, groups, palette, flips, facer's order.
 
 Conventions owned by this module
     Label ids are CelebAMask-HQ's own (`g_mask.py`), 0 background to 18 cloth. `l_` is the
@@ -48,10 +48,6 @@ FLIP_PAIRS: tuple[tuple[int, int], ...] = ((4, 5), (6, 7), (8, 9))
 # index in the other system -> our id
 FACER_TO_CELEBAMASK: tuple[int, ...] = (
     0, 17, 1, 18, 8, 9, 6, 7, 4, 5, 2, 10, 12, 11, 13, 3, 14, 15, 16,
-)  # fmt: skip
-
-BISENET_TO_CELEBAMASK: tuple[int, ...] = (
-    0, 1, 6, 7, 4, 5, 3, 8, 9, 15, 2, 10, 11, 12, 17, 16, 18, 13, 14,
 )  # fmt: skip
 
 

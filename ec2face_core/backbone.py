@@ -26,7 +26,7 @@ from .config import BackboneConfig, ConfigError
 from .fast.transfer import send
 from .io.hub import HubError, answering_hub
 from .io.paths import resolve
-from .io.sums import check_sums, list_sums
+from .io.sums import check_sums
 from .io.texts import LostWordsWarning, describe_loss, lost_texts
 
 if TYPE_CHECKING:
@@ -186,23 +186,6 @@ def _missing_message(config: BackboneConfig, reason: str) -> str:
         "gated: accept its licence on its hub page and run `hf auth login`, or set backbone.path "
         "to a complete FluxPipeline folder."
     )
-
-
-def save_backbone(
-    backbone: Backbone, folder: Path | str, dtype: torch.dtype = torch.float16
-) -> None:
-    """Write a whole backbone as a FluxPipeline folder; its own dtype stays what it is."""
-    import copy
-
-    from diffusers import FluxPipeline
-
-    parts = {
-        name: copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) else part
-        for name, part in backbone.components().items()
-    }
-    with hide_progress_bars():
-        FluxPipeline(**parts).save_pretrained(str(folder))
-    list_sums(Path(folder))
 
 
 # --------------------------------------------------------------------------- latents and tokens

@@ -14,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -79,26 +79,6 @@ def visible_files(folder: Path) -> list[Path]:
 def without_padding(name: str) -> str:
     """A name whose numbers have no leading zeros: 00012_a and 12_a are alike."""
     return re.sub(r"[0-9]+", lambda number: number[0].lstrip("0") or "0", name)
-
-
-def paired(names: Iterable[str], files: Mapping[str, T]) -> dict[str, T]:
-    """The same files under the names that theirs differ from by zero padding only.
-
-    A file that more than one name, or that with other files one name would suit, keeps its own.
-    """
-    names = list(names)
-    wanted: dict[str, list[str]] = {}
-    spare: dict[str, list[str]] = {}
-    for name in set(names) - files.keys():
-        wanted.setdefault(without_padding(name), []).append(name)
-    for name in files.keys() - set(names):
-        spare.setdefault(without_padding(name), []).append(name)
-    other = {
-        spare[plain][0]: found[0]
-        for plain, found in wanted.items()
-        if len(found) == 1 and len(spare.get(plain, ())) == 1
-    }
-    return {other.get(name, name): file for name, file in files.items()}
 
 
 def report_missing(
@@ -211,10 +191,6 @@ class FaceDataset(Dataset[FaceSample]):
         """All captions of a face."""
         return self._read("text", name, read_captions)
 
-    def caption(self, name: str, index: int) -> str:
-        """One caption of a face."""
-        return self.captions(name)[index]
-
     def manifest_caption(self, name: str) -> str:
         """The caption that the manifest assigns to a face for evaluation."""
         return self._rows[name].caption
@@ -249,16 +225,6 @@ class FaceDataset(Dataset[FaceSample]):
             return read(path)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-
-
-def collate(samples: Sequence[FaceSample]) -> dict[str, Any]:
-    """Batch: `id` list, `image (b, 3, h, w)`, `label_map (b, h, w)`, `captions` list of tuples."""
-    return {
-        "id": [sample.id for sample in samples],
-        "image": torch.stack([sample.image for sample in samples]),
-        "label_map": torch.stack([sample.label_map for sample in samples]),
-        "captions": [sample.captions for sample in samples],
-    }
 
 
 def open_dataset(config: Config, split: str) -> FaceDataset:

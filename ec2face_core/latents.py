@@ -177,15 +177,6 @@ class LatentCache:
             "text": self.text(captions),
         }
 
-    def verify(self) -> None:
-        """Read every file and compare its content with its hash; CacheError names the bad ones."""
-        paths = sorted(self.folder.glob("*.safetensors"))
-        bad = [
-            p.name for p, whole in zip(paths, parallel(_intact, paths), strict=True) if not whole
-        ]
-        if bad:
-            raise CacheError(f"{self.folder}: {', '.join(bad)} changed on disk: delete them")
-
     @staticmethod
     def _rows(name: str, where: dict[str, tuple[dict, int]], keys: Sequence[str]) -> Tensor:
         return torch.stack([where[key][0][name][where[key][1]] for key in keys])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attributes import CLASSES, GROUPS, NUM_CLASSES, pixel_counts
+from .attributes import GROUPS, NUM_CLASSES, pixel_counts
 from .guards.checks import check_floats, check_labels, check_same_shape, check_tensor
 
 RECALL = ("OAA", "HFA", "NFA", "RFA")
@@ -48,19 +48,6 @@ class MaskAccuracy:
     F1_NFA: float
     F1_RFA: float
     mIoU: float
-
-    def as_dict(self) -> dict[str, float]:
-        """OAA, HFA, NFA and RFA, then the 19 classes by name."""
-        groups = {name: getattr(self, name) for name in RECALL}
-        return groups | dict(zip(CLASSES, self.per_class.tolist(), strict=True))
-
-    def overlap_dict(self) -> dict[str, float]:
-        """F1, F1_HFA, F1_NFA, F1_RFA, mIoU, then 19 each of `precision_`, `f1_`, `iou_<class>`."""
-        values = {name: getattr(self, name) for name in OVERLAP}
-        for name in ("precision", "f1", "iou"):
-            row = getattr(self, name).tolist()
-            values |= {f"{name}_{c}": value for c, value in zip(CLASSES, row, strict=True)}
-        return values
 
 
 def mask_counts(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

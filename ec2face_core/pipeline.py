@@ -45,7 +45,6 @@ from .backbone import (
 from .config import BackboneConfig, Config, DataConfig, SamplingConfig
 from .guards.checks import NotFiniteError, check_number
 from .inference.consistency import ConsistencyGuidance
-from .inference.edit import EditMixin
 from .inference.inputs import (
     MaskLike,
     Texts,
@@ -84,7 +83,7 @@ class EC2FacePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class EC2FacePipeline(MaskLoraMixin, EditMixin, DiffusionPipeline):
+class EC2FacePipeline(MaskLoraMixin, DiffusionPipeline):
     """Text and mask to face, on the parts of a FluxPipeline and a mask LoRA.
 
     Args:

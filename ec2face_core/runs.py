@@ -12,17 +12,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +29,6 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .guards.parent import tie_to
 from .io.paths import CODE, ROOT, resolve, user_path
 
 _T = TypeVar("_T")
@@ -375,49 +371,21 @@ def _device() -> str:
 # ----------------------------------------------------------------------------------- parallel work
 
 
-def _begin_worker(parent: int) -> None:
-    """What a worker process does first: it will end with its parent, and uses one core."""
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        tie_to(parent)()
-
-
 def parallel(
-    function: Callable[[_T], _R],
-    items: Iterable[_T],
-    progress: str | None = None,
-    processes: bool = False,
+    function: Callable[[_T], _R], items: Iterable[_T], progress: str | None = None
 ) -> Iterator[_R]:
-    """Map over items, in order, with a progress bar.
+    """Map over items on threads, in order, with a progress bar.
 
     Args:
-        function: results wait in memory for a slow consumer, so it should return little.
+        function: releases the interpreter lock, as decoding images does; results wait in memory for
+            a slow consumer, so it should return little.
         items: the work.
         progress: label of the bar; None: no bar.
-        processes: False: threads, for work that releases the interpreter lock (decoding images);
-            True: processes; function, items and results have to be picklable.
-
-    Raises:
-        OSError: a process was killed.
     """
     from tqdm.auto import tqdm
 
     items = list(items)
-    pool: Executor
-    if processes:
-        affinity = getattr(os, "sched_getaffinity", None)  # a cluster may lend fewer cores
-        workers = min(len(items), len(affinity(0)) if affinity else os.cpu_count() or 1)
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        pool = ProcessPoolExecutor(max(1, workers), context, _begin_worker, (os.getpid(),))
-    else:
-        pool = ThreadPoolExecutor()
-    with pool:
-        results = pool.map(function, items, chunksize=8)
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(function, items)
         hidden = progress is None
-        try:
-            yield from tqdm(results, progress, len(items), mininterval=1.0, disable=hidden)
-        except BrokenProcessPool as error:
-            raise OSError(
-                "a worker process was killed, most likely because memory ran out: run the same "
-                "command again, it continues where it stopped"
-            ) from error
+        yield from tqdm(results, progress, len(items), mininterval=1.0, disable=hidden)

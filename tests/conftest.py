@@ -42,8 +42,7 @@ def tiny_corpus(tiny_faces) -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_backbone_dir(tmp_path_factory, tiny_corpus) -> Path:
     """FluxPipeline folder of the miniature's architecture at random weights, float16."""
-    from ec2face_core.backbone import save_backbone
-    from ec2face_lab.world.networks import tiny_backbone
+    from ec2face_lab.world.networks import save_backbone, tiny_backbone
 
     folder = tmp_path_factory.mktemp("bundle") / "flux"
     save_backbone(tiny_backbone(tiny_corpus, seed=1), folder)

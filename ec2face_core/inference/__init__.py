@@ -1,1 +1,1 @@
-"""What is around the sampling loop: the arguments, LoRAs beside the mask's, editing a photo."""
+"""What is around the sampling loop: arguments, LoRAs beside the mask's, consistency guidance."""

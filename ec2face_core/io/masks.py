@@ -23,20 +23,17 @@ from .report import DataError
 LOSSY = ("JPEG", "MPO")
 TOLERANCE = 32.0  # Euclidean distance of a colour to its palette colour, 0-255
 PALETTE_TOLERANCE = 8.0  # the same for the few colours of a palette image
-EDGE_TOLERANCE = 8.0  # within it, a pixel of a mask with smooth edges is no edge
-SMOOTH = 0.4  # largest share of edge pixels in such a mask
+SMOOTH = 0.4  # largest share of edge pixels in a mask with smooth edges
 NEIGHBOURS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
-ROUNDS = 16  # pixels that its edges may be wide
 LEVELS = {"L;2": 85, "L;4": 17}  # Pillow scales grey images of few bits by these factors
 
 
-def read_mask(path: Path, colours: bool = False, snap_edges: bool = False) -> np.ndarray:
+def read_mask(path: Path, colours: bool = False) -> np.ndarray:
     """Class ids of a mask file, `(h, w)` uint8, of two classes or more.
 
     Args:
         path: a palette or grey image without loss.
         colours: also read RGB images in the colours of `PALETTE`.
-        snap_edges: see `labels_from_palette`.
 
     Raises:
         DataError: it cannot be read, holds other ids, or shows one class only.
@@ -45,21 +42,9 @@ def read_mask(path: Path, colours: bool = False, snap_edges: bool = False) -> np
     _scale(image)  # refuses what Pillow would halve
     if not colours and image.mode in ("RGB", "RGBA"):
         raise DataError(f"mask is {image.mode}, not ids: `convert-merged` turns colours into ids")
-    ids = image_ids(image, snap_edges)
+    ids = image_ids(image)
     check_ids(ids)
     return ids
-
-
-def read_part(path: Path) -> np.ndarray:
-    """Where a part mask of CelebAMask-HQ is not zero, `(h, w)` bool."""
-    image = upright(decoded(open_header(path, "part"), "part"))
-    _refuse_loss(image)
-    if image.mode in ("L", "1") or image.mode.startswith("I"):
-        return np.asarray(image) != 0
-    if image.mode == "RGB":
-        return np.asarray(image.getchannel(0)) != 0  # one channel, as g_mask.py reads it
-    _refuse_transparency(image)
-    return np.asarray(image.convert("L")) != 0
 
 
 def check_ids(ids: np.ndarray) -> None:
@@ -123,49 +108,52 @@ def split_masks(masks: Tensor | np.ndarray) -> list[np.ndarray]:
         raise DataError(f"mask: {error}") from error
 
 
-def image_ids(image: Image.Image, snap_edges: bool = False) -> np.ndarray:
+def image_ids(image: Image.Image) -> np.ndarray:
     """Class ids `(h, w)` uint8 of an image: of its palette, its grey values or its colours.
 
     Raises:
         DataError: a lossy format, transparent pixels, other ids or colours.
     """
-    scale = _scale(image)
-    _refuse_loss(image)
-    image = upright(decoded(image, "mask"))
-    if image.mode == "P":
-        ids = _palette_ids(image, snap_edges)
-    elif image.mode in ("RGB", "RGBA", "RGBX", "PA"):
-        _refuse_transparency(image)
-        ids = _colour_ids(np.asarray(image.convert("RGB")), snap_edges)
-    elif image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;16"):
-        if image.mode == "LA":
-            _refuse_transparency(image)
-            image = image.getchannel(0)
-        ids = np.asarray(image)
-        if scale > 1:
-            ids = ids // scale
-        if ids.max() >= NUM_CLASSES and image.mode.startswith("I;16") and not (ids % 257).any():
-            ids = ids // 257  # 8-bit ids that were stretched to 16 bits
-    else:
-        raise DataError(f"mask is {image.mode}: ids are a palette or grey image")
+    values = image_values(image)
+    if values.ndim == 3 and image.mode == "P":
+        _refuse_foreign_palette(image)
+    ids = labels_from_palette(values) if values.ndim == 3 else values
     _check_range(ids)
     return ids.astype(np.uint8)  # a copy, which may be written to
 
 
-def labels_from_palette(
-    rgb: np.ndarray,
-    palette: tuple[tuple[int, int, int], ...] = PALETTE,
-    tolerance: float = TOLERANCE,
-    snap_edges: bool = False,
-) -> np.ndarray:
-    """Nearest palette colour of each pixel.
+def image_values(image: Image.Image) -> np.ndarray:
+    """What an image says of each pixel: integers `(h, w)`, or colours `(h, w, 3)` uint8.
+
+    Raises:
+        DataError: a lossy format, colours with transparent pixels, or another kind of image.
+    """
+    scale = _scale(image)
+    refuse_loss(image)
+    image = upright(decoded(image, "mask"))
+    if image.mode == "P":
+        return _palette_values(image)
+    if image.mode in ("RGB", "RGBA", "RGBX", "PA"):
+        refuse_transparency(image)
+        return _colour_values(np.asarray(image.convert("RGB")))
+    if image.mode not in ("1", "L", "LA", "I") and not image.mode.startswith("I;16"):
+        raise DataError(f"mask is {image.mode}: ids are a palette or grey image")
+    if image.mode == "LA":
+        refuse_transparency(image)
+        image = image.getchannel(0)
+    ids = np.asarray(image)
+    if scale > 1:
+        ids = ids // scale
+    if ids.max() >= NUM_CLASSES and image.mode.startswith("I;16") and not (ids % 257).any():
+        ids = ids // 257  # 8-bit ids that were stretched to 16 bits
+    return ids
+
+
+def labels_from_palette(rgb: np.ndarray) -> np.ndarray:
+    """Class of the palette colour that is nearest to each pixel.
 
     Args:
         rgb: `(h, w, 3)` uint8.
-        palette: colours of the classes, 0-255.
-        tolerance: largest Euclidean distance of a pixel to its colour, in units of 0-255.
-        snap_edges: give the pixels of smooth (anti-aliased) edges the class of the neighbour whose
-            colour is nearest, instead of refusing them; lines of one pixel may be lost.
 
     Returns:
         Class ids `(h, w)` uint8.
@@ -174,44 +162,73 @@ def labels_from_palette(
         DataError: a pixel is too far from every colour: smooth edges, another palette
             (CelebAMask-HQ's own tools use three) or a lossy file.
     """
+    ids, distance = nearest_colours(rgb)
+    far = distance > TOLERANCE
+    if not far.any():
+        return ids
+    if is_smooth(rgb, far):
+        raise DataError(
+            f"{far.mean():.2%} of the pixels are {len(np.unique(_packed(rgb[far])))} colours "
+            "between the palette's, as smooth (anti-aliased) edges have them: export without "
+            "smoothing, or snap them to their neighbours (`convert-merged --snap-edges`, "
+            "ec2face_lab.prepare.snapping.snap_edges)"
+        )
+    raise foreign_colour(rgb, distance, far)
+
+
+def nearest_colours(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The palette colour that is nearest to each pixel.
+
+    Args:
+        rgb: `(h, w, 3)` uint8.
+
+    Returns:
+        Class ids `(h, w)` uint8, and Euclidean distances `(h, w)` float32, in units of 0-255.
+
+    Raises:
+        DataError: an array of another shape or type.
+    """
     rgb = np.asarray(rgb)
     if rgb.ndim != 3 or rgb.shape[-1] != 3 or rgb.dtype != np.uint8:
         raise DataError(f"colours are h w 3 uint8, got {rgb.dtype} of shape {rgb.shape}")
-    known = np.array(palette)
+    known = np.array(PALETTE)
     seen = np.zeros(2**24, bool)  # tables of all colours: sorting 4096 px takes seconds
     for part in _strips(rgb):
         seen[_packed(part)] = True
     colours = np.flatnonzero(seen)
     nearest = np.zeros(2**24, np.uint8)
-    gap = np.zeros(len(colours))
-    for part in np.array_split(np.arange(len(colours)), len(colours) // 2**16 + 1):
-        values = np.stack([colours[part] >> 16, colours[part] >> 8 & 255, colours[part] & 255], -1)
+    gap = np.zeros(2**24, np.float32)
+    for part in np.array_split(colours, len(colours) // 2**16 + 1):
+        values = np.stack([part >> 16, part >> 8 & 255, part & 255], -1)
         distance = np.linalg.norm(values[:, None].astype(float) - known[None], axis=-1)
-        nearest[colours[part]] = distance.argmin(1)
+        nearest[part] = distance.argmin(1)
         gap[part] = distance.min(1)
-    ids = _looked_up(nearest, rgb)
-    far = gap > (EDGE_TOLERANCE if snap_edges else tolerance)
-    if not far.any():
-        return ids
-    seen[colours] = far
-    edge = _looked_up(seen, rgb)
-    numbers, counts = np.unique(_packed(rgb[edge]), return_counts=True)
+    return _looked_up(nearest, rgb), _looked_up(gap, rgb)
+
+
+def is_smooth(rgb: np.ndarray, edge: np.ndarray) -> bool:
+    """Whether the pixels `edge` `(h, w)` bool of another colour are those of smooth edges.
+
+    They are few, of many colours, and do not lie in areas of one colour.
+    """
+    _, counts = np.unique(_packed(rgb[edge]), return_counts=True)
+    few = edge.mean() < SMOOTH and counts.max() < 0.5 * edge.sum()
+    return bool(few and _areas(rgb, edge).sum() < 0.1 * edge.sum())
+
+
+def foreign_colour(rgb: np.ndarray, distance: np.ndarray, far: np.ndarray) -> DataError:
+    """An error that names the most frequent colour of the pixels `far` `(h, w)` bool.
+
+    distance: of each pixel to the palette, as `nearest_colours` has it.
+    """
+    numbers, counts = np.unique(_packed(rgb[far]), return_counts=True)
     most = int(counts.argmax())
-    smooth = edge.mean() < SMOOTH and counts[most] < 0.5 * edge.sum()
-    smooth = smooth and _areas(rgb, edge).sum() < 0.1 * edge.sum()
-    if snap_edges and smooth:
-        return _snapped(rgb, ids, edge | ~_solid(ids, edge), known)
-    if smooth:
-        raise DataError(
-            f"{edge.mean():.2%} of the pixels are {len(numbers)} colours between the palette's, as "
-            "smooth (anti-aliased) edges have them: export without smoothing, or snap them to "
-            "their neighbours (`convert-merged --snap-edges`, labels_from_palette(snap_edges=True))"
-        )
     worst = int(numbers[most])
-    raise DataError(
-        f"colour {(worst >> 16, worst >> 8 & 255, worst & 255)} on {counts[most] / edge.size:.2%} "
-        f"of the pixels is {gap[colours == worst][0]:.0f} away from every palette colour (limit "
-        f"{tolerance:g}): another palette, or a mask saved as JPEG"
+    gap = distance[_packed(rgb) == worst][0]
+    return DataError(
+        f"colour {(worst >> 16, worst >> 8 & 255, worst & 255)} on {counts[most] / far.size:.2%} "
+        f"of the pixels is {gap:.0f} away from every palette colour (limit {TOLERANCE:g}): "
+        "another palette, or a mask saved as JPEG"
     )
 
 
@@ -241,91 +258,50 @@ def _areas(rgb: np.ndarray, edge: np.ndarray) -> np.ndarray:
     return inside
 
 
-def _solid(ids: np.ndarray, edge: np.ndarray) -> np.ndarray:
-    """Which pixels lie in a square of one class without edge pixels.
-
-    Others may be part of an edge even in a palette colour: from black to hair it passes l_lip. The
-    square has a side of 2 pixels, or of 3 where edges are wider than two.
-    """
-    side = 2 if not _eroded(edge).any() else 3
-    labels = np.where(edge, NUM_CLASSES, ids)
-    windows = np.lib.stride_tricks.sliding_window_view(labels, (side, side))
-    square = (windows == windows[..., :1, :1]).all((-2, -1)) & (windows[..., 0, 0] != NUM_CLASSES)
-    solid = np.zeros(ids.shape, bool)
-    for dy in range(side):
-        for dx in range(side):
-            solid[dy : dy + square.shape[0], dx : dx + square.shape[1]] |= square
-    return solid
-
-
-def _eroded(edge: np.ndarray) -> np.ndarray:
-    """Without the pixels at its rim; a line of two pixels or fewer is gone."""
-    inner = edge.copy()
-    for axis in (0, 1):
-        for step in (-1, 1):
-            inner &= np.roll(edge, step, axis)
-    return inner
-
-
-def _snapped(rgb: np.ndarray, ids: np.ndarray, edge: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Ids in which each edge pixel has the class of the neighbour with the nearest colour."""
-    for _ in range(ROUNDS):
-        rows, columns = np.nonzero(edge)
-        best = np.full(len(rows), np.inf)
-        label = ids[rows, columns]
-        for dy, dx in NEIGHBOURS:
-            y = np.clip(rows + dy, 0, ids.shape[0] - 1)
-            x = np.clip(columns + dx, 0, ids.shape[1] - 1)
-            gap = np.linalg.norm(rgb[rows, columns].astype(float) - palette[ids[y, x]], axis=-1)
-            closer = ~edge[y, x] & (gap < best)
-            best[closer] = gap[closer]
-            label[closer] = ids[y, x][closer]
-        reached = np.isfinite(best)
-        ids[rows[reached], columns[reached]] = label[reached]
-        edge[rows[reached], columns[reached]] = False
-        if not edge.any():
-            return ids
-    raise DataError(
-        f"{edge.mean():.2%} of the pixels have no palette colour and no neighbour within {ROUNDS} "
-        "pixels that has one: another palette"
-    )
-
-
-def _palette_ids(image: Image.Image, snap_edges: bool) -> np.ndarray:
-    """Ids of a palette image: its indices where its palette is ours or grey, else its colours."""
+def _palette_values(image: Image.Image) -> np.ndarray:
+    """Indices of a palette image where its palette is ours or grey, else its colours."""
     indices = np.asarray(image)
-    colours = np.array(image.getpalette("RGB") or [], np.int64).reshape(-1, 3)
-    used = np.flatnonzero(image.histogram())
-    used = used[used < len(colours)]
-    shown = colours[used]
+    used, shown = _used_palette(image)
     grey = (shown == used[:, None]).all()
     if grey or ((used < NUM_CLASSES).all() and (shown == np.array(PALETTE)[used]).all()):
         return indices
-    _refuse_transparency(image)
+    refuse_transparency(image)
     rgb = np.asarray(image.convert("RGB"))
     low = shown.max(initial=0) < NUM_CLASSES and len(np.unique(shown[:, 0])) == len(shown)
     if low and (shown == shown[:, :1]).all():
         return rgb[..., 0]  # a grey image of ids that became a palette image
-    if snap_edges:
-        return labels_from_palette(rgb, snap_edges=True)
+    return rgb
+
+
+def _used_palette(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Indices that a palette image uses, `(n,)`, and their colours, `(n, 3)`."""
+    colours = np.array(image.getpalette("RGB") or [], np.int64).reshape(-1, 3)
+    used = np.flatnonzero(image.histogram())
+    used = used[used < len(colours)]
+    return used, colours[used]
+
+
+def _refuse_foreign_palette(image: Image.Image) -> None:
+    """Refuse a palette image whose colours are not those of `PALETTE`, in whatever order."""
+    _, shown = _used_palette(image)
     distance = np.linalg.norm(shown[:, None].astype(float) - np.array(PALETTE)[None], axis=-1)
     # two colours for one class would be two classes of another palette
     classes = {tuple(c): int(d.argmin()) for c, d in zip(shown.tolist(), distance, strict=True)}
-    unique = len(set(classes.values())) == len(classes) and (len(classes) > 1 or len(used) == 1)
+    unique = len(set(classes.values())) == len(classes) and (len(classes) > 1 or len(shown) == 1)
     if unique and distance.min(1).max() <= PALETTE_TOLERANCE:
-        return labels_from_palette(rgb)
+        return
     raise DataError(
         "another palette: the file's colours are neither ours in any order nor grey, so nobody "
         "knows what its indices mean; save ids as a grey PNG"
     )
 
 
-def _colour_ids(rgb: np.ndarray, snap_edges: bool = False) -> np.ndarray:
-    """Ids of palette colours, or of equal channels that hold ids."""
+def _colour_values(rgb: np.ndarray) -> np.ndarray:
+    """Equal channels that hold ids, `(h, w)`; other colours as they are."""
     low = rgb.max(initial=0) < NUM_CLASSES
     if low and (rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 0] == rgb[..., 2]).all():
         return rgb[..., 0]
-    return labels_from_palette(rgb, snap_edges=snap_edges)
+    return rgb
 
 
 def _as_array(values: Any) -> np.ndarray:
@@ -357,7 +333,8 @@ def _array_ids(array: np.ndarray) -> np.ndarray:
     elif array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
     elif array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8:
-        return _colour_ids(np.ascontiguousarray(array))
+        values = _colour_values(np.ascontiguousarray(array))
+        return labels_from_palette(values) if values.ndim == 3 else values
     if array.ndim != 2 or not array.size:
         raise DataError(f"expected integer label ids of shape h w, got shape {array.shape}")
     _check_range(array)
@@ -394,13 +371,15 @@ def _scale(image: Image.Image) -> int:
     return 1
 
 
-def _refuse_loss(image: Image.Image) -> None:
+def refuse_loss(image: Image.Image) -> None:
+    """Refuse an image of a lossy format."""
     compression = image.info.get("compression")
     if image.format in LOSSY or compression == "jpeg" or image.info.get("lossless") is False:
         raise DataError(f"mask is {image.format}: its loss changes ids; export PNG")
 
 
-def _refuse_transparency(image: Image.Image) -> None:
+def refuse_transparency(image: Image.Image) -> None:
+    """Refuse an image with transparent pixels."""
     if not image.has_transparency_data:
         return
     alpha = np.asarray(image.convert("RGBA").getchannel("A"))

@@ -32,32 +32,24 @@ ORIENTED_TEXT = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # may hold the
 SMALL = 2**16  # bytes of a text chunk that is read
 
 
-def read_image(path: Path, size: int | None = None) -> Image.Image:
-    """Square RGB picture; DataError with the reason otherwise.
+def read_image(path: Path) -> Image.Image:
+    """Square RGB picture; DataError with the reason otherwise."""
+    return square(to_rgb(open_picture(path)))
 
-    With a size, a JPEG of twice that size or more is halved (quartered ...) while it is decoded, to
-    no less than `size`: six times faster, and as close to bicubic as Lanczos is (47 dB, measured).
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture of a file, checked and upright, in the file's own mode and of any shape.
+
+    path: a file of one of `FORMATS`; DataError if it cannot be read.
     """
-    picture = to_rgb(open_picture(path, size))
+    return upright(decoded(open_header(path, "image"), "image"))
+
+
+def square(picture: Image.Image) -> Image.Image:
+    """The same picture; DataError if it is not square."""
     if picture.width != picture.height:
         raise DataError(f"wrong size {picture.width}x{picture.height}: faces are square")
     return picture
-
-
-def open_picture(path: Path, size: int | None = None) -> Image.Image:
-    """The picture of a file, checked and upright, in the file's own mode and of any shape.
-
-    Args:
-        path: a file of one of `FORMATS`.
-        size: decode a large JPEG smaller, as for `read_image`.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    image = open_header(path, "image")
-    if size:
-        image.draft("RGB", (size, size))  # other formats than JPEG ignore it
-    return upright(decoded(image, "image"))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -89,22 +81,6 @@ def upright(image: Image.Image) -> Image.Image:
     except Exception:  # Pillow raises many kinds for damaged EXIF data, which turn nothing
         turned = False
     return ImageOps.exif_transpose(image) if turned else image
-
-
-def is_plain(path: Path, size: int) -> bool:
-    """Whether every reader finds the same RGB pixels in a file, of this width.
-
-    So it is for an upright 8-bit PNG or JPEG without transparency, of the right suffix.
-    """
-    suffixes = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg")}
-    image = open_header(path, "image")
-    return (
-        image.width == size
-        and path.suffix.lower() in suffixes.get(image.format, ())
-        and image.mode in ("RGB", "L")
-        and not image.has_transparency_data
-        and upright(image) is image
-    )
 
 
 def open_header(path: Path, kind: str) -> Any:

@@ -1,1 +1,1 @@
-"""Draw a face: a mask painter for the notebook, and where its masks come from."""
+"""Draw a face: a mask painter for the notebook, where its masks come from, and edits."""

@@ -149,8 +149,10 @@ class Artist:
             "callback_on_step_end": step_end,
         }
         if wish.photo is not None and wish.photo_mask is not None:
+            from .edits import edit
+
             given = (wish.photo, wish.photo_mask, wish.mask, wish.caption)
-            return self._pipe.edit(*given, **settings).images[0].float().cpu()
+            return edit(self._pipe, *given, **settings).images[0].float().cpu()
         return self._pipe(wish.caption, wish.mask, **settings).images[0].float().cpu()
 
     @functools.cached_property

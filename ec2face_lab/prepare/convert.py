@@ -5,7 +5,7 @@ file under a temporary name, renames it, and skips faces that are valid already,
 interrupted conversion resumes. The target appears only when every face is good; otherwise one
 `DataError` lists every bad file. With `skip_bad` it appears without the faces that are not, which
 `left_out.csv` lists. Names of images, masks and captions may differ by zero padding. Masks are
-resized to the nearest pixel, images bicubically with antialiasing (after `read_image` has halved
+resized to the nearest pixel, images bicubically with antialiasing (after `read_reduced` has halved
 large JPEGs).
 """
 
@@ -28,17 +28,20 @@ from ec2face_core.data import (
     file_id,
     files_by_id,
     is_dropping,
-    paired,
     report_missing,
 )
-from ec2face_core.io.masks import check_ids, read_mask, read_part
-from ec2face_core.io.pictures import IMAGE_SUFFIXES, is_plain, read_image
+from ec2face_core.io.masks import check_ids, read_mask
+from ec2face_core.io.pictures import IMAGE_SUFFIXES, read_image
 from ec2face_core.io.report import DataError, Report
 from ec2face_core.io.texts import MANIFEST_COLUMNS, read_captions
-from ec2face_core.runs import parallel, whole_file
+from ec2face_core.runs import whole_file
 
+from ..workers import in_processes
 from .captions import FaceAttributes, captions_from_mask, celeba_attributes
 from .captions import captions as compose
+from .downloads import is_plain, read_part, read_reduced
+from .pairs import paired
+from .snapping import read_snapped
 from .validate import Problems, try_read, validate
 
 PART_FOLDERS = ("CelebAMask-HQ-mask-anno", "CelebAMaskHQ-mask-anno")
@@ -171,7 +174,7 @@ def from_merged(
             for path, known in ((image, images), (mask, masks))
             if name not in known
         )
-        ids = partial(read_mask, mask, colours=True, snap_edges=snap_edges)
+        ids = partial(read_snapped, mask) if snap_edges else partial(read_mask, mask, colours=True)
         sources.append(_Source(name, image, mask, ids, texts(name), missing))
     train = len(names) * 9 // 10 if train is None else train
     splits = {name: "train" if i < train else "test" for i, name in enumerate(names)}
@@ -240,9 +243,7 @@ def _convert(
     write = partial(_write_face, root=part, size=size)
     label = "converting" if progress else None
     bad = set()
-    for source, problems in zip(
-        sources, parallel(write, sources, label, processes=True), strict=True
-    ):
+    for source, problems in zip(sources, in_processes(write, sources, label), strict=True):
         for path, reason in problems:
             report.add(path, reason)
             bad.add(source.id)
@@ -290,7 +291,7 @@ def _write_face(source: _Source, root: Path, size: int) -> Problems:
         return []
     image_file = None if source.image in absent else source.image
     mask_file = None if source.mask in absent else source.mask
-    image = try_read(problems, image_file, read_image, size)
+    image = try_read(problems, image_file, read_reduced, size)
     ids = try_read(problems, mask_file, lambda _: _resized_ids(source.ids(), size))
     if problems:
         return problems

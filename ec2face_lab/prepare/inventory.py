@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ec2face_core.backbone import is_hub_id
 from ec2face_core.config import Config
-from ec2face_core.data import FaceDataset, file_id, files_by_id, is_dropping, open_dataset, paired
+from ec2face_core.data import FaceDataset, file_id, files_by_id, is_dropping, open_dataset
 from ec2face_core.io.paths import resolve
 from ec2face_core.io.pictures import IMAGE_SUFFIXES, read_image
 from ec2face_core.io.report import DataError, Report
@@ -29,6 +29,7 @@ from ec2face_core.perception import LOCAL_DIR, FaceParser, WeightsError, check_t
 
 from . import weights
 from .convert import PART_FOLDERS, celebamask_files, paint_parts
+from .pairs import paired
 from .photos import check_class_order
 from .second_parser import SEGFORMER
 

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, CLASSES, FLIP_PAIRS, NUM_CLASSES
 from ec2face_core.io.masks import read_mask
-from ec2face_core.io.pictures import is_plain, open_picture, to_rgb
+from ec2face_core.io.pictures import open_picture, to_rgb
 from ec2face_core.io.report import DataError, Report
 from ec2face_core.perception import FaceParser, WeightsError
 from ec2face_core.runs import whole_file
 
 from .convert import clear_others, from_merged
+from .downloads import is_plain
 from .validate import eye_order
 from .weights import check_tensors
 

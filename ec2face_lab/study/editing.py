@@ -17,10 +17,10 @@ from torch import Tensor
 from ec2face_core.attributes import CLASS_ID, pixel_counts
 from ec2face_core.config import Config
 from ec2face_core.data import FaceDataset, open_dataset
-from ec2face_core.inference.edit import changed_pixels
 from ec2face_core.io.report import DataError
 from ec2face_core.metrics import mask_counts
 
+from ..painter.edits import changed_pixels
 from ..painter.stamps import STAMPS, stamp
 from .faces import faces
 from .intervals import bootstrap_accuracy, bootstrap_interval

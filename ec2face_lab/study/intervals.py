@@ -170,7 +170,7 @@ def two_level_accuracy(
 
     Returns:
         Rows OAA, HFA, NFA, RFA, the 19 classes (recall), F1, F1_HFA, F1_NFA, F1_RFA, mIoU, then
-        precision, F1 and IoU of each class, named as in `MaskAccuracy.overlap_dict`: metric, value,
+        precision, F1 and IoU of each class (`precision_<class>`, `f1_`, `iou_`): metric, value,
         ci_low, ci_high (percent), t_low, t_high (`t_interval` over the trainings), n (faces whose
         mask has a pixel of it).
 

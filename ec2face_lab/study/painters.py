@@ -36,6 +36,7 @@ from ec2face_core.runs import path_digest
 from ..baselines import SYSTEMS, WEIGHTS, load, systems, weights_dir
 from ..baselines.int8_weights import shared_file
 from ..cache import code_digest
+from ..painter.edits import edit
 
 BASE = "base"
 REAL = "real"
@@ -240,7 +241,7 @@ class EC2Face(Painter):
         seeds: Sequence[int],
         margin: int | None = None,
     ) -> Tensor:
-        """Edited images `b 3 h w` in [0, 1] (`EC2FacePipeline.edit`).
+        """Edited images `b 3 h w` in [0, 1] (`painter/edits.py`).
 
         Args:
             images: `b 3 h w` in [0, 1].
@@ -254,7 +255,7 @@ class EC2Face(Painter):
             ConfigError: the LoRA is missing.
         """
         given = (images, masks, new_masks, list(prompts), margin)
-        return self._sample(lambda pipe, **settings: pipe.edit(*given, **settings), seeds)
+        return self._sample(lambda pipe, **settings: edit(pipe, *given, **settings), seeds)
 
     def _sample(self, call: Callable[..., Any], seeds: Sequence[int]) -> Tensor:
         """What a call of the pipeline gives with the configured settings."""

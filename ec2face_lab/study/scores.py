@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ec2face_core.attributes import CLASSES, pixel_counts
 from ec2face_core.config import Config
-from ec2face_core.data import FaceDataset, files_by_id, open_dataset, paired, report_missing
+from ec2face_core.data import FaceDataset, files_by_id, open_dataset, report_missing
 from ec2face_core.guards.checks import check_number
 from ec2face_core.io.paths import resolve
 from ec2face_core.io.pictures import IMAGE_SUFFIXES, read_image
@@ -36,6 +36,8 @@ from ec2face_core.perception import LOCAL_DIR, ClipScorer, FaceParser
 from ec2face_core.runs import content_key, parallel, path_digest, whole_file
 
 from ..cache import code_digest, data_digest, is_whole, record_hash, write_frame
+from ..prepare.pairs import paired
+from ..workers import in_processes
 from .png import read_picture
 from .quality import Lpips, Niqe
 
@@ -308,7 +310,7 @@ def _niqe_of(niqe: Niqe, batches: list[list[Path]], world: int) -> Iterator[Tens
     function = functools.partial(_niqe_of_files, niqe)
     if (os.cpu_count() or 1) // world < SPARE_CORES:
         return map(function, batches)
-    return parallel(function, batches, processes=True)
+    return in_processes(function, batches)
 
 
 def _niqe_of_files(niqe: Niqe, files: Sequence[Path]) -> Tensor:

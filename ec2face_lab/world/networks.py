@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ec2face_core.attributes import NUM_CLASSES
-from ec2face_core.backbone import Backbone
+from ec2face_core.backbone import Backbone, hide_progress_bars
 from ec2face_core.io.sums import list_sums
 from ec2face_core.perception import CLIP_MEAN, CLIP_STD
 from ec2face_core.runs import whole_file, write_json, write_tensors
@@ -193,6 +193,21 @@ def _t5_tokenizer(corpus: Sequence[str], vocabulary: int = 400, length: int = 32
     unigram.train_from_iterator(corpus, trainer)
     vocab = [tuple(entry) for entry in json.loads(unigram.to_str())["model"]["vocab"]]
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=length)
+
+
+def save_backbone(
+    backbone: Backbone, folder: Path | str, dtype: torch.dtype = torch.float16
+) -> None:
+    """Write a whole backbone as a FluxPipeline folder; its own dtype stays what it is."""
+    from diffusers import FluxPipeline
+
+    parts = {
+        name: copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) else part
+        for name, part in backbone.components().items()
+    }
+    with hide_progress_bars():
+        FluxPipeline(**parts).save_pretrained(str(folder))
+    list_sums(Path(folder))
 
 
 # --------------------------------------------------------------------------- the face parsers

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from ec2face_core.backbone import Backbone, TextEmbedding, load_backbone, save_backbone
+from ec2face_core.backbone import Backbone, TextEmbedding, load_backbone
 from ec2face_core.config import BackboneConfig, load_profile
 from ec2face_core.fast.blocks import blocks_of
 from ec2face_core.flow import interpolate, target_velocity
@@ -32,6 +32,7 @@ from ec2face_core.mask_branch import predict_velocity
 from ec2face_core.runs import provenance, write_json
 
 from .graphs import Replayed, optimiser_options
+from .networks import save_backbone
 from .pool import Pool
 from .pretrain import SEED, WARMUP, autocast, device_name, steps_done, with_trained_vae
 from .sources import DataSource

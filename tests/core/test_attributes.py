@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ec2face_core.attributes import (
-    BISENET_TO_CELEBAMASK,
     CLASS_ID,
     CLASSES,
     FACER_TO_CELEBAMASK,
@@ -111,11 +110,3 @@ def test_facer_order_is_mapped_by_meaning():
     # the inverse is the permutation that brings facer's 19 channels into our order
     permutation = [0, 2, 10, 15, 8, 9, 6, 7, 4, 5, 11, 13, 12, 14, 16, 17, 18, 1, 3]
     assert [FACER_TO_CELEBAMASK[i] for i in permutation] == list(range(19))
-
-
-def test_bisenet_order_is_mapped_by_name():
-    bisenet = (
-        "background skin l_brow r_brow l_eye r_eye eye_g l_ear r_ear ear_r nose mouth u_lip l_lip "
-        "neck neck_l cloth hair hat"
-    )
-    assert tuple(CLASS_ID[name] for name in bisenet.split()) == BISENET_TO_CELEBAMASK

@@ -15,7 +15,6 @@ from ec2face_core.backbone import (
     load_backbone,
     pack,
     position_ids,
-    save_backbone,
     unpack,
 )
 from ec2face_core.config import BackboneConfig, LoraConfig
@@ -28,7 +27,7 @@ from ec2face_core.io.lora_file import (
 )
 from ec2face_core.io.sums import DamagedError
 from ec2face_core.mask_branch import add_mask_lora, predict_velocity
-from ec2face_lab.world.networks import tiny_backbone
+from ec2face_lab.world.networks import save_backbone, tiny_backbone
 
 CORPUS = [
     f"The {who} has {hair} hair and wears {what}."

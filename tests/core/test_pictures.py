@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from ec2face_core.data import files_by_id, is_dropping, paired, visible_files
+from ec2face_core.data import files_by_id, is_dropping, visible_files
 from ec2face_core.io import pictures
-from ec2face_core.io.pictures import is_plain, open_picture, read_image
+from ec2face_core.io.pictures import open_picture, read_image
 from ec2face_core.io.report import DataError, Report
 
 SIDE = 16
@@ -59,7 +59,6 @@ def test_orientations_are_turned_upright(smooth, tmp_path, orientation, suffix):
     path = tmp_path / f"0.{suffix}"
     stored.save(path, exif=exif, **options.get(suffix, {}))
     assert difference(read_image(path), smooth) <= (JPEG_ERROR if suffix == "jpg" else 0)
-    assert is_plain(path, SIDE) == (orientation == 1 and suffix != "webp")
 
 
 def test_orientation_of_a_wide_photo(smooth, tmp_path):
@@ -90,7 +89,6 @@ def test_transparency_is_laid_on_white(smooth, tmp_path):
     cut_out.save(tmp_path / "0.png")
     picture = np.asarray(read_image(tmp_path / "0.png"))
     assert (picture[:4] == 255).all() and (picture[4:] == np.asarray(smooth)[4:]).all()
-    assert not is_plain(tmp_path / "0.png", SIDE)
 
     grey = smooth.convert("L")
     grey.putalpha(Image.fromarray(alpha))
@@ -159,7 +157,6 @@ def test_grey_of_few_bits_is_scaled(tmp_path, bits):
 def test_cmyk_jpeg(smooth, tmp_path):
     smooth.convert("CMYK").save(tmp_path / "0.jpg", quality=100, subsampling=0)
     assert difference(read_image(tmp_path / "0.jpg"), smooth) <= JPEG_ERROR + 2
-    assert not is_plain(tmp_path / "0.jpg", SIDE)  # other readers invert it
 
 
 def test_a_multi_picture_jpeg_of_a_phone(smooth, tmp_path):
@@ -175,15 +172,6 @@ def test_upper_case_and_wrong_suffixes(smooth, tmp_path):
     smooth.save(tmp_path / "1.jpg", "PNG")
     assert difference(read_image(tmp_path / "0.JPG"), smooth) <= JPEG_ERROR
     assert difference(read_image(tmp_path / "1.jpg"), smooth) == 0
-    assert is_plain(tmp_path / "0.JPG", SIDE) and not is_plain(tmp_path / "1.jpg", SIDE)
-
-
-def test_a_size_halves_large_jpegs_only(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "0.jpg")
-    Image.fromarray(pixels).save(tmp_path / "0.png")
-    assert read_image(tmp_path / "0.jpg", 16).size == (16, 16)
-    assert read_image(tmp_path / "0.png", 16).size == (64, 64)
 
 
 def test_faces_are_square(tmp_path):
@@ -349,22 +337,6 @@ def test_names_are_compared_in_composed_form(tmp_path):
     report = Report(tmp_path)
     files_by_id(tmp_path, (".png",), report)
     assert "duplicate id" in report.problems[0][1]
-
-
-@pytest.mark.parametrize(
-    ("names", "files", "expected"),
-    [
-        (["1", "2"], ["00001", "2"], {"1": "00001", "2": "2"}),
-        (["00001"], ["1"], {"00001": "1"}),
-        (["a_01_x", "0"], ["a_1_x", "000"], {"a_01_x": "a_1_x", "0": "000"}),
-        (["1", "01"], ["001"], {"001": "001"}),  # whose is it?
-        (["1"], ["01", "001"], {"01": "01", "001": "001"}),
-        (["1", "01"], ["1", "01"], {"1": "1", "01": "01"}),
-        (["10"], ["1"], {"1": "1"}),
-    ],
-)
-def test_names_that_differ_by_zeros_pair_up(names, files, expected):
-    assert paired(names, {name: name for name in files}) == expected
 
 
 def test_a_report_shows_twenty_lines_and_a_count(tmp_path):

@@ -9,12 +9,11 @@ from PIL import Image
 from torch import nn
 
 from ec2face_core.attributes import PALETTE, palette_image
-from ec2face_core.backbone import save_backbone
 from ec2face_core.config import ConfigError, LoraConfig, load_profile
 from ec2face_core.io.lora_file import save_mask_lora
 from ec2face_core.mask_branch import add_mask_lora
 from ec2face_core.pipeline import EC2FacePipeline
-from ec2face_lab.world.networks import tiny_backbone
+from ec2face_lab.world.networks import save_backbone, tiny_backbone
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 CORPUS = ["she has wavy hair.", "a man with a hat and glasses."]

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxPipeline
 from torch import nn
 
-from ec2face_core.backbone import pack, save_backbone
+from ec2face_core.backbone import pack
 from ec2face_core.config import LoraConfig
 from ec2face_core.inference.loras import saved_mask_lora
 from ec2face_core.io.lora_file import (
@@ -25,7 +25,7 @@ from ec2face_core.io.lora_file import (
 )
 from ec2face_core.mask_branch import ADAPTER, add_mask_lora
 from ec2face_core.pipeline import EC2FacePipeline
-from ec2face_lab.world.networks import tiny_backbone
+from ec2face_lab.world.networks import save_backbone, tiny_backbone
 
 CORPUS = ["she has wavy hair.", "a man with a hat and glasses."]
 LENGTH = 24

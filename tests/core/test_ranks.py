@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
+from helpers import wait_for_end
 
 from ec2face_core.config import ConfigError, load_profile
 from ec2face_core.guards.ranks import agree, locked, make_accelerator
@@ -78,43 +78,7 @@ def test_a_child_ends_with_a_killed_parent(tmp_path, variable):
     os.kill(pid, 0)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _ends(pid)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
-def test_workers_end_with_a_killed_parent(tmp_path):
-    code = (
-        "import os, time\n"
-        "from ec2face_core.runs import parallel\n"
-        "def work(x):\n"
-        "    print(os.getpid(), flush=True)\n"
-        "    time.sleep(60)\n"
-        "list(parallel(work, range(32), processes=True))\n"
-    )
-    path = tmp_path / "work.py"
-    path.write_text(code)
-    process = subprocess.Popen(
-        [sys.executable, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    pid = int(process.stdout.readline())
-    process.kill()
-    process.wait()
-    _ends(pid)
-
-
-def _ends(pid: int) -> None:
-    """Wait until a process is gone (or a zombie that nobody asks for)."""
-    for _ in range(200):
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                if file.read().rpartition(")")[2].split()[0] == "Z":
-                    return
-        except FileNotFoundError:
-            return
-        time.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("it lives on")
+    wait_for_end(pid)
 
 
 def test_a_mac_is_told_that_its_gpu_is_not_used(monkeypatch):

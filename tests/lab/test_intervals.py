@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import accuracy_row
 from scipy import stats
 
 from ec2face_core.attributes import CLASS_ID, CLASSES, NUM_CLASSES, pixel_counts
@@ -76,12 +77,12 @@ def test_bootstrap_accuracy_equals_pooling_the_drawn_images_again():
     table = bootstrap_accuracy(*mask_counts(predicted, target), resamples=200, seed=5)
     table = table.set_index("metric")
 
-    drawn = np.random.default_rng(5).integers(12, size=(200, 12))
-    naive = [mask_accuracy(predicted[i], target[i]).as_dict() for i in torch.as_tensor(drawn)]
+    drawn = torch.as_tensor(np.random.default_rng(5).integers(12, size=(200, 12)))
+    naive = [accuracy_row(mask_accuracy(predicted[i], target[i])) for i in drawn]
     naive = pd.DataFrame(naive)
     with_earrings = ["OAA", "RFA", "ear_r"]  # the one class that a resample may lack
     naive.loc[naive["ear_r"].isna(), with_earrings] = np.nan
-    whole = mask_accuracy(predicted, target).as_dict()
+    whole = accuracy_row(mask_accuracy(predicted, target))
     for metric in ("OAA", "HFA", "NFA", "RFA", "skin", "ear_r"):
         row, draws = table.loc[metric], naive[metric].dropna()
         assert row.value == pytest.approx(whole[metric])
@@ -182,7 +183,7 @@ def test_two_level_accuracy_equals_pooling_the_drawn_pictures_again():
 
     def accuracies(parsed: torch.Tensor, t=slice(None), f=slice(None)) -> dict[str, float]:
         accuracy = mask_accuracy(parsed[t][:, f].flatten(0, -2), masks[t][:, f].flatten(0, -2))
-        return accuracy.as_dict() | accuracy.overlap_dict()
+        return accuracy_row(accuracy)
 
     single = two_level_accuracy(methods[0], resamples=100, seed=2).set_index("metric")
     paired = two_level_accuracy(*methods, resamples=100, seed=2).set_index("metric")

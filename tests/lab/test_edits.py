@@ -10,9 +10,9 @@ from PIL import Image
 
 from ec2face_core.backbone import decode_latents, encode_images, pack, unpack
 from ec2face_core.data import FaceDataset
-from ec2face_core.inference.edit import changed_pixels, keep_outside, read_pictures
 from ec2face_core.inference.inputs import draw_noise
 from ec2face_core.io.report import DataError
+from ec2face_lab.painter.edits import changed_pixels, edit, keep_outside, read_pictures
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def test_what_is_no_pair_of_masks_is_refused():
 
 def test_an_unchanged_mask_gives_the_round_trip(pipe, face):
     image = face.image[None] / 2 + 0.5
-    kept = pipe.edit(
-        image, face.label_map, face.label_map, "A man.", generator=seeded(),
+    kept = edit(
+        pipe, image, face.label_map, face.label_map, "A man.", generator=seeded(),
         num_inference_steps=2, output_type="pt",
     ).images  # fmt: skip
     copy = decode_latents(pipe.vae, encode_images(pipe.vae, face.image[None]))
@@ -72,7 +72,7 @@ def test_a_mask_that_changes_everywhere_gives_the_ordinary_picture(pipe, face):
     new = (face.label_map + 1) % 19
     settings = {"num_inference_steps": 2, "output_type": "pt"}
     image = face.image[None] / 2 + 0.5
-    edited = pipe.edit(image, face.label_map, new, "A man.", generator=seeded(), **settings).images
+    edited = edit(pipe, image, face.label_map, new, "A man.", generator=seeded(), **settings).images
     anew = pipe("A man.", new, generator=seeded(), **settings).images
     assert torch.allclose(edited, anew, atol=1e-5)
 
@@ -90,8 +90,8 @@ def test_kept_latents_follow_the_path_between_picture_and_noise(pipe, face):
         latents = unpack(values["latents"], *z.shape[-2:])
         seen.append((float(pipe.scheduler.sigmas[step + 1]), latents.clone()))
 
-    pipe.edit(
-        face.image[None] / 2 + 0.5, face.label_map, new, generator=seeded(),
+    edit(
+        pipe, face.image[None] / 2 + 0.5, face.label_map, new, generator=seeded(),
         num_inference_steps=3, callback_on_step_end=look,
     )  # fmt: skip
     assert [round(t, 3) for t, _ in seen][-1] == 0.0 and len(seen) == 3
@@ -108,11 +108,11 @@ def test_pictures_of_a_batch_do_not_depend_on_each_other(pipe, tiny_faces):
     masks = torch.stack([faces[i].label_map for i in range(2)])
     new = torch.stack([with_hat(m) for m in masks])
     settings = {"num_inference_steps": 2, "output_type": "pt"}
-    both = pipe.edit(
-        images, masks, new, ["a", "b"], generator=[seeded(1), seeded(2)], **settings
+    both = edit(
+        pipe, images, masks, new, ["a", "b"], generator=[seeded(1), seeded(2)], **settings
     ).images
     for i, prompt in enumerate("ab"):
-        one = pipe.edit(images[i], masks[i], new[i], prompt, generator=seeded(i + 1), **settings)
+        one = edit(pipe, images[i], masks[i], new[i], prompt, generator=seeded(i + 1), **settings)
         assert torch.allclose(both[i], one.images[0], atol=1e-4)
 
 
@@ -153,11 +153,11 @@ def test_pictures_are_read_from_files_images_and_tensors(tmp_path):
 def test_numbers_and_sizes_that_do_not_fit_are_refused(pipe, face):
     image = face.image[None] / 2 + 0.5
     with pytest.raises(ValueError, match="1 pictures, 2 masks and 1 new masks"):
-        pipe.edit(image, [face.label_map] * 2, face.label_map)
+        edit(pipe, image, [face.label_map] * 2, face.label_map)
     with pytest.raises(ValueError, match="needs the mask of every picture"):
-        pipe.edit(image, None, face.label_map)
+        edit(pipe, image, None, face.label_map)
     with pytest.raises(ValueError, match="multiples"):
-        pipe.edit(image[..., :62], face.label_map[:, :62], face.label_map[:, :62])
+        edit(pipe, image[..., :62], face.label_map[:, :62], face.label_map[:, :62])
 
 
 def test_a_kept_cell_needs_all_of_its_pixels():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,76 +19,80 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor
 
-from ..attributes import NUM_CLASSES
-from ..backbone import encode_images, pack
-from ..flow import interpolate
-from ..guards.checks import check_floats, check_labels, check_number, check_range, check_same_shape
-from ..io.paths import user_path
-from ..io.pictures import open_picture, to_rgb
-from .inputs import MaskLike, Texts, draw_noise, mask_list, resize_mask
+from ec2face_core.attributes import NUM_CLASSES
+from ec2face_core.backbone import encode_images, pack
+from ec2face_core.flow import interpolate
+from ec2face_core.guards.checks import (
+    check_floats,
+    check_labels,
+    check_number,
+    check_range,
+    check_same_shape,
+)
+from ec2face_core.inference.inputs import MaskLike, Texts, draw_noise, mask_list, resize_mask
+from ec2face_core.io.paths import user_path
+from ec2face_core.io.pictures import open_picture, to_rgb
+
+if TYPE_CHECKING:
+    from ec2face_core.pipeline import EC2FacePipeline
 
 ImageLike = Tensor | Image.Image | str | Path
 
 MARGIN = 32  # the default margin is this fraction of the mask's side: 2 pixels of 64
 
 
-class EditMixin:
-    """`edit`, for a pipeline that samples by masks."""
+@torch.no_grad()
+def edit(
+    pipe: EC2FacePipeline,
+    image: ImageLike | Sequence[ImageLike],
+    mask: MaskLike | Sequence[MaskLike],
+    new_mask: MaskLike | Sequence[MaskLike],
+    prompt: Texts = None,
+    margin: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    **sampling: Any,
+) -> Any:
+    """Change pictures through their masks and keep the rest.
 
-    vae: Any
-    _execution_device: torch.device
+    Args:
+        pipe: samples by masks.
+        image: one picture or several of one size: PIL images, paths, or a tensor `b 3 h w` in
+            [0, 1].
+        mask: what each picture shows, as for a call of the pipeline.
+        new_mask: what it is to show.
+        prompt: one text, or one per picture.
+        margin: pixels around the change that are sampled, too; None: 1/32 of the side.
+        generator: one per picture, or one for all.
+        sampling: further settings of a call of the pipeline, such as num_inference_steps.
 
-    @torch.no_grad()
-    def edit(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        mask: MaskLike | Sequence[MaskLike],
-        new_mask: MaskLike | Sequence[MaskLike],
-        prompt: Texts = None,
-        margin: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        **sampling: Any,
-    ) -> Any:
-        """Change pictures through their masks and keep the rest.
+    Returns:
+        What a call of the pipeline returns: pictures of the size of the given ones.
 
-        Args:
-            image: one picture or several of one size: PIL images, paths, or a tensor `b 3 h w` in
-                [0, 1].
-            mask: what each picture shows, as for `__call__`.
-            new_mask: what it is to show.
-            prompt: one text, or one per picture.
-            margin: pixels around the change that are sampled, too; None: 1/32 of the side.
-            generator: one per picture, or one for all.
-            sampling: further settings of `__call__`, such as num_inference_steps.
-
-        Returns:
-            What `__call__` returns: pictures of the size of the given ones.
-
-        Raises:
-            TypeError, ValueError: as for `__call__`; or numbers of pictures and masks that differ.
-        """
-        pixels = read_pictures(image)
-        size = (pixels.shape[-2], pixels.shape[-1])
-        call: Any = self  # a pipeline
-        call._check(size, 1, "pil")
-        old = _label_maps(mask, size)
-        new = _label_maps(new_mask, size)
-        if len(old) != len(pixels) or len(new) != len(pixels):
-            counts = f"{len(pixels)} pictures, {len(old)} masks and {len(new)} new masks"
-            raise ValueError(f"{counts}: give one of each per picture")
-        device = self._execution_device
-        vae_device = get_module_execution_device(self.vae)
-        z = encode_images(self.vae, pixels.to(vae_device) * 2 - 1).to(device)
-        noise = draw_noise(tuple(z.shape), generator, device)
-        changed = changed_pixels(old, new, margin).to(device)
-        then = sampling.pop("callback_on_step_end", None)
-        wanted = sampling.pop("callback_on_step_end_tensor_inputs", ())
-        return call(
-            prompt, new, height=size[0], width=size[1], latents=noise,
-            callback_on_step_end=keep_outside(z, noise, changed, then),
-            callback_on_step_end_tensor_inputs=tuple({"latents": 0, **dict.fromkeys(wanted)}),
-            **sampling,
-        )  # fmt: skip
+    Raises:
+        TypeError, ValueError: as for a call of the pipeline; or numbers of pictures and masks that
+            differ.
+    """
+    pixels = read_pictures(image)
+    size = (pixels.shape[-2], pixels.shape[-1])
+    pipe._check(size, 1, "pil")
+    old = _label_maps(mask, size)
+    new = _label_maps(new_mask, size)
+    if len(old) != len(pixels) or len(new) != len(pixels):
+        counts = f"{len(pixels)} pictures, {len(old)} masks and {len(new)} new masks"
+        raise ValueError(f"{counts}: give one of each per picture")
+    device = pipe._execution_device
+    vae_device = get_module_execution_device(pipe.vae)
+    z = encode_images(pipe.vae, pixels.to(vae_device) * 2 - 1).to(device)
+    noise = draw_noise(tuple(z.shape), generator, device)
+    changed = changed_pixels(old, new, margin).to(device)
+    then = sampling.pop("callback_on_step_end", None)
+    wanted = sampling.pop("callback_on_step_end_tensor_inputs", ())
+    return pipe(
+        prompt, new, height=size[0], width=size[1], latents=noise,
+        callback_on_step_end=keep_outside(z, noise, changed, then),
+        callback_on_step_end_tensor_inputs=tuple({"latents": 0, **dict.fromkeys(wanted)}),
+        **sampling,
+    )  # fmt: skip
 
 
 def changed_pixels(mask: Tensor, new_mask: Tensor, margin: int | None = None) -> Tensor:
