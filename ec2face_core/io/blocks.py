@@ -2,7 +2,7 @@
 
 A file system fills a block that was never written with zero bytes. In compressed data so long a run
 does not occur, but in large areas of one colour: some codes of these are zeros. Where a file's own
-code tables allow that, the run is no proof, and the file is read.
+code tables allow that, the blocks of the picture are counted (`jpeg.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 from typing import Any
 
 import numpy as np
+
+from .jpeg import Tables, holds_all_blocks
 
 BLOCK = bytes(512)  # the smallest block of a disk
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # what ends the data of a JPEG's scan
@@ -36,7 +38,9 @@ def lost_block(data: bytes, image: Any) -> int | None:
 
 def _lost_in_jpeg(data: bytes) -> int | None:
     """Zeros in the scans of a JPEG, or where a marker should be; metadata may hold them."""
-    tables: dict[tuple[int, int], int] = {}  # (DC or AC, number) -> what a code of zeros means
+    tables: dict[tuple[int, int], bytes] = {}
+    frame = b""
+    interval = 0
     position = 2
     while position + 4 <= len(data):
         if data[position] != 0xFF:  # no marker
@@ -51,29 +55,36 @@ def _lost_in_jpeg(data: bytes) -> int | None:
         segment = data[position + 4 : position + 2 + length]
         position += 2 + length
         if kind == 0xC4:
-            tables |= _zero_codes(segment)
-        if kind == 0xDA:
+            tables |= _tables(segment)
+        elif 0xC0 <= kind <= 0xCF and kind != 0xCC:
+            frame = segment
+        elif kind == 0xDD:
+            interval = int.from_bytes(segment[:2], "big")
+        elif kind == 0xDA:
             found = MARKER.search(data, position)
             end = found.start() if found else len(data)
             place = data.find(BLOCK, position, end)
-            if place >= 0 and not _may_be_flat(segment, tables):
+            if place >= 0 and not (
+                _may_be_flat(segment, tables)
+                and holds_all_blocks(data[position:end], segment, frame, tables, interval)
+            ):
                 return place
             position = end
     return None
 
 
-def _zero_codes(segment: bytes) -> dict[tuple[int, int], int]:
-    """What the code of zeros alone means in each Huffman table of a DHT segment."""
-    codes = {}
+def _tables(segment: bytes) -> dict[tuple[int, int], bytes]:
+    """The Huffman tables of a DHT segment, as `jpeg.Tables` has them."""
+    found = {}
     position = 0
     while position + 17 < len(segment):
-        symbols = sum(segment[position + 1 : position + 17])
-        codes[segment[position] >> 4, segment[position] & 15] = segment[position + 17]
-        position += 17 + symbols
-    return codes
+        end = position + 17 + sum(segment[position + 1 : position + 17])
+        found[segment[position] >> 4, segment[position] & 15] = segment[position + 1 : end]
+        position = end
+    return found
 
 
-def _may_be_flat(segment: bytes, tables: dict[tuple[int, int], int]) -> bool:
+def _may_be_flat(segment: bytes, tables: Tables) -> bool:
     """Whether zeros in this scan mean blocks that equal the one before, as flat areas have them."""
     count = segment[0] if segment else 0
     if len(segment) < 4 + 2 * count:
@@ -83,9 +94,14 @@ def _may_be_flat(segment: bytes, tables: dict[tuple[int, int], int]) -> bool:
     if first:  # later coefficients only: their flat areas are counted, not written
         return False
     refined = last == 0 and bits >> 4 > 0
-    same = all(tables.get((0, number >> 4)) == 0 for number in chosen)
-    ended = last == 0 or all(tables.get((1, number & 15)) == 0 for number in chosen)
+    same = all(_means_zero(tables.get((0, number >> 4))) for number in chosen)
+    ended = last == 0 or all(_means_zero(tables.get((1, number & 15))) for number in chosen)
     return refined or (same and ended)
+
+
+def _means_zero(table: bytes | None) -> bool:
+    """Whether the code of zeros alone is the symbol 0 of a table: no change, or no more."""
+    return table is not None and len(table) > 16 and table[16] == 0
 
 
 def _lost_in_webp(data: bytes, image: Any) -> int | None:

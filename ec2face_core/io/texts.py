@@ -136,6 +136,8 @@ def _refuse_table(name: str, text: str) -> None:
         kind = "a table"
     elif any(_names_face(line, name) for line in lines):
         kind = "a table with ids"
+    elif any(line.startswith('"') and '""' in line[1:] for line in lines):
+        kind = "a table's quotation marks"
     if kind:
         raise DataError(f"holds {kind}: write plain text, one caption a line")
 

@@ -294,13 +294,13 @@ def _convert(
     if note:
         report.notes.append(note)
     if all(splits[source.id] == "train" for source in good):
-        report.notes.append(f"all {len(good)} faces are of the split train: none is left to test")
+        report.notes.append(f"every face ({len(good)}) is of the split train: none is left to test")
     return report
 
 
 def _check_out(out: Path) -> None:
     """Refuse a target that is there, or whose place is in a file."""
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise DataError(f"{out} exists already: remove it to convert again")
     check_folder(next(parent for parent in out.absolute().parents if parent.exists()))
 

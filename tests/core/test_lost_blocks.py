@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ec2face_core.io import blocks
+from ec2face_core.io.jpeg import holds_all_blocks
 from ec2face_core.io.pictures import read_image
 from ec2face_core.io.report import DataError
 
@@ -34,6 +36,8 @@ LOSSES = [
     ("JPEG", {"quality": 100, "subsampling": 0}, 4096),
     ("JPEG", {"quality": 90, "restart_marker_rows": 1}, 512),
     ("JPEG", {"quality": 95, "optimize": True}, 1024),
+    ("JPEG", {"quality": 50, "optimize": True}, 1024),
+    ("JPEG", {"quality": 50, "optimize": True, "restart_marker_rows": 4}, 512),
     ("JPEG", {"quality": 95, "progressive": True}, 4096),
     ("WEBP", {"quality": 95}, 512),
     ("WEBP", {"lossless": True}, 512),
@@ -93,6 +97,42 @@ def test_flat_jpegs_are_read(tmp_path, colour, options, quality):
     path = tmp_path / "0.jpg"
     picture.save(path, quality=quality, **options)
     assert read_image(path).size == (1024, 1024)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["plain", "progressive"])
+@pytest.mark.parametrize("size", [(257, 130), (64, 64), (15, 16)])
+@pytest.mark.parametrize("more", [{}, {"subsampling": 0}, {"subsampling": 1, "restart": 3}])
+def test_the_blocks_of_any_jpeg_are_counted(mode, options, size, more, monkeypatch):
+    """Whatever an encoder writes ends with the last block; without its last bytes it does not."""
+    more = dict(more)
+    if "restart" in more:
+        more["restart_marker_blocks"] = more.pop("restart")
+    data = encoded(photo().resize(size).convert(mode), "JPEG", **options, **more)
+    counted = []
+
+    def count(scan, header, frame, tables, interval):
+        known = header[1 + 2 * header[0]] == 0
+        if known:
+            counted.append(holds_all_blocks(scan, header, frame, tables, interval))
+            assert not holds_all_blocks(scan[:-3], header, frame, tables, interval)
+        return True
+
+    monkeypatch.setattr(blocks, "BLOCK", b"")  # as if zeros were everywhere
+    monkeypatch.setattr(blocks, "_may_be_flat", lambda *_: True)
+    monkeypatch.setattr(blocks, "holds_all_blocks", count)
+    assert blocks._lost_in_jpeg(data) is None
+    assert counted and all(counted)
+
+
+def test_a_lost_block_among_the_means_of_a_progressive_jpeg_is_refused(tmp_path):
+    data = encoded(photo(1024), "JPEG", quality=90, progressive=True)
+    start = data.index(b"\xff\xda") + 1000
+    assert b"\xff\xda" not in data[start - 900 : start + 1024]
+    path = tmp_path / "0.jpg"
+    path.write_bytes(data[:start] + bytes(1024) + data[start + 1024 :])
+    with pytest.raises(DataError, match="512 or more zero bytes"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("method", [0, 4])

@@ -326,6 +326,7 @@ def test_endless_losses_are_shortened():
         '"0.jpg","She smiles."',
         "id,caption\n0,She smiles.",
         "file_name,text\n0.png,She smiles.",
+        '"She smiles, and ""laughs"""',
         "<!DOCTYPE html><title>404</title>",
         "{\\rtf1\\ansi She smiles.}",
     ],

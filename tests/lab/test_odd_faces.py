@@ -168,7 +168,7 @@ def test_parts_of_another_download_are_painted_anew(tmp_path):
     report = from_celebamask_hq(raw, tmp_path / "out", size=SIZE, progress=False)
     ids = read_mask(tmp_path / "out" / "mask" / "0.png")
     assert CLASS_ID["hat"] in ids and CLASS_ID["hair"] not in ids
-    assert report.notes == [COMPOSED, "all 2 faces are of the split train: none is left to test"]
+    assert report.notes == [COMPOSED, "every face (2) is of the split train: none is left to test"]
 
 
 # ---------------------------------------------------------------------------------- odd faces
@@ -361,7 +361,7 @@ def test_no_face_to_test_is_told(source):
     assert "train 100: " in refusal(source, train=100)
     assert "has 4 faces; give fewer" in refusal(source, train=5)
     notes = convert(source, train=np.int64(4)).notes
-    assert notes == [COMPOSED, "all 4 faces are of the split train: none is left to test"]
+    assert notes == [COMPOSED, "every face (4) is of the split train: none is left to test"]
 
 
 # ----------------------------------------------------------------------------------- folders
@@ -382,5 +382,8 @@ def test_a_file_where_a_folder_is_meant_is_told(source, tmp_path, capsys):
         assert main(["prepare", *command]) == 2
         error = capsys.readouterr().err
         assert f"{file} is a file: name the folder" in error and "Traceback" not in error, command
+    (tmp_path / "new").symlink_to(tmp_path / "nowhere")
+    assert main(["prepare", "convert-merged", str(source), new]) == 2
+    assert "new exists already" in capsys.readouterr().err
     assert main(["prepare", "convert-merged", str(tmp_path / "none"), new]) == 2
     assert "none does not exist" in capsys.readouterr().err
