@@ -1,7 +1,7 @@
 """The one way to open a picture.
 
 A file is read whole, and its format is told by its content, not by its name. The checksums of a PNG
-are compared; empty, damaged (`blocks.py`), animated and foreign files are refused with the reason.
+are compared; empty, damaged, animated and foreign files are refused with the reason.
 Pictures come out upright (EXIF), in 8-bit RGB: 16 bits are scaled, transparency is laid on white.
 Errors are `DataError`s without the file's name, which the caller knows. Label maps: `masks.py`.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .blocks import lost_block
+from .lost_blocks import lost_block
 from .report import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -109,7 +109,7 @@ def open_header(path: Path, kind: str) -> Any:
         if image.format == "WEBP":
             image.info["lossless"] = b"VP8 " not in data[:SMALL]  # the chunk of lossy pixels
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        lost = lost_block(data, image) if frames == 1 else None
+        lost = lost_block(data, image.format)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise DataError(f"unreadable {kind} ({_cause(data, error)})") from error
     if frames > 1:
@@ -117,7 +117,7 @@ def open_header(path: Path, kind: str) -> Any:
     if lost is not None:
         raise DataError(
             f"unreadable {kind} (512 or more zero bytes at byte {lost:,}, as a lost disk block "
-            "leaves them: get the file anew)"
+            "leaves them: get the file anew; a flat drawing: save it as PNG)"
         )
     return image
 
