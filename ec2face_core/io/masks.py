@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..attributes import NUM_CLASSES, PALETTE
-from .pictures import decoded, open_header, upright
+from .paths import user_file
+from .pictures import decoded, open_header, raw_mode, upright
 from .report import DataError
 
 LOSSY = ("JPEG", "MPO")
@@ -63,12 +64,10 @@ def mask_ids(mask: Any) -> np.ndarray:
 
     Raises:
         DataError: it is none of these; the message says what is wrong.
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or a path that cannot be one.
     """
     if isinstance(mask, (str, Path)):
-        path = Path(mask).expanduser()
-        if not path.exists() and not path.is_symlink():
-            raise FileNotFoundError(f"mask {path} does not exist")
+        path = user_file(mask, "mask")
         try:
             return image_ids(open_header(path, "mask")).astype(np.int64)
         except DataError as error:
@@ -128,6 +127,8 @@ def image_values(image: Image.Image) -> np.ndarray:
     Raises:
         DataError: a lossy format, colours with transparent pixels, or another kind of image.
     """
+    if 0 in image.size:
+        raise DataError("the mask has no pixels")
     scale = _scale(image)
     refuse_loss(image)
     image = upright(decoded(image, "mask"))
@@ -354,21 +355,10 @@ def _check_range(ids: np.ndarray) -> None:
 
 def _scale(image: Image.Image) -> int:
     """By which factor Pillow scales, or has scaled, the grey values of an image."""
-    tiles = getattr(image, "tile", ())
-    file = getattr(image, "filename", "")
-    if not tiles and file and image.format == "PNG" and image.mode == "L":  # decoded already
-        try:
-            with Image.open(file) as again:
-                tiles = again.tile
-        except OSError:  # it is gone
-            pass
-    for tile in tiles:
-        mode = tile[3] if isinstance(tile[3], str) else next(iter(tile[3] or ()), "")
-        if mode in LEVELS:
-            return LEVELS[mode]
-        if mode == "LA;16B":
-            raise DataError("16-bit grey with transparency: export grey without it")
-    return 1
+    mode = raw_mode(image)
+    if mode == "LA;16B":
+        raise DataError("16-bit grey with transparency: export grey without it")
+    return LEVELS.get(mode, 1)
 
 
 def refuse_loss(image: Image.Image) -> None:

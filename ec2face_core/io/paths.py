@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 CODE = Path(__file__).resolve().parents[2]  # the clone, or where the package is installed
+LONGEST = 1024  # characters of a path that messages show whole
 NAMED = os.environ.get("EC2FACE_ROOT", "")
 ROOT = Path(NAMED).expanduser().absolute() if NAMED else CODE
 
@@ -40,6 +41,32 @@ def user_path(text: str | Path) -> Path:
     if not str(text):
         raise PathError("an empty path: name a file or a folder")
     return _at_home(text).absolute()
+
+
+def user_file(text: str | Path, kind: str) -> Path:
+    """The path of a file that a call names, as `user_path` reads it.
+
+    Args:
+        text: the path.
+        kind: what it should be; errors call it so.
+
+    Raises:
+        PathError: nothing is there, or it can be no path: it is empty, too long, or holds a NUL.
+    """
+    name = str(text)
+    shown = name if len(name) <= LONGEST else f"{name[:60]}...{name[-60:]}"
+    try:
+        path = user_path(text)
+        path.lstat()
+    except PathError as error:
+        raise PathError(f"{kind}: {error}") from error
+    except FileNotFoundError as error:
+        raise PathError(f"{kind} {path} does not exist") from error
+    except OSError as error:
+        raise PathError(f"{kind} {shown}: {error.strerror}") from error
+    except ValueError as error:  # a NUL
+        raise PathError(f"{kind} {shown!r}: {error}") from error
+    return path
 
 
 def user_setting(value: object) -> object:

@@ -1,9 +1,9 @@
 """The one way to open a picture.
 
 A file is read whole, and its format is told by its content, not by its name. The checksums of a PNG
-are compared; empty, damaged, animated and foreign files are refused with the reason. Pictures come
-out upright (EXIF), in 8-bit RGB: 16 bits are scaled, transparency is laid on white. Errors are
-`DataError`s without the file's name, which the caller knows. Label maps: `masks.py`.
+are compared; empty, damaged, animated and foreign files are refused with the reason.
+Pictures come out upright (EXIF), in 8-bit RGB: 16 bits are scaled, transparency is laid on white.
+Errors are `DataError`s without the file's name, which the caller knows. Label maps: `masks.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .lost_blocks import lost_block
 from .report import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -30,6 +31,10 @@ TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 ORIENTATION = 0x0112  # EXIF
 ORIENTED_TEXT = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # may hold the orientation
 SMALL = 2**16  # bytes of a text chunk that is read
+LOW_VALUES = (
+    "16-bit values that are all below 256, as if 8 bits were saved in 16: black, where it is no "
+    "mistake; export 8 bits"
+)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -56,10 +61,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB: 16 bits are scaled, transparency is laid on white.
 
     Raises:
-        DataError: pixels of 32 bits, whose range is unknown, or of another colour space.
+        DataError: pixels of 32 bits, whose range is unknown, or of another colour space; 16 bits
+            that hold the values of 8.
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint32)
+        if values.max(initial=0) < 256:
+            raise DataError(LOW_VALUES)
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise DataError(f"32-bit pixels ({image.mode}) have no known range: export 8 or 16 bits")
@@ -101,20 +109,54 @@ def open_header(path: Path, kind: str) -> Any:
         if image.format == "WEBP":
             image.info["lossless"] = b"VP8 " not in data[:SMALL]  # the chunk of lossy pixels
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        lost = lost_block(data, image.format)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise DataError(f"unreadable {kind} ({_cause(data, error)})") from error
     if frames > 1:
         raise DataError(f"unreadable {kind} (animated, {frames} frames: export one of them)")
+    if lost is not None:
+        raise DataError(
+            f"unreadable {kind} (512 or more zero bytes at byte {lost:,}, as a lost disk block "
+            "leaves them: get the file anew; a flat drawing: save it as PNG)"
+        )
     return image
 
 
 def decoded(image: Any, kind: str) -> Any:
-    """The same image with its pixels; DataError if they are damaged."""
+    """The same image with its pixels; DataError if they are damaged.
+
+    Of 16-bit colours Pillow keeps the upper halves, so that colours below 256 are refused, too.
+    """
+    halved = ";16" in raw_mode(image) and not image.mode.startswith("I")
     try:
         image.load()
     except Exception as error:  # as above
         raise DataError(f"unreadable {kind} ({error})") from error
+    if halved:
+        bands = image.split()[:-1] if image.mode in ("LA", "RGBA") else image.split()
+        if all(band.getextrema()[1] == 0 for band in bands):
+            raise DataError(LOW_VALUES)
     return image
+
+
+def raw_mode(image: Any) -> str:
+    """How a file stores the pixels of an image, in Pillow's words; empty where nobody knows.
+
+    An image that is decoded already is looked up in its file.
+    """
+    tiles = getattr(image, "tile", ())
+    file = getattr(image, "filename", "")
+    if not tiles and file and image.format in ("PNG", "TIFF"):
+        try:
+            with Image.open(file) as again:
+                tiles = again.tile
+        except (OSError, ValueError):  # it is gone
+            pass
+    for tile in tiles:
+        options = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if options and isinstance(options[0], str):
+            return options[0]
+    return ""
 
 
 def _content(path: Path, kind: str) -> bytes:

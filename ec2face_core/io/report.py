@@ -10,6 +10,14 @@ from ..config import UserError
 SHOWN = 20  # lines of a report; the others are counted
 
 
+def printable(text: str) -> str:
+    """A text in one line that any terminal and file takes, with what is invisible escaped.
+
+    Names of files may hold line ends, and bytes that are not UTF-8.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass
 class Report:
     """What is wrong with a folder of faces.
@@ -34,11 +42,12 @@ class Report:
             raise DataError(str(self), self)
 
     def __str__(self) -> str:
-        notes = [f"  note: {note}" for note in self.notes]
+        notes = [f"  note: {printable(note)}" for note in self.notes]
         if not self.problems:
             return "\n".join([f"{self.root}: {self.faces} faces, nothing wrong", *notes])
         count = len(self.problems)
-        lines = [f"  {where}: {reason}" for where, reason in sorted(self.problems)[:SHOWN]]
+        first = sorted(self.problems)[:SHOWN]
+        lines = [f"  {printable(where)}: {printable(reason)}" for where, reason in first]
         if count > SHOWN:
             lines.append(f"  ... and {count - SHOWN:,} more")
         title = f"{self.root}: {count:,} problem(s), {self.faces:,} faces"

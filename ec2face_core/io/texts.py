@@ -8,9 +8,11 @@ tokenizer tells `é` from `e` and an accent.
 
 from __future__ import annotations
 
+import ast
 import codecs
 import csv
 import io
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -21,6 +23,8 @@ from .report import DataError, Report
 
 MANIFEST_COLUMNS = ["id", "split", "caption_index", "caption"]
 MAX_BYTES = 2**20  # of a caption file
+MAX_CAPTION = 2**17  # characters; readers of CSV files take no longer cells
+MAX_ID = 160  # bytes: with a suffix, and what a file is called while it is written, at most 255
 
 MARKS = {  # byte order mark -> encoding; UTF-32's begin with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
@@ -28,6 +32,11 @@ MARKS = {  # byte order mark -> encoding; UTF-32's begin with UTF-16's
 }  # fmt: skip
 INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u2060\u00ad\u200e\u200f"))  # of no width
 LINE_END = re.compile(r"\r\n|\r|\n")
+MARKUP = re.compile(r"<(!doctype|html|\?xml)|\{\\rtf", re.IGNORECASE)
+KEYED = re.compile(r"""["'{\[\s-]*(captions?|text|prompts?)["']?\s*[:=]""", re.IGNORECASE)
+STRUCTURE = re.compile(r"""[\[{]\s*(["'\[{]|$)""")  # of JSON, whole or cut off
+CAPTION_COLUMNS = {"text", "prompt", "description"}
+ID_COLUMNS = {"id", "image", "image_id", "image_path", "file", "file_name", "filename", "name"}
 COUNT = re.compile(r"[0-9]{1,6}")
 
 
@@ -91,17 +100,103 @@ def read_captions(path: Path) -> tuple[str, ...]:
         if size > MAX_BYTES:
             raise DataError(f"{size / 1e6:.1f} MB are no captions (limit {MAX_BYTES / 1e6:.1f})")
         lines = []
-        for number, text in enumerate(LINE_END.split(read_text(path)), start=1):
+        whole = read_text(path)
+        _refuse_table(path.stem, whole)
+        for number, text in enumerate(LINE_END.split(whole), start=1):
             try:
                 lines.append(clean(text))
             except DataError as error:
                 raise DataError(f"line {number}: {error}") from error
+            if len(lines[-1]) > MAX_CAPTION:
+                raise DataError(
+                    f"line {number}: {len(lines[-1]):,} characters are no caption (limit "
+                    f"{MAX_CAPTION:,}): one caption a line"
+                )
     except OSError as error:
         raise DataError(f"unreadable caption ({error.strerror})") from error
     captions = tuple(line for line in lines if line)
     if not captions:
         raise DataError("empty caption file")
     return captions
+
+
+def _refuse_table(name: str, text: str) -> None:
+    """Refuse JSON, CSV and the like, whose brackets, names and numbers would become captions."""
+    kind = ""
+    lines = [line.strip() for line in LINE_END.split(text.strip("\ufeff\r\n\t ")) if line.strip()]
+    if not lines:
+        return
+    if MARKUP.match(lines[0]):
+        kind = "markup, not text"
+    elif STRUCTURE.match(lines[0]) or any(_is_structure(line) for line in lines):
+        kind = "JSON"
+    elif KEYED.match(lines[0]):
+        kind = "names of captions, as YAML or JSON have them"
+    elif is_header(lines[0]):
+        kind = "a table"
+    elif any(_names_face(line, name) for line in lines):
+        kind = "a table with ids"
+    elif any(line.startswith('"') and '""' in line[1:] for line in lines):
+        kind = "a table's quotation marks"
+    if kind:
+        raise DataError(f"holds {kind}: write plain text, one caption a line")
+
+
+def _is_structure(text: str) -> bool:
+    """Whether a text is a list or an object of JSON, or a literal of Python."""
+    if text[:1] + text[-1:] not in ("[]", "{}"):
+        return False
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return isinstance(read(text), list | dict | set)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return False
+
+
+def is_header(line: str) -> bool:
+    """Whether a line is the header of a table with captions."""
+    cells = {cell.lower() for cell in _cells(line)}
+    named = cells & {"caption", "captions"} or (cells & ID_COLUMNS and cells & CAPTION_COLUMNS)
+    return bool(named) and len(cells) > 1
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip(" \"'") for cell in re.split(r"[,;\t|]", line)]
+
+
+def _names_face(line: str, name: str) -> bool:
+    """Whether the first of several cells is the number of a face or the name of its picture."""
+    first, *others = _cells(line)
+    stem, dot, suffix = first.rpartition(".")
+    if dot and f".{suffix.lower()}" in (".png", ".jpg", ".jpeg", ".webp"):
+        return bool(others) and stem.lstrip("0") == name.lstrip("0")
+    return bool(others) and first.isdecimal() and first.lstrip("0") == name.lstrip("0")
+
+
+def check_id(name: str) -> None:
+    """Refuse an id, the name of a file without its suffix, that a manifest cannot hold.
+
+    Raises:
+        DataError: invisible characters, spaces at its ends, a slash, bytes that are no UTF-8, or
+            too long a name.
+    """
+    try:
+        kept = clean(name)
+    except DataError:
+        kept = ""
+    length = len(name.encode("utf-8", "surrogatepass"))
+    wrong = ""
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        wrong = "bytes that are not UTF-8"
+    elif kept != name or not name:
+        wrong = "invisible characters, or spaces at an end"
+    elif re.search(r"[/\\]", name) or name.startswith("."):
+        wrong = "a slash, or a dot in front"
+    elif length > MAX_ID:
+        wrong = f"{length} bytes (limit {MAX_ID})"
+    if wrong:
+        raise DataError(f"the name of the file has {wrong}: rename the files of this face")
 
 
 def read_manifest(root: Path, report: Report | None = None) -> dict[str, Row]:

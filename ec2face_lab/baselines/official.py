@@ -127,7 +127,7 @@ class UaC(Naming):
 
     def identify(self, path: PurePosixPath) -> str | None:
         """As in `Naming`."""
-        if path.suffix != ".png" or not path.stem.isdigit() or len(path.parts) < 2:
+        if path.suffix != ".png" or not path.stem.isdecimal() or len(path.parts) < 2:
             return None
         folder = re.sub(r"^non_grid/[^/]+/", "", path.parent.as_posix())
         if folder.startswith("grid/"):  # the same faces beside their conditions

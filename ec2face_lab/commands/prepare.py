@@ -49,7 +49,7 @@ from ..prepare.inventory import (
 )
 from ..prepare.photos import face_detector, from_photos
 from ..prepare.second_parser import SEGFORMER, export_segformer
-from ..prepare.validate import note_long_captions, validate
+from ..prepare.validate import check_folder, note_long_captions, validate
 from ..prepare.weights import local_folder
 
 
@@ -131,6 +131,8 @@ def run(options: argparse.Namespace) -> int:
         rows = read_manifest(options.out)
         print(f"{options.out}: {dict(Counter(row.split for row in rows.values()))}")
         return 0
+    if options.downloads.is_file():
+        check_folder(options.downloads)
     config = config_from_args(options)
     if config.data.procedural:
         print("nothing to prepare: the faces are procedural, and the weights come with the clone")

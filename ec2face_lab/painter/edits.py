@@ -30,13 +30,15 @@ from ec2face_core.guards.checks import (
     check_same_shape,
 )
 from ec2face_core.inference.inputs import MaskLike, Texts, draw_noise, mask_list, resize_mask
-from ec2face_core.io.paths import user_path
-from ec2face_core.io.pictures import open_picture, to_rgb
+from ec2face_core.io.paths import user_file
+from ec2face_core.io.pictures import decoded, open_picture, to_rgb, upright
+from ec2face_core.io.report import DataError
 
 if TYPE_CHECKING:
     from ec2face_core.pipeline import EC2FacePipeline
 
-ImageLike = Tensor | Image.Image | str | Path
+ImageLike = Tensor | np.ndarray | Image.Image | str | Path
+OWN_SETTINGS = ("height", "width", "latents")  # what an edit gives to the pipeline itself
 
 MARGIN = 32  # the default margin is this fraction of the mask's side: 2 pixels of 64
 
@@ -56,8 +58,7 @@ def edit(
 
     Args:
         pipe: samples by masks.
-        image: one picture or several of one size: PIL images, paths, or a tensor `b 3 h w` in
-            [0, 1].
+        image: one picture or several of one size, as for `read_pictures`.
         mask: what each picture shows, as for a call of the pipeline.
         new_mask: what it is to show.
         prompt: one text, or one per picture.
@@ -69,9 +70,14 @@ def edit(
         What a call of the pipeline returns: pictures of the size of the given ones.
 
     Raises:
-        TypeError, ValueError: as for a call of the pipeline; or numbers of pictures and masks that
-            differ.
+        TypeError, ValueError: as for a call of the pipeline; numbers of pictures and masks that
+            differ; or a setting that an edit makes itself, such as height.
     """
+    if own := [name for name in OWN_SETTINGS if name in sampling]:
+        raise TypeError(
+            f"{own[0]}: an edit takes the size from the picture and draws its own noise, which "
+            "generator seeds; leave this setting out"
+        )
     pixels = read_pictures(image)
     size = (pixels.shape[-2], pixels.shape[-1])
     pipe._check(size, 1, "pil")
@@ -101,8 +107,8 @@ def changed_pixels(mask: Tensor, new_mask: Tensor, margin: int | None = None) ->
     Args:
         mask: label maps `b h w` of the picture as it is.
         new_mask: label maps of the wanted picture, of the same shape.
-        margin: pixels by which each changed pixel reaches in every direction; None: 1/32 of the
-            side.
+        margin: pixels by which each changed pixel reaches in every direction, at most the side;
+            None: 1/32 of the side.
 
     Raises:
         TypeError, ValueError: no label maps, different shapes, or a negative margin.
@@ -112,8 +118,10 @@ def changed_pixels(mask: Tensor, new_mask: Tensor, margin: int | None = None) ->
     check_same_shape(mask=labels, new_mask=wanted)
     reach = labels.shape[-1] // MARGIN if margin is None else margin
     check_number(reach, "margin", 0, whole=True)
-    changed = (labels != wanted)[:, None].float()
-    grown = torch.nn.functional.max_pool2d(changed, 2 * reach + 1, stride=1, padding=reach)
+    reach = min(int(reach), max(labels.shape[-2:]))
+    grown = (labels != wanted)[:, None].float()
+    for k in ((2 * reach + 1, 1), (1, 2 * reach + 1)):  # a square, one axis after the other
+        grown = torch.nn.functional.max_pool2d(grown, k, stride=1, padding=(k[0] // 2, k[1] // 2))
     return grown[:, 0].bool()
 
 
@@ -145,14 +153,30 @@ def keep_outside(z: Tensor, noise: Tensor, changed: Tensor, then: StepEnd | None
 
 
 def read_pictures(image: Any) -> Tensor:
-    """One picture or several of one size -> `b 3 h w` in [0, 1].
+    """One picture or several of one size -> `b 3 h w` in [0, 1], upright.
 
     Args:
-        image: PIL images, paths, or a tensor `b 3 h w` or `3 h w` in [0, 1].
+        image: PIL images; paths; tensors `3 h w` or `b 3 h w` in [0, 1]; arrays `h w 3` or
+            `b h w 3`, uint8 or floats in [0, 1].
 
     Raises:
         TypeError, ValueError: something else; pictures that cannot be read or differ in size.
+        FileNotFoundError: no such file.
     """
+    given = image if isinstance(image, Sequence) and not isinstance(image, str | bytes) else [image]
+    if not given:
+        raise ValueError("image is an empty list: give one picture or more")
+    pictures = [_one_or_more(item) for item in given]
+    if len({picture.shape[1:] for picture in pictures}) != 1:
+        sizes = sorted({(picture.shape[-1], picture.shape[-2]) for picture in pictures})
+        raise ValueError(f"pictures of the sizes {sizes}: give one or more of one size")
+    return torch.cat(pictures)
+
+
+def _one_or_more(image: Any) -> Tensor:
+    """A picture in any form, or a tensor or array of several -> `b 3 h w` in [0, 1]."""
+    if isinstance(image, np.ndarray):
+        image = _from_array(image)
     if isinstance(image, Tensor):
         pixels = image[None] if image.ndim == 3 else image
         check_floats(pixels, "image")
@@ -160,15 +184,34 @@ def read_pictures(image: Any) -> Tensor:
             raise ValueError(f"image has shape {tuple(image.shape)}, expected b 3 h w")
         check_range(pixels, 0, 1, "image")
         return pixels.float()
-    images = image if isinstance(image, Sequence) and not isinstance(image, str) else [image]
-    pictures = [
-        to_rgb(open_picture(user_path(i)) if isinstance(i, str | Path) else i) for i in images
-    ]
-    if len({picture.size for picture in pictures}) != 1:
-        sizes = sorted({picture.size for picture in pictures})
-        raise ValueError(f"pictures of the sizes {sizes}: give one or more of one size")
-    arrays = [torch.from_numpy(np.array(picture)) for picture in pictures]
-    return torch.stack(arrays).movedim(-1, 1) / 255
+    name = "image"
+    try:
+        if isinstance(image, str | Path):
+            path = user_file(image, "image")
+            name = f"image {path}"
+            picture = to_rgb(open_picture(path))
+        elif isinstance(image, Image.Image):
+            picture = to_rgb(upright(decoded(image, "image")))
+        else:
+            raise TypeError(
+                f"image: expected PIL images, paths, tensors or arrays, got {type(image).__name__}"
+            )
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    pixels = torch.from_numpy(np.array(picture)).movedim(-1, 0)[None] / 255
+    check_floats(pixels, name)
+    return pixels
+
+
+def _from_array(array: np.ndarray) -> Tensor:
+    """An array `h w 3` or `b h w 3` as a tensor `b 3 h w`; uint8 is scaled to [0, 1]."""
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise TypeError(f"image is an array of {array.dtype}; give uint8, or floats in [0, 1]")
+    if array.ndim not in (3, 4) or array.shape[-1] != 3:
+        raise ValueError(f"image is an array of shape {array.shape}, expected h w 3 or b h w 3")
+    scale = 255 if array.dtype == np.uint8 else 1
+    pixels = torch.from_numpy(np.array(array, np.float32)).movedim(-1, -3) / scale
+    return pixels[None] if pixels.ndim == 3 else pixels
 
 
 def _label_maps(mask: Any, size: tuple[int, int]) -> Tensor:

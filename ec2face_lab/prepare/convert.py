@@ -1,12 +1,12 @@
 """Converters from other folders of faces to the layout of `ec2face_core.data`.
 
 A converter works in `.{name}.partial` beside the target, with one process per core. It writes each
-file under a temporary name, renames it, and skips faces that are valid already, so that an
-interrupted conversion resumes. The target appears only when every face is good; otherwise one
-`DataError` lists every bad file. With `skip_bad` it appears without the faces that are not, which
-`left_out.csv` lists. Names of images, masks and captions may differ by zero padding. Masks are
-resized to the nearest pixel, images bicubically with antialiasing (after `read_reduced` has halved
-large JPEGs).
+file under a temporary name, renames it, and skips faces that are valid already and were made of the
+same files (`origins.py`), so that an interrupted conversion resumes. The target appears only when
+every face is good; otherwise one `DataError` lists every bad file. With `skip_bad` it appears
+without the faces that are not, which `left_out.csv` lists. Names of images, masks and captions may
+differ by zero padding. Masks are resized to the nearest pixel, images bicubically with antialiasing
+(after `read_reduced` has halved large JPEGs).
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ from ec2face_core.data import (
     is_dropping,
     report_missing,
 )
+from ec2face_core.guards.checks import check_number
 from ec2face_core.io.masks import check_ids, read_mask
 from ec2face_core.io.pictures import IMAGE_SUFFIXES, read_image
-from ec2face_core.io.report import DataError, Report
-from ec2face_core.io.texts import MANIFEST_COLUMNS, read_captions
+from ec2face_core.io.report import DataError, Report, printable
+from ec2face_core.io.texts import MANIFEST_COLUMNS, check_id, read_captions
 from ec2face_core.runs import whole_file
 
 from ..workers import in_processes
-from .captions import FaceAttributes, captions_from_mask, celeba_attributes
+from . import origins
+from .caption_files import Captions, find_captions
+from .captions import FaceAttributes, captions_from_mask
 from .captions import captions as compose
 from .downloads import is_plain, read_part, read_reduced
 from .pairs import paired
 from .snapping import read_snapped
-from .validate import Problems, try_read, validate
+from .validate import Problems, check_folder, try_read, validate
 
 PART_FOLDERS = ("CelebAMask-HQ-mask-anno", "CelebAMaskHQ-mask-anno")
 PART_NAME = re.compile(r"(\d+)_(\w+)\.png")
@@ -59,11 +62,15 @@ class _Source:
     image: Path
     mask: Path  # the file that reports name for problems of the mask
     ids: Callable[[], np.ndarray]  # paints or reads the `(h, w)` ids
+    parts: tuple[Path, ...]  # what it reads
+    way: str  # how it does so
     captions: Path | FaceAttributes | None  # a text file, attributes, or None: from the mask
     missing: tuple[tuple[Path, str], ...] = ()  # files that are not there, and why
 
 
 SMALLEST = 16  # pixels of the side, as data.size has it
+LARGEST = 65_536
+KINDS = ("image", "mask", "text", origins.FOLDER)
 LEFT_OUT = "left_out.csv"  # where, reason: what `skip_bad` left out
 
 
@@ -95,29 +102,34 @@ def from_celebamask_hq(
 
     Raises:
         DataError: one report of every bad file, or `out` exists already.
+        TypeError, ValueError: `size` or `train` is no whole number of its range.
         OSError: the disk is full; the same call resumes.
     """
-    raw = Path(raw)
+    raw = check_folder(raw)
+    _check_numbers(size, train)
     report = Report(raw)
     images, parts = celebamask_files(raw, report)
     parts = paired(images, parts)
     names = sorted(images.keys() | parts.keys(), key=_natural)
-    texts = _caption_source(raw, captions, names, report)
+    texts = find_captions(raw, captions, names, [raw / "CelebA-HQ-img"], report)
     sources = []
     for name in names:
         masks = parts.get(name, {})
-        folder = raw / PART_FOLDERS[0] / (str(int(name) // 2000) if name.isdigit() else "")
+        folder = raw / PART_FOLDERS[0] / (str(int(name) // 2000) if name.isdecimal() else "")
         sources.append(
             _Source(
                 id=name,
                 image=images.get(name, raw / "CelebA-HQ-img" / f"{name}.jpg"),
                 mask=next(iter(masks.values()), folder / f"{name.zfill(5)}_skin.png"),
                 ids=partial(paint_parts, masks),
-                captions=texts(name),
+                parts=tuple(sorted(masks.values())),
+                way="parts",
+                captions=texts.found.get(name),
+                missing=_without_text(texts, name),
             )
         )
     splits = {s.id: "train" if _natural(s.id)[0] < train else "test" for s in sources}
-    return _convert(sources, splits, Path(out), size, report, progress, skip_bad)
+    return _convert(sources, splits, Path(out), size, report, progress, skip_bad, texts.note)
 
 
 def from_merged(
@@ -136,7 +148,8 @@ def from_merged(
         source: its folders may be called images, image or face; masks or mask; captions or text.
             Masks hold ids (palette or grey) or colours of `PALETTE`.
         out: new folder.
-        captions: folder of `{id}.txt`; without one, captions are composed from the masks.
+        captions: folder of `{id}.txt`, by default `captions` or `text`. Without one, captions are
+            composed from the masks, and a note says so.
         size: side of images and masks in pixels.
         train: the first so many faces in natural order of their ids (default: nine of ten) are the
             training split, the others the test split.
@@ -149,9 +162,11 @@ def from_merged(
 
     Raises:
         DataError: one report of every bad file, or `out` exists already.
+        TypeError, ValueError: `size` or `train` is no whole number of its range.
         OSError: the disk is full; the same call resumes.
     """
-    source = Path(source)
+    source = check_folder(source)
+    _check_numbers(size, train)
     report = Report(source)
     image_folder = _first_folder(source, ("images", "image", "face"))
     mask_folder = _first_folder(source, ("masks", "mask"))
@@ -160,7 +175,12 @@ def from_merged(
     masks = paired(images, masks)
     _refuse_other_names(report.root, images, masks)
     names = sorted(images.keys() | masks.keys(), key=_natural)
-    texts = _caption_source(source, captions, names, report)
+    if train is not None and train > len(names):
+        raise DataError(
+            f"train {train}: {source} has {len(names)} faces; give fewer, so that some are left to "
+            "test"
+        )
+    texts = find_captions(source, captions, names, [image_folder, mask_folder], report)
     absent = Report(source)
     report_missing(image_folder, "image", masks.keys() - images.keys(), absent, ".jpg")
     report_missing(mask_folder, "mask", images.keys() - masks.keys(), absent)
@@ -175,10 +195,13 @@ def from_merged(
             if name not in known
         )
         ids = partial(read_snapped, mask) if snap_edges else partial(read_mask, mask, colours=True)
-        sources.append(_Source(name, image, mask, ids, texts(name), missing))
+        way = "snapped" if snap_edges else "read"
+        text = texts.found.get(name)
+        missing += _without_text(texts, name)
+        sources.append(_Source(name, image, mask, ids, (mask,), way, text, missing))
     train = len(names) * 9 // 10 if train is None else train
     splits = {name: "train" if i < train else "test" for i, name in enumerate(names)}
-    return _convert(sources, splits, Path(out), size, report, progress, skip_bad)
+    return _convert(sources, splits, Path(out), size, report, progress, skip_bad, texts.note)
 
 
 def celebamask_files(
@@ -229,21 +252,20 @@ def _convert(
     report: Report,
     progress: bool,
     skip_bad: bool,
+    note: str,
 ) -> Report:
     """Write all faces, then the manifest, check the whole folder and give it its name."""
-    if out.exists():
-        raise DataError(f"{out} exists already: remove it to convert again")
+    _check_out(out)
     if not sources:
         raise DataError(f"{report.root}: no faces found")
-    if size < SMALLEST:
-        raise DataError(f"size {size}: faces have {SMALLEST} pixels or more")
     report.faces = len(sources)
     part = out.with_name(f".{out.name}.partial")
-    clear_others(part, ("image", "mask", "text"), splits)
+    bad = _bad_ids(sources, report)
+    named = [source for source in sources if source.id not in bad]
+    clear_others(part, KINDS, {source.id: None for source in named})
     write = partial(_write_face, root=part, size=size)
     label = "converting" if progress else None
-    bad = set()
-    for source, problems in zip(sources, in_processes(write, sources, label), strict=True):
+    for source, problems in zip(named, in_processes(write, named, label), strict=True):
         for path, reason in problems:
             report.add(path, reason)
             bad.add(source.id)
@@ -251,11 +273,12 @@ def _convert(
     if not (skip_bad and good):
         report.raise_if_bad()
     if bad:
-        clear_others(part, ("image", "mask", "text"), {source.id: None for source in good})
+        clear_others(part, KINDS, {source.id: None for source in good})
     (part / LEFT_OUT).unlink(missing_ok=True)  # of an earlier attempt
     if report.problems:
         with open(part / LEFT_OUT, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("where", "reason"), *sorted(report.problems)])
+            rows = [(printable(where), printable(why)) for where, why in sorted(report.problems)]
+            csv.writer(file).writerows([("where", "reason"), *rows])
     with open(part / "manifest.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(MANIFEST_COLUMNS)
@@ -263,13 +286,49 @@ def _convert(
             caption = read_captions(part / "text" / f"{source.id}.txt")[0]
             writer.writerow([source.id, splits[source.id], 0, caption])
     whole = validate(part, progress)
-    if whole.problems:  # of all faces together, such as exchanged sides: nothing to resume
-        shutil.rmtree(part)
-    whole.raise_if_bad()
+    whole.raise_if_bad()  # of all faces together, such as exchanged sides: what is there may stay
+    shutil.rmtree(part / origins.FOLDER)
     part.rename(out)
     report.faces = len(good)
     report.notes = whole.notes
+    if note:
+        report.notes.append(note)
+    if all(splits[source.id] == "train" for source in good):
+        report.notes.append(f"every face ({len(good)}) is of the split train: none is left to test")
     return report
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a target that is there, or whose place is in a file."""
+    if out.exists() or out.is_symlink():
+        raise DataError(f"{out} exists already: remove it to convert again")
+    check_folder(next(parent for parent in out.absolute().parents if parent.exists()))
+
+
+def _check_numbers(size: int, train: int | None) -> None:
+    check_number(size, "size", whole=True)
+    if size < SMALLEST:
+        raise DataError(f"size {size}: faces have {SMALLEST} pixels or more")
+    check_number(size, "size", SMALLEST, LARGEST, whole=True)
+    if train is not None:
+        check_number(train, "train", 0, whole=True)
+
+
+def _without_text(texts: Captions, name: str) -> tuple[tuple[Path, str], ...]:
+    """The missing text file of a face, as `_Source.missing` has it."""
+    return (texts.missing[name],) if name in texts.missing else ()
+
+
+def _bad_ids(sources: list[_Source], report: Report) -> set[str]:
+    """Faces whose names a manifest cannot hold; they are added to `report`."""
+    bad = set()
+    for source in sources:
+        try:
+            check_id(source.id)
+        except DataError as error:
+            report.add(source.image, error)
+            bad.add(source.id)
+    return bad
 
 
 def clear_others(root: Path, kinds: tuple[str, ...], ids: Mapping[str, object]) -> None:
@@ -287,12 +346,18 @@ def _write_face(source: _Source, root: Path, size: int) -> Problems:
     absent = {path for path, _ in problems}
     text = source.captions if isinstance(source.captions, Path) else None
     lines = try_read(problems, text, read_captions)
-    if not problems and _is_written(source.id, root, size, lines):
+    files = (source.image, *source.parts, *([] if text is None else [text]))
+    facts = None if text else source.captions  # attributes
+    made_of = None if problems else origins.origin(files, int(size), source.way, facts)
+    if origins.is_of(root, source.id, made_of) and _is_written(source.id, root, size):
         return []
     image_file = None if source.image in absent else source.image
     mask_file = None if source.mask in absent else source.mask
     image = try_read(problems, image_file, read_reduced, size)
     ids = try_read(problems, mask_file, lambda _: _resized_ids(source.ids(), size))
+    if image is not None and image.width < SMALLEST:
+        reason = f"{image.width}x{image.height}: faces have {SMALLEST} pixels or more"
+        problems.append((source.image, reason))
     if problems:
         return problems
     image = image.resize((size, size), Image.Resampling.BICUBIC)
@@ -302,6 +367,7 @@ def _write_face(source: _Source, root: Path, size: int) -> Problems:
     keep = is_plain(source.image, size)  # its bytes are copied: no JPEG is compressed twice
     suffix = source.image.suffix.lower() if keep else ".png"
 
+    origins.forget(root, source.id)
     with whole_file(root / "mask" / f"{source.id}.png") as part:
         mask.save(part, format="png")
     with whole_file(root / "image" / f"{source.id}{suffix}") as part:
@@ -313,19 +379,19 @@ def _write_face(source: _Source, root: Path, size: int) -> Problems:
         (root / "image" / f"{source.id}{other}").unlink(missing_ok=True)
     with whole_file(root / "text" / f"{source.id}.txt") as part:
         part.write_text("\n".join(lines) + "\n", "utf-8")
+    origins.note(root, source.id, made_of)
     return []
 
 
-def _is_written(name: str, root: Path, size: int, lines: tuple[str, ...] | None) -> bool:
-    """Whether `root` holds this face, readable, of this size and with these captions, if given."""
+def _is_written(name: str, root: Path, size: int) -> bool:
+    """Whether `root` holds this face, readable and of this size."""
     images = [p for s in IMAGE_SUFFIXES if (p := root / "image" / f"{name}{s}").exists()]
     try:
-        written = read_captions(root / "text" / f"{name}.txt")
+        read_captions(root / "text" / f"{name}.txt")
         return (
             len(images) == 1
             and read_image(images[0]).width == size
             and read_mask(root / "mask" / f"{name}.png").shape == (size, size)
-            and lines in (None, written)
         )
     except DataError:
         return False
@@ -346,21 +412,6 @@ def _compose(source: _Source, ids: np.ndarray, image: Image.Image) -> list[str]:
         return compose(source.captions)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
     return captions_from_mask(torch.from_numpy(ids.astype(np.int64)), pixels)
-
-
-def _caption_source(
-    root: Path, folder: str | Path | None, names: list[str], report: Report
-) -> Callable[[str], Path | FaceAttributes | None]:
-    """Where captions come from: a folder, else CelebA attributes, else None (the masks)."""
-    if folder is not None and not Path(folder).is_dir():
-        raise DataError(f"{folder}: no such captions folder")
-    for path in [Path(folder)] if folder else [root / "captions", root / "text"]:
-        if path.is_dir():
-            texts = paired(names, files_by_id(path, (".txt",), report))
-            return lambda name: texts.get(name, path / f"{name}.txt")
-    table = root / "CelebAMask-HQ-attribute-anno.txt"
-    faces = paired(names, celeba_attributes(table)) if table.exists() else {}
-    return faces.get
 
 
 def _refuse_other_names(root: Path, images: Mapping[str, Path], masks: Mapping[str, Path]) -> None:
@@ -387,4 +438,4 @@ def _first_folder(root: Path, names: tuple[str, ...]) -> Path:
 
 def _natural(name: str) -> tuple[float, str]:
     """Sort key: numbers by value, other names after them."""
-    return (int(name), name) if name.isdigit() else (float("inf"), name)
+    return (int(name), name) if name.isdecimal() else (float("inf"), name)

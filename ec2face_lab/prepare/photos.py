@@ -12,6 +12,7 @@ compares a parser with known masks.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import warnings
@@ -30,6 +31,7 @@ from ec2face_core.io.report import DataError, Report
 from ec2face_core.perception import FaceParser, WeightsError
 from ec2face_core.runs import whole_file
 
+from . import origins
 from .convert import clear_others, from_merged
 from .downloads import is_plain
 from .validate import eye_order
@@ -93,14 +95,15 @@ def from_photos(
     if out.exists():
         raise DataError(f"{out} exists already: remove it to parse again")
     parsed = out.with_name(f".{out.name}.parsed")
-    clear_others(parsed, ("images", "masks", "text"), photos)
+    clear_others(parsed, ("images", "masks", "text", origins.FOLDER), photos)
     report = Report(out, len(photos))
+    weights = _digest(parser)
     for name, path in tqdm(photos.items(), "parsing", mininterval=1.0, disable=not progress):
         if name not in captions:
             report.add(path, "no captions")
             continue
         try:
-            _parse_photo(name, path, parsed, parser, detect, size)
+            _parse_photo(name, path, parsed, parser, detect, size, weights)
         except DataError as error:
             report.add(path, error)
         with whole_file(parsed / "text" / f"{name}.txt") as part:
@@ -167,17 +170,34 @@ def check_class_order(parser: FaceParser, images: Tensor, label_maps: Tensor) ->
         )
 
 
+def _digest(parser: FaceParser) -> str:
+    """Hex digits of a parser's weights."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(parser.net.state_dict().items()):
+        total.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
 def _parse_photo(
-    name: str, path: Path, parsed: Path, parser: FaceParser, detect: Detector, size: int
+    name: str,
+    path: Path,
+    parsed: Path,
+    parser: FaceParser,
+    detect: Detector,
+    size: int,
+    weights: str,
 ) -> None:
-    """Write the aligned image and the mask of one photo, unless both are there."""
+    """Write the aligned image and the mask of one photo, unless both are there and its own."""
     image_path = parsed / "images" / f"{name}.png"
     mask_path = parsed / "masks" / f"{name}.png"
+    made_of = origins.origin([path], int(size), weights)
     try:
-        if image_path.exists() and read_mask(mask_path).shape == (size, size):
+        known = origins.is_of(parsed, name, made_of) and image_path.exists()
+        if known and read_mask(mask_path).shape == (size, size):
             return
     except DataError:
         pass
+    origins.forget(parsed, name)
     photo = to_rgb(open_picture(path))
     aligned, ids = parse_face(photo, parser, size, detect)
     if aligned is photo and is_plain(path, photo.width) and path.suffix.lower() == ".png":
@@ -188,6 +208,7 @@ def _parse_photo(
             aligned.save(part, format="png")
     with whole_file(mask_path) as part:
         Image.fromarray(ids).save(part, format="png")
+    origins.note(parsed, name, made_of)
 
 
 def parse_face(

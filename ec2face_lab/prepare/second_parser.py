@@ -70,11 +70,13 @@ def export_segformer(source: str | Path, out: Path, size: int = 512) -> Path:
         `out`.
 
     Raises:
-        WeightsError: it cannot be opened, or its classes are not those of CelebAMask-HQ.
+        WeightsError: it is a file, cannot be opened, or its classes are not those of CelebAMask-HQ.
     """
+    source = str(source)
+    if Path(source).is_file():
+        raise WeightsError(f"{source} is a file: name the folder of the SegFormer")
     from transformers import AutoImageProcessor, SegformerForSemanticSegmentation
 
-    source = str(source)
     asked = nullcontext() if Path(source).is_dir() else answering_hub(source, "config.json")
     try:
         with asked:

@@ -37,8 +37,13 @@ def validate(root: str | Path, progress: bool = False) -> Report:
     and files without each other; duplicate ids; overlapping splits; a manifest caption that its
     text file does not hold; and exchanged left and right: `mean_x(l_eye) > mean_x(r_eye)`. Notes
     tell of equal pictures in several splits.
+
+    Raises:
+        DataError: `root` is a file.
     """
     root = Path(root)
+    if root.is_file():
+        check_folder(root)
     report = Report(root)
     try:
         rows = read_manifest(root, report)
@@ -72,6 +77,19 @@ def validate(root: str | Path, progress: bool = False) -> Report:
             f"(image right): exchange the ids {FLIP_PAIRS}",
         )
     return report
+
+
+def check_folder(path: str | Path) -> Path:
+    """A folder that a call or a command names.
+
+    Raises:
+        DataError: it is a file, or does not exist.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        what = "is a file: name the folder" if path.exists() else "does not exist"
+        raise DataError(f"{path} {what}")
+    return path
 
 
 def note_long_captions(root: Path, config: Config, report: Report) -> None:

@@ -191,6 +191,59 @@ def test_sixteen_bit_grey_with_transparency_is_refused(ids, tmp_path):
             read(tmp_path / "0.png")
 
 
+def deep_png(values: np.ndarray) -> bytes:
+    """A 16-bit PNG of 2 (grey and alpha), 3 or 4 channels."""
+    kind = {2: 4, 3: 2, 4: 6}[values.shape[-1]]
+    rows = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2"))
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    return whole_png(header, rows)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bit_colours_that_hold_ids_are_refused(ids, tmp_path, channels):
+    """Pillow keeps the upper halves of the values, that is, background everywhere."""
+    layers = [ids] * 3 + [np.full_like(ids, 255)] * (channels - 3)
+    path = tmp_path / "0.png"
+    path.write_bytes(deep_png(np.dstack(layers)))
+    for read in (lambda p: read_mask(p, colours=True), mask_ids):
+        with pytest.raises(DataError, match="16-bit values that are all below 256"):
+            read(path)
+    with Image.open(path) as image:
+        image.load()  # nothing but the file tells by now
+        with pytest.raises(DataError, match="16-bit values"):
+            mask_ids(image)
+
+
+def test_sixteen_bit_colours_of_the_palette_are_read(ids, tmp_path):
+    path = tmp_path / "0.png"
+    path.write_bytes(deep_png(COLOURS[ids].astype(np.uint16) * 257))
+    assert (both(path) == ids).all()
+    path.write_bytes(deep_png(np.dstack([ids.astype(np.uint16) * 257] * 3)))
+    assert (both(path) == ids).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "I;16", "1", "RGBA"])
+def test_an_image_without_pixels_is_refused(mode):
+    with pytest.raises(DataError, match="mask: the mask has no pixels"):
+        mask_ids(Image.new(mode, (0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("~nobody-of-this-name/x.png", "mask: ~nobody-of-this-name/x.png: Could not determine"),
+        ("", "mask: an empty path"),
+        ("a" * 5000, r"mask a{60}\.\.\.a{60}: File name too long"),
+        ("a\0b.png", "null"),
+        ("/dev/null/x.png", "mask /dev/null/x.png: Not a directory"),
+    ],
+)
+def test_what_can_be_no_path_is_refused(path, reason):
+    with pytest.raises(FileNotFoundError, match=reason) as caught:
+        mask_ids(path)
+    assert len(str(caught.value)) < 300
+
+
 def test_transparent_pixels_of_colour_masks_are_refused(ids, tmp_path):
     layer = Image.fromarray(COLOURS[ids]).convert("RGBA")
     layer.putalpha(0)

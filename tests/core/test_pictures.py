@@ -138,6 +138,34 @@ def test_sixteen_bits_are_scaled(smooth, tmp_path):
     assert (np.asarray(read_image(tmp_path / "0.tif"))[..., 0] == grey).all()
 
 
+@pytest.mark.parametrize("colour_type", [0, 2, 4, 6])
+def test_eight_bits_saved_in_sixteen_are_refused(smooth, tmp_path, colour_type):
+    """They are black; the same values stretched to 16 bits are the picture."""
+    channels = {0: [0], 2: [0, 1, 2], 4: [0], 6: [0, 1, 2]}[colour_type]
+    levels = np.asarray(smooth)[..., channels].astype(">u2")
+    path = tmp_path / "0.png"
+    for scale in (1, 257):
+        layers = [levels * scale]
+        if colour_type in (4, 6):
+            layers.append(np.full((SIDE, SIDE, 1), 65535, ">u2"))
+        rows = b"".join(b"\0" + row.tobytes() for row in np.dstack(layers).astype(">u2"))
+        header = struct.pack(">IIBBBBB", SIDE, SIDE, 16, colour_type, 0, 0, 0)
+        parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+        path.write_bytes(pictures.PNG_START + b"".join(parts))
+        if scale == 1:
+            with pytest.raises(DataError, match="16-bit values that are all below 256"):
+                read_image(path)
+        else:
+            assert (np.asarray(read_image(path))[..., channels] == levels).all()
+
+
+def test_eight_bits_saved_in_a_sixteen_bit_tiff_are_refused(smooth, tmp_path):
+    grey = np.asarray(smooth.convert("L")).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "0.tif")
+    with pytest.raises(DataError, match="16-bit values"):
+        read_image(tmp_path / "0.tif")
+
+
 @pytest.mark.parametrize("values", [np.int32, np.float32])
 def test_thirty_two_bits_are_refused(tmp_path, values):
     Image.fromarray(np.full((4, 4), 3, values)).save(tmp_path / "0.tif")

@@ -18,8 +18,10 @@ from ec2face_core.data import FaceDataset
 from ec2face_core.io.report import DataError, Report
 from ec2face_core.io.texts import (
     MANIFEST_COLUMNS,
+    MAX_CAPTION,
     LostWordsWarning,
     Row,
+    check_id,
     clean,
     describe_loss,
     lost_texts,
@@ -305,3 +307,83 @@ def test_one_warning_names_the_words(tokenizers):
 def test_endless_losses_are_shortened():
     told = describe_loss({"a": "word " * 100_000, "b": "more"}, 7, "CLIP")
     assert told.startswith("2 of 7 texts are longer than CLIP reads") and len(told) < 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["She smiles."]',
+        '{"caption": "She smiles."}',
+        '[\n  "She smiles.",\n  "A woman."\n]\n',
+        '["She smiles.",\n "A wo',
+        "['She smiles.', 'A woman.']",
+        '{"text": "She smiles."}\n{"text": "A woman."}\n',
+        "caption: She smiles.",
+        "captions:\n  - She smiles.",
+        "0,She smiles.",
+        "00;She smiles.\n",
+        "0.png\tShe smiles.",
+        '"0.jpg","She smiles."',
+        "id,caption\n0,She smiles.",
+        "file_name,text\n0.png,She smiles.",
+        '"She smiles, and ""laughs"""',
+        "<!DOCTYPE html><title>404</title>",
+        "{\\rtf1\\ansi She smiles.}",
+    ],
+)
+def test_tables_are_no_captions(tmp_path, text):
+    path = tmp_path / "0.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"holds .*: write plain text, one caption a line"):
+        read_captions(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "She smiles, and has brown hair.",
+        "woman, smiling, blond hair",
+        "3, perhaps 4 people",
+        "[trigger] a woman who smiles",
+        "{a|the} woman",
+        "<s1> smiles.",
+        "1. She smiles.",
+        "A sign with the text: hello",
+        "\u5979\u5fae\u7b11\u3002",
+        'She says "hello".',
+        "Captions are below her.",
+    ],
+)
+def test_captions_with_odd_signs_are_captions(tmp_path, text):
+    path = tmp_path / "0.txt"
+    path.write_text(text)
+    assert read_captions(path) == (text,)
+
+
+def test_the_longest_caption_fits_into_a_manifest(tmp_path):
+    path = tmp_path / "0.txt"
+    path.write_text("a" * MAX_CAPTION)
+    (caption,) = read_captions(path)
+    rows = f'id,split,caption_index,caption\n0,test,0,"{caption}"\n'
+    (tmp_path / "manifest.csv").write_text(rows)
+    assert read_manifest(tmp_path)["0"].caption == caption
+    path.write_text("A.\n" + "a" * (MAX_CAPTION + 1))
+    with pytest.raises(DataError, match="line 2: 131,073 characters are no caption"):
+        read_captions(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["0 ", " 0", "0\u200b", "a\nb", "a\tb", "a\\b", "a/b", ".0", "", "\udcff\udcfe", "\x07",
+     "a\u00a0b", "e\u0301", "a\u2028b", "9" * 161, "\u00e9" * 81],
+)  # fmt: skip
+def test_ids_that_a_manifest_cannot_hold_are_refused(name):
+    with pytest.raises(DataError, match="rename the files of this face"):
+        check_id(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["0", "a b", "\u00e9", 'a,"b"', "=1+1", "\u00b2", "NA", "9" * 160, "a."]
+)
+def test_other_ids_are_kept(name):
+    check_id(name)

@@ -165,4 +165,7 @@ def test_exchanged_sides_are_not_converted(tmp_path):
     Image.fromarray(label_map()[:, ::-1].copy()).save(source / "mask" / "0.png")
     with pytest.raises(DataError, match="exchanged"):
         from_merged(source, tmp_path / "out", size=16, progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    assert not (tmp_path / "out").exists()
+    Image.fromarray(label_map()).save(source / "mask" / "0.png")
+    from_merged(source, tmp_path / "out", size=16, progress=False)
+    assert np.array_equal(FaceDataset(tmp_path / "out", None)[0].label_map, label_map())

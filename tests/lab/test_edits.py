@@ -150,6 +150,86 @@ def test_pictures_are_read_from_files_images_and_tensors(tmp_path):
         read_pictures(tmp_path / "b.png")
 
 
+def test_arrays_are_pictures(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 3), np.uint8)
+    expected = torch.tensor(pixels).permute(2, 0, 1)[None] / 255
+    floats = pixels / 255
+    for form in (
+        pixels, pixels[::-1][::-1], floats, floats.astype(np.float32), pixels[None], [pixels],
+        (floats,), expected[0].numpy().transpose(1, 2, 0), np.asfortranarray(pixels),
+    ):  # fmt: skip
+        assert torch.allclose(read_pictures(form), expected, atol=1e-6)
+        assert read_pictures(form).dtype == torch.float32
+    mixed = [pixels, Image.fromarray(pixels), expected, expected[0]]
+    assert torch.allclose(read_pictures(mixed), expected.expand(4, -1, -1, -1))
+    assert read_pictures(np.stack([pixels] * 3)).shape == (3, 3, 16, 8)
+    assert (pixels / 255 == floats).all()  # untouched
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_open_image_is_turned_as_its_file_is(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 3), np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(pixels).save(path, exif=exif)
+    from_file = read_pictures(path)
+    with Image.open(path) as image:
+        assert torch.equal(read_pictures(image), from_file)
+        assert torch.equal(read_pictures([image, image])[1:], from_file)
+    assert from_file.shape[-2:] == ((8, 16) if orientation > 5 else (16, 8))
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "reason"),
+    [
+        (None, TypeError, "image: expected PIL images, paths, tensors or arrays, got NoneType"),
+        (3, TypeError, "got int"),
+        (b"x.png", TypeError, "got bytes"),
+        ({"a": 1}, TypeError, "got dict"),
+        ([None], TypeError, "got NoneType"),
+        ([], ValueError, "image is an empty list"),
+        (np.zeros((16, 16, 3), np.int64), TypeError, "array of int64; give uint8"),
+        (np.zeros((16, 16, 3), bool), TypeError, "array of bool"),
+        (np.zeros((16, 16), np.uint8), ValueError, r"array of shape \(16, 16\), expected h w 3"),
+        (np.zeros((16, 16, 4), np.uint8), ValueError, "expected h w 3"),
+        (np.zeros((3, 16, 16), np.uint8), ValueError, "expected h w 3"),
+        (np.zeros((0, 16, 3), np.uint8), ValueError, "is empty"),
+        (np.full((16, 16, 3), 255.0), ValueError, r"image must lie in \[0, 1\]"),
+        (np.full((16, 16, 3), np.nan), ValueError, r"image must lie in \[0, 1\]"),
+        ("gone.png", FileNotFoundError, r"image .*gone\.png does not exist"),
+        ("/", ValueError, "image /: unreadable image"),
+        ("~nobody-of-this-name/x.png", FileNotFoundError, "image: ~nobody-of-this-name/x.png"),
+        ("a" * 5000, FileNotFoundError, "File name too long"),
+        (["gone.png"], FileNotFoundError, "does not exist"),
+        (Image.new("F", (16, 16)), ValueError, "image: 32-bit pixels"),
+        (Image.new("RGB", (0, 0)), ValueError, "is empty"),
+    ],
+)
+def test_what_is_no_picture_is_refused_by_name(image, kind, reason):
+    with pytest.raises(kind, match=reason) as caught:
+        read_pictures(image)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_large_margin_reaches_the_whole_picture():
+    mask = torch.zeros(1, 48, 64).long()
+    new = mask.clone()
+    new[0, 3, 5] = 1
+    for margin in (64, 1000, 10**9, 10**30, np.int64(64)):
+        assert changed_pixels(mask, new, margin).all()
+        assert not changed_pixels(mask, mask, margin).any()
+
+
+@pytest.mark.parametrize("name", ["height", "width", "latents"])
+def test_settings_of_an_edit_itself_are_refused(pipe, face, name):
+    image = face.image[None] / 2 + 0.5
+    with pytest.raises(TypeError, match=f"{name}: an edit takes the size from") as caught:
+        edit(pipe, image, face.label_map, face.label_map, **{name: 128})
+    assert len(str(caught.value)) < 200
+
+
 def test_numbers_and_sizes_that_do_not_fit_are_refused(pipe, face):
     image = face.image[None] / 2 + 0.5
     with pytest.raises(ValueError, match="1 pictures, 2 masks and 1 new masks"):

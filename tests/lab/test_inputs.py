@@ -328,11 +328,12 @@ def test_the_same_picture_in_two_splits_is_told(source, tmp_path):
     with Image.open(source / "images" / "3.png") as image:
         image.save(source / "images" / "3.png", compress_level=1)  # other bytes, same pixels
     report = convert(source, train=2)
-    (note,) = report.notes
+    note, composed = report.notes
+    assert composed == "captions were composed from the masks"
     assert "several splits" in note and "0 (train)" in note and "3 (test)" in note
-    assert validate(tmp_path / "out").notes == report.notes and note in str(report)
+    assert validate(tmp_path / "out").notes == [note] and note in str(report)
     again = convert(merged(tmp_path / "other" / "source"), train=2)
-    assert not again.notes
+    assert again.notes == [composed]
 
 
 def test_command_line_skips_and_lists(source, tmp_path, monkeypatch, capsys):

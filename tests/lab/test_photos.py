@@ -107,6 +107,32 @@ def test_photos_report_all_that_is_wrong_then_resume(source, tmp_path, parser):
     assert not (tmp_path / ".out.parsed").exists()
 
 
+@pytest.mark.parametrize("changed", ["photo", "parser", "nothing"])
+def test_a_parsed_photo_of_another_file_or_parser_is_parsed_anew(source, tmp_path, parser, changed):
+    shots = {name: source / f"{name}.png" for name in ("good", "broken")}
+    texts = dict.fromkeys(shots, source / "good.txt")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="unreadable"):
+        photos.from_photos(shots, texts, out, parser, detect, SIZE, progress=False)
+    if changed == "photo":
+        coloured(label_map(SIZE, 1)).save(shots["good"])
+    if changed == "parser":
+        with torch.no_grad():
+            next(parser.net.buffers()).mul_(0.999)
+    calls = []
+
+    def count(images):
+        calls.append(1)
+        return detect(images)
+
+    coloured(label_map(SIZE)).save(shots["broken"])
+    photos.from_photos(shots, texts, out, parser, count, SIZE, progress=False)
+    assert len(calls) == (1 if changed == "nothing" else 2)
+    good = FaceDataset(out, "test")[1]
+    expected = label_map(SIZE, 1 if changed == "photo" else 0)
+    assert good.id == "good" and (good.label_map.numpy() == expected).mean() > 0.99
+
+
 def test_a_photo_of_a_phone_is_parsed_upright(source, tmp_path, parser):
     """Its pixels lie, its EXIF says so; a portrait is neither lost nor learned sideways."""
     good = Image.open(source / "good.png").convert("RGB")
