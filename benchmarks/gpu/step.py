@@ -53,6 +53,7 @@ from ec2face_core.fast.blocks import prepare_blocks
 from ec2face_core.fast.precision import guides_precision
 from ec2face_core.mask_branch import precompute_mask_kv, predict_velocity
 from ec2face_core.runs import provenance, whole_file
+from ec2face_core.trainer import Batch
 
 STEPS = 28  # of sampling
 SETTINGS = ("attention", "text", "batch", "repeats", "recompute", "compile", "dropped")
@@ -207,16 +208,13 @@ def part_rows(bench: Bench, settings: Settings) -> None:
     trainer = RandomTrainer(bench.networks, bench.size, settings)
     trainer.setup()
     b = settings.batch
-    samples = trainer.stream.sample(range(b))
-    z, z_mask, labels, captions, text = trainer._read(samples)
-    text = text.send(trainer.device)
-    t = samples.t.to(trainer.device)
-    images = torch.zeros(b, 3, bench.size.pixels, bench.size.pixels, device=trainer.device)
+    x = trainer._prepare(trainer.stream.sample(range(b)))
+    images = torch.zeros(len(x.z), 3, bench.size.pixels, bench.size.pixels, device=trainer.device)
     n = bench.networks
 
     def velocity() -> Tensor:
-        mask = trainer._mask_condition(z_mask, torch.arange(b))
-        return predict_velocity(trainer.model, z, t, text, mask)
+        mask = trainer._mask_condition(x)
+        return predict_velocity(trainer.model, x.z, x.t, x.text, mask)
 
     def gradient() -> object:
         return torch.autograd.grad(velocity().square().sum(), n.parameters)
@@ -240,20 +238,20 @@ def part_rows(bench: Bench, settings: Settings) -> None:
     def data() -> object:
         drawn = trainer.stream.sample(range(b))
         trainer.long_tail_weights(range(b))
-        return trainer._read(drawn)
+        return trainer._prepare(drawn)
 
     def embed_captions() -> object:
         with guides_precision(trainer.config, trainer.accelerator):
-            return n.clip.text_features(captions)
+            return n.clip.text_features(x.captions)
 
     parts = {
         "transformer, forward": velocity,
         "transformer, forward and backward": gradient,
-        "decoder, forward and backward": through(lambda x: decode_latents(n.vae, x), z),
+        "decoder, forward and backward": through(lambda z: decode_latents(n.vae, z), x.z),
         "parser, forward and backward": through(n.parser.probabilities, images),
         "CLIP image, forward and backward": through(n.clip.image_features, images),
         "CLIP text, forward": embed_captions,
-        "pixel losses": lambda: pixel_losses(trainer, z, captions, labels, t),
+        "pixel losses": lambda: pixel_losses(trainer, x),
         "clipping and optimiser": optimise,
         "data": data,
     }
@@ -262,13 +260,11 @@ def part_rows(bench: Bench, settings: Settings) -> None:
             bench.measure(what, settings, call)
 
 
-def pixel_losses(
-    trainer: RandomTrainer, z: Tensor, captions: list[str], labels: Tensor, t: Tensor
-) -> object:
+def pixel_losses(trainer: RandomTrainer, x: Batch) -> object:
     """The first stage of the consistency losses, as in the step."""
     assert trainer.consistency is not None
     with guides_precision(trainer.config, trainer.accelerator):
-        return trainer.consistency.gradient(z, captions, labels, t)
+        return trainer.consistency.gradient(x.z, x.captions, x.m, x.t)
 
 
 def loop_row(bench: Bench) -> None:

@@ -48,7 +48,7 @@ def test_draws_that_share_a_mask_train_alike(tiny_config: Config, tmp_path, monk
 
     shared, means = gradients_of_the_loss()
     assert passes == [2]  # masks
-    monkeypatch.setattr(Trainer, "_mask_condition", lambda self, z_m, rows: z_m)
+    monkeypatch.setattr(Trainer, "_mask_condition", lambda self, x: x.z_m)
     apart, expected = gradients_of_the_loss()
     assert passes == [2, 3]
     for left, right in zip(shared, apart, strict=True):
