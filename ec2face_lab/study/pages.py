@@ -8,7 +8,6 @@ typed by hand.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -71,11 +70,9 @@ def filled(text: str, config: Config) -> str:
 
 
 def notebooks(results: Results) -> str:
-    """Every notebook: its title, what it makes, and once published its minutes and its page."""
+    """Every notebook: its title, which leads to the executed copy once published, what it makes."""
     import nbformat
 
-    manifest = results.folder / MANIFEST
-    ran = json.loads(manifest.read_text())["notebooks"] if manifest.is_file() else {}
     rows = []
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
@@ -83,16 +80,11 @@ def notebooks(results: Results) -> str:
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
         saved = dict.fromkeys(re.findall(r"save_\w+\([^()]*?\"((?:fig|table)\d)\"", code))
         makes = sorted(re.sub(r"(fig|table)(\d)", _numbered, name) for name in saved)
-        seconds = ran.get(path.stem, {}).get("seconds")
-        minutes = f"{seconds / 60:.0f}" if seconds and seconds > 90 else "1" if seconds else "–"
         page = GALLERY / f"{path.stem}.md"
-        copy = f"[read]({page.relative_to(ROOT).as_posix()})" if page.is_file() else "–"
-        name = f"[{path.stem}](notebooks/{path.name})"
-        rows.append((name, title, ", ".join(makes), minutes, copy))
-    header = ("notebook", "shows", "makes", "minutes", "executed")
-    columns = [i for i in range(5) if i < 3 or any(row[i] != "–" for row in rows)]
-    cells = [[line[i] for i in columns] for line in (header, *rows)]
-    return markdown(cells[0], cells[1:], "".join("lllrl"[i] for i in columns))
+        if page.is_file():
+            title = f"[{title}]({page.relative_to(ROOT).as_posix()})"
+        rows.append((f"[{path.stem}](notebooks/{path.name})", title, ", ".join(makes)))
+    return markdown(("notebook", "executed copy", "makes"), rows, "lll")
 
 
 def _numbered(match: re.Match) -> str:
