@@ -50,7 +50,14 @@ from .backbone import (
 from .config import BackboneConfig, Config, UserError
 from .io.paths import resolve
 from .mask_branch import mask_latents_of
-from .runs import content_key, parallel, path_digest, remove_leftovers, write_tensors
+from .runs import (
+    content_key,
+    parallel,
+    path_digest,
+    remove_leftovers,
+    tensors_sha256,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -394,7 +401,7 @@ def _intact(path: Path) -> bool:
         tensors = load_file(path)
         metadata = {name: json.dumps(value) for name, value in _open(path)[1].items()}
         recorded = json.loads(metadata.pop("sha256"))
-        if _content_hash(tensors, metadata) != recorded:
+        if tensors_sha256(tensors, metadata) != recorded:
             raise ValueError("its content does not have the recorded hash")
     except FileNotFoundError:
         return False
@@ -410,7 +417,7 @@ def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> Non
     _check_finite(tensors, path.name)
     metadata = {name: json.dumps(value) for name, value in about.items()}
     try:
-        write_tensors(path, tensors, metadata | {"sha256": _content_hash(tensors, metadata)})
+        write_tensors(path, tensors, metadata | {"sha256": tensors_sha256(tensors, metadata)})
     except OSError as error:
         raise CacheError(f"{error}, or name another disk in data.cache") from error
 
@@ -419,15 +426,6 @@ def _check_finite(tensors: dict[str, Tensor], what: str) -> None:
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise CacheError(f"{name} of {what} is not finite in float16: check the encoders")
-
-
-def _content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 of everything in a file."""
-    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        total.update(name.encode())
-        total.update(tensors[name].numpy().data)
-    return total.hexdigest()
 
 
 def _bar(work: Sequence, what: str, show: bool) -> Iterable:

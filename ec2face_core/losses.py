@@ -141,8 +141,8 @@ def latent_weights(
             scope `sample` counts each map by itself.
         latent_size: side of the latent, `h'`.
         config: scope, weighting, floor, clip, reduction and normalize are used.
-        scale: `weight_scale` of the training set, by which normalize `constant` divides. None: that
-            of the given maps.
+        scale: root mean square of the weights over the cells of the training set, by which
+            normalize `constant` divides. None: that of the given maps.
 
     Returns:
         Weights `b h' w'` float32. Their mean square is 1 over the cells of the training set with
@@ -153,26 +153,6 @@ def latent_weights(
         TypeError, ValueError: the label map is no `b h w` of ids 0-18, the counts are not 19, or
             latent_size is not in 1 to h.
     """
-    w = _reduced_weights(label_map, counts, latent_size, config)
-    if config.normalize == "none":
-        return w
-    if scale is None or config.normalize == "mean":
-        scale = w.square().mean().sqrt()
-    return w / scale.to(w)
-
-
-def weight_scale(label_map: Tensor, counts: Tensor, latent_size: int, config: LossConfig) -> Tensor:
-    """Root mean square of the reduced weights over the latent cells of all maps; a scalar.
-
-    Arguments and errors are those of `latent_weights`.
-    """
-    return _reduced_weights(label_map, counts, latent_size, config).double().square().mean().sqrt()
-
-
-def _reduced_weights(
-    label_map: Tensor, counts: Tensor, latent_size: int, config: LossConfig
-) -> Tensor:
-    """Weights at latent resolution before normalisation, `b h' w'`."""
     check_tensor(label_map, "label map")
     if label_map.ndim != 3 or label_map.numel() == 0:
         raise ValueError(f"label map {tuple(label_map.shape)}: expected `b h w`")
@@ -185,10 +165,17 @@ def _reduced_weights(
         w = torch.cat([long_tail_weights(m[None], T, config) for m, T in maps])
 
     if config.reduction == "max":
-        return F.adaptive_max_pool2d(w, latent_size)
-    if config.reduction == "mean":
-        return F.adaptive_avg_pool2d(w, latent_size)
-    return F.interpolate(w[:, None], size=(latent_size, latent_size), mode="nearest")[:, 0]
+        w = F.adaptive_max_pool2d(w, latent_size)
+    elif config.reduction == "mean":
+        w = F.adaptive_avg_pool2d(w, latent_size)
+    else:
+        w = F.interpolate(w[:, None], size=(latent_size, latent_size), mode="nearest")[:, 0]
+
+    if config.normalize == "none":
+        return w
+    if scale is None or config.normalize == "mean":
+        scale = w.square().mean().sqrt()
+    return w / scale.to(w)
 
 
 # --------------------------------------------------------------------- consistency (Eqs. 6, 7, 8)

@@ -375,7 +375,7 @@ class EC2FacePipeline(MaskLoraMixin, DiffusionPipeline):
             num_inference_steps = len(sigmas)
         side = self.config.image_size
         size = (side if height is None else height, side if width is None else width)
-        self._check(size, num_inference_steps, output_type)
+        check_request(size, 2 * self.vae_scale_factor, num_inference_steps, output_type)
         check_number(num_images_per_prompt, "num_images_per_prompt", 1, whole=True)
         check_number(mask_strength, "mask_strength", 0)
         wanted = callback_inputs(
@@ -489,9 +489,6 @@ class EC2FacePipeline(MaskLoraMixin, DiffusionPipeline):
                 f"({self._guidance_scale:g} and those of text and mask) or check the weights"
             )
         return self.image_processor.postprocess(decoded, output_type)
-
-    def _check(self, size: tuple[int, int], steps: int, output_type: str) -> None:
-        check_request(size, 2 * self.vae_scale_factor, steps, output_type)
 
     def _setting(self, name: str, given: float | None) -> float:
         """A scale that was given, or the model's own; finite and not negative."""

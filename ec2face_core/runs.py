@@ -145,6 +145,15 @@ def write_tensors(
         _sort_metadata(part)
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of contiguous CPU tensors by name, and of what is said of them."""
+    total = hashlib.sha256(json.dumps(dict(metadata or {}), sort_keys=True).encode())
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].numpy().data)
+    return total.hexdigest()
+
+
 def _sort_metadata(path: Path) -> None:
     """Put a safetensors file's metadata, which it writes in any order, in one order."""
     with open(path, "r+b") as file:

@@ -34,7 +34,7 @@ from .fast.sharding import average_gradients, ignore_frozen, shard_base
 from .fast.transfer import send
 from .flow import follow_path, interpolate, reverse_estimate, target_velocity
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
-from .losses import flow_matching_loss, latent_weights, total_loss, weight_scale
+from .losses import flow_matching_loss, latent_weights, total_loss
 from .mask_branch import MaskKVCache, add_mask_lora, precompute_mask_kv, predict_velocity
 from .perception import ClipScorer, FaceParser
 from .stream import Samples, SampleStream
@@ -183,12 +183,13 @@ class Trainer(TrainingRun):
             return None
         spaced = torch.linspace(0, len(self.cache.ids) - 1, SCALE_FACES).round().long()
         side = self.cache.latent_shape[-1]
-        squares = []
+        raw = dataclasses.replace(loss, normalize="none")
+        squares = []  # of each face
         for rows in spaced.unique().split(32):
             maps = self.cache.label_maps([self.cache.ids[i] for i in rows.tolist()])
-            scale = weight_scale(maps.to(self.device), self.counts, side, loss)
-            squares += [scale.square()] * len(maps)
-        return torch.stack(squares).mean().sqrt()
+            w = latent_weights(maps.to(self.device), self.counts, side, raw)
+            squares.append(w.double().square().mean((1, 2)))
+        return torch.cat(squares).mean().sqrt()
 
     def _prepare(self, samples: Samples) -> Batch:
         """The samples that are computed, on the device, with Eq. 13 applied."""

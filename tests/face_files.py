@@ -6,11 +6,14 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ec2face_core.attributes import CLASS_ID, FACER_TO_CELEBAMASK, PALETTE
+from ec2face_core.io.report import DataError, Report
+from ec2face_lab.prepare.convert import from_merged
 
 
 def label_map(size: int = 16, shift: int = 0) -> np.ndarray:
@@ -46,6 +49,30 @@ def save_image(path: Path, size: int, seed: int) -> None:
     """A square of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
+
+
+def merged(folder: Path, names=("0", "1", "2", "3"), size: int = 16, seed: int = 0) -> Path:
+    """Folders of images and masks, as `convert-merged` takes them."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for number, name in enumerate(names):
+        save_image(folder / "images" / f"{name}.png", size, seed + number)
+        save_mask(folder / "masks" / f"{name}.png", label_map(size, number % 2))
+    return folder
+
+
+def convert(source: Path, **options) -> Report:
+    """Convert such folders into `out` beside them, at 16 px."""
+    settings = {"size": 16, "progress": False, **options}
+    return from_merged(source, source.parent / "out", **settings)
+
+
+def refusal(source: Path, **options) -> str:
+    """Why such folders are not converted."""
+    with pytest.raises(DataError) as caught:
+        convert(source, **options)
+    assert not (source.parent / "out").exists()
+    return str(caught.value)
 
 
 def coloured(ids: np.ndarray, scale: int = 2) -> Image.Image:

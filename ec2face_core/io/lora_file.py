@@ -135,7 +135,7 @@ def read_mask_lora(path: Path | str) -> LoraRecord:
             check_number(record.size, "size", 1, whole=True)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"the `ec2face` metadata of {file} cannot be read ({_first_line(error)}): copy the "
+            f"the `ec2face` metadata of {file} cannot be read ({_in_one_line(error)}): copy the "
             "file again, or update this package if a newer version wrote it"
         ) from error
     return record
@@ -197,7 +197,7 @@ def _metadata(file: Path) -> dict[str, str]:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     lines = f"{type(error).__name__}: {error}".splitlines()
     return " ".join(lines[:3])
 

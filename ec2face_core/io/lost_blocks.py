@@ -11,7 +11,7 @@ SCAN = 0xDA  # JPEG marker: codes follow
 END = b"\xff\xd9"  # of a JPEG; inside codes 0xff is followed by 0
 
 
-def lost_block(data: bytes, kind: str) -> int | None:
+def lost_block(data: bytes, kind: str | None) -> int | None:
     """Where the codes of a file are lost: the first of 512 zero bytes or more; None: nowhere.
 
     Zeros in metadata, or after the end, are no loss. A flat drawing whose tables were optimised may
@@ -19,7 +19,7 @@ def lost_block(data: bytes, kind: str) -> int | None:
 
     Args:
         data: of the whole file.
-        kind: its format, in Pillow's words.
+        kind: its format, in Pillow's words; None: not known.
     """
     if BLOCK not in data:
         return None

@@ -29,7 +29,14 @@ from ec2face_core.guards.checks import (
     check_range,
     check_same_shape,
 )
-from ec2face_core.inference.inputs import MaskLike, Texts, draw_noise, mask_list, resize_mask
+from ec2face_core.inference.inputs import (
+    MaskLike,
+    Texts,
+    check_request,
+    draw_noise,
+    mask_list,
+    resize_mask,
+)
 from ec2face_core.io.paths import user_file
 from ec2face_core.io.pictures import decoded, open_picture, to_rgb, upright
 from ec2face_core.io.report import DataError
@@ -80,7 +87,7 @@ def edit(
         )
     pixels = read_pictures(image)
     size = (pixels.shape[-2], pixels.shape[-1])
-    pipe._check(size, 1, "pil")
+    check_request(size, 2 * pipe.vae_scale_factor, 1, "pil")
     old = _label_maps(mask, size)
     new = _label_maps(new_mask, size)
     if len(old) != len(pixels) or len(new) != len(pixels):

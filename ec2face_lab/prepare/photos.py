@@ -12,7 +12,6 @@ compares a parser with known masks.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import warnings
@@ -29,7 +28,7 @@ from ec2face_core.io.masks import read_mask
 from ec2face_core.io.pictures import open_picture, to_rgb
 from ec2face_core.io.report import DataError, Report
 from ec2face_core.perception import FaceParser, WeightsError
-from ec2face_core.runs import whole_file
+from ec2face_core.runs import tensors_sha256, whole_file
 
 from . import origins
 from .convert import clear_others, from_merged
@@ -97,7 +96,8 @@ def from_photos(
     parsed = out.with_name(f".{out.name}.parsed")
     clear_others(parsed, ("images", "masks", "text", origins.FOLDER), photos)
     report = Report(out, len(photos))
-    weights = _digest(parser)
+    tensors = {name: x.cpu().contiguous() for name, x in parser.net.state_dict().items()}
+    weights = tensors_sha256(tensors)
     for name, path in tqdm(photos.items(), "parsing", mininterval=1.0, disable=not progress):
         if name not in captions:
             report.add(path, "no captions")
@@ -168,14 +168,6 @@ def check_class_order(parser: FaceParser, images: Tensor, label_maps: Tensor) ->
             "channels have to be in the order of facer's farl/celebm/448 "
             "(attributes.FACER_TO_CELEBAMASK); facer's own names exchange left and right"
         )
-
-
-def _digest(parser: FaceParser) -> str:
-    """Hex digits of a parser's weights."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(parser.net.state_dict().items()):
-        total.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
 
 
 def _parse_photo(

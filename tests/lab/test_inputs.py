@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from face_files import label_map, save_image, save_mask, write_root
+from face_files import convert, label_map, merged, refusal, save_image, save_mask, write_root
 from PIL import Image, PngImagePlugin
 
 from ec2face_core.attributes import NUM_CLASSES, PALETTE
@@ -27,30 +27,9 @@ from ec2face_lab.prepare.validate import validate
 SIZE = 16
 
 
-def merged(folder: Path, names=("0", "1", "2", "3"), size: int = SIZE) -> Path:
-    """Folders of images and masks, as `convert-merged` takes them."""
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True)
-    for number, name in enumerate(names):
-        save_image(folder / "images" / f"{name}.png", size, number)
-        save_mask(folder / "masks" / f"{name}.png", label_map(size, number % 2))
-    return folder
-
-
 @pytest.fixture
 def source(tmp_path) -> Path:
     return merged(tmp_path / "source")
-
-
-def convert(source: Path, **options) -> Report:
-    return from_merged(source, source.parent / "out", size=SIZE, progress=False, **options)
-
-
-def refusal(source: Path, **options) -> str:
-    with pytest.raises(DataError) as caught:
-        convert(source, **options)
-    assert not (source.parent / "out").exists()
-    return str(caught.value)
 
 
 # ------------------------------------------------------------------------------------- pictures

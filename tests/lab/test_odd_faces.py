@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from face_files import label_map, save_image, save_mask
+from face_files import convert, label_map, merged, refusal, save_image, save_mask
 from PIL import Image
 
 from ec2face_core.attributes import CLASS_ID, PALETTE
 from ec2face_core.data import FaceDataset
 from ec2face_core.io.masks import read_mask
 from ec2face_core.io.pictures import read_image
-from ec2face_core.io.report import DataError, Report
+from ec2face_core.io.report import DataError
 from ec2face_core.io.texts import MAX_CAPTION
 from ec2face_lab.__main__ import main
 from ec2face_lab.prepare.convert import LEFT_OUT, from_celebamask_hq, from_merged
@@ -25,31 +25,9 @@ SIZE = 16
 COMPOSED = "captions were composed from the masks"
 
 
-def merged(folder: Path, names=("0", "1", "2", "3"), seed: int = 0) -> Path:
-    """Folders of images and masks, as `convert-merged` takes them."""
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True)
-    for number, name in enumerate(names):
-        save_image(folder / "images" / f"{name}.png", SIZE, seed + number)
-        save_mask(folder / "masks" / f"{name}.png", label_map(SIZE, number % 2))
-    return folder
-
-
 @pytest.fixture
 def source(tmp_path) -> Path:
     return merged(tmp_path / "source")
-
-
-def convert(source: Path, **options) -> Report:
-    settings = {"size": SIZE, "progress": False, **options}
-    return from_merged(source, source.parent / "out", **settings)
-
-
-def refusal(source: Path, **options) -> str:
-    with pytest.raises(DataError) as caught:
-        convert(source, **options)
-    assert not (source.parent / "out").exists()
-    return str(caught.value)
 
 
 def break_last(source: Path) -> bytes:
