@@ -125,6 +125,6 @@ def test_real_faces_are_cached_and_trained_on(real_root, tiny_config, tmp_path):
     ids = [faces.ids[5], faces.ids[1]]
     maps = torch.stack([faces[5].label_map, faces[1].label_map])
     assert torch.equal(trainer.cache.label_maps(ids), maps)
-    assert all(trainer.cache.captions(id)[0] == faces.caption(id, 0) for id in ids)
+    assert all(trainer.cache.captions(id)[0] == faces.captions(id)[0] for id in ids)
     rows = read_metrics(final.parent)
     assert len(rows) == 3 and all(row["text"] > 0 and row["mask"] > 0 for row in rows)
