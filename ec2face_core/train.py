@@ -1,6 +1,7 @@
 """`python -m ec2face_core.train`: train one LoRA. The same command again resumes it.
 
-SIGTERM and SIGINT end a training after its step, with a checkpoint and exit code 143 or 130.
+SIGTERM and SIGINT end a training after its step, with a checkpoint and exit code 143 or 130; before
+the first step they end it at once.
 `--variant all` trains every variant, one after another.
 
 On N processes, with or without GPUs:
@@ -25,6 +26,7 @@ from .command_line import add_config_options, cli, config_from_args
 from .config import VARIANTS, Config, ConfigError
 from .guards.checks import number
 from .guards.parent import end_with_parent
+from .guards.signals import on_signals
 from .io.paths import user_path
 
 ALL = "all"
@@ -41,26 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if everything and options.run_dir:
         raise ConfigError("--run-dir is of one variant: leave it out, or name the variant")
     try:
-        for variant in VARIANTS if everything else (options.variant,):
-            _train(config, variant, options.run_dir)
-            gc.collect()  # its memory is free for the next
+        with on_signals(signal.SIG_DFL):
+            for variant in VARIANTS if everything else (options.variant,):
+                _train(config, variant, options.run_dir)
+                gc.collect()  # its memory is free for the next
     finally:
         leave_group()
 
 
 def _train(config: Config, variant: str, run_dir: Path | None) -> None:
-    """Train one variant; a signal ends it after its step."""
-    from .trainer import Trainer
+    from .trainer import Trainer  # takes seconds
 
-    trainer = Trainer(config, variant, run_dir)
-    before = {sent: signal.getsignal(sent) for sent in (signal.SIGTERM, signal.SIGINT)}
-    for sent in before:
-        signal.signal(sent, lambda sent, _: trainer.stop(sent))
-    try:
-        trainer.fit()
-    finally:
-        for sent, handler in before.items():
-            signal.signal(sent, handler)
+    Trainer(config, variant, run_dir).fit(stop_on_signals=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

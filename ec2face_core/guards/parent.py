@@ -18,9 +18,11 @@ def end_with_parent() -> None:
     """Make this process end when its parent does, if we or torchrun started it.
 
     On Linux; elsewhere nothing happens. The ranks of a training are children of torchrun, so each
-    of them has to call this.
+    of them has to call this. SIGINT then ends a rank at once, even one that waits for another.
     """
     under_torchrun = TORCHRUN in os.environ
+    if under_torchrun:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux" and (under_torchrun or os.environ.get(END_WITH_PARENT)):
         parent = os.getppid()
         if under_torchrun and not _is_launcher(parent):

@@ -19,6 +19,7 @@ from ..config import VARIANTS, Config, ConfigError, adapter_name, trained_dir
 from ..fast.blocks import attention_kernel
 from ..fast.precision import accelerated
 from ..guards.ranks import agree, locked, make_accelerator
+from ..guards.signals import on_signals
 from ..io.lora_file import save_mask_lora, training_settings
 from ..io.paths import resolve, user_path
 from ..latents import LatentCache
@@ -80,7 +81,6 @@ class TrainingRun:
         self.samples_done = 0
         self.accelerator: Any = None
         self.validation: ValidationFaces | None = None
-        self._training = False
         self._signal = 0
         self._signals: Any = None  # the ranks' group that agrees on stopping
 
@@ -108,8 +108,11 @@ class TrainingRun:
         """Whether this process writes and prints."""
         return self.accelerator.is_main_process
 
-    def fit(self) -> Path:
+    def fit(self, stop_on_signals: bool = False) -> Path:
         """Train up to `trainer.steps`, from the newest checkpoint if there is one.
+
+        Args:
+            stop_on_signals: SIGTERM and SIGINT call `stop` once the steps have begun.
 
         Returns:
             The LoRA's folder `run_dir/final`, which `lora_file.load_mask_lora` reads.
@@ -120,9 +123,9 @@ class TrainingRun:
         """
         self._start_processes()
         with locked(self.run_dir) if self.is_main else nullcontext():
-            return self._fit()
+            return self._fit(stop_on_signals)
 
-    def _fit(self) -> Path:
+    def _fit(self, stop_on_signals: bool) -> Path:
         c = self.config.trainer
         final = self.run_dir / "final"
         checkpoint = self._newest_checkpoint()
@@ -135,7 +138,8 @@ class TrainingRun:
             self._restore(*checkpoint)
         self._begin_files()
         self.log.begin(self.variant)
-        self._train()
+        with on_signals(lambda sent, _: self.stop(sent)) if stop_on_signals else nullcontext():
+            self._train()
         if self.is_main:
             with whole_folder(final) as part:
                 self._write_lora(part)
@@ -160,7 +164,6 @@ class TrainingRun:
             desc=self.variant, unit="step", initial=self.steps_done, total=c.steps, mininterval=1,
             disable=None if self.is_main else True,
         )  # fmt: skip
-        self._training = True
         with bar:
             while self.steps_done < c.steps:
                 self.update()
@@ -177,9 +180,7 @@ class TrainingRun:
         self.log.end()
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """End with exit code 128 + the signal: at once, or after the step, with a checkpoint."""
-        if not self._training:
-            raise SystemExit(128 + number)
+        """End after the step under way, with a checkpoint and exit code 128 + the signal."""
         self._signal = number
 
     def _asked_to_stop(self) -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import wait_for_end
 
 from ec2face_core.config import ConfigError, load_profile
 from ec2face_core.guards.ranks import agree, locked, make_accelerator
+from ec2face_core.guards.signals import ENDING, on_signals
 from ec2face_core.io.paths import ROOT
 
 
@@ -59,6 +61,42 @@ CHILD = (
     "import time; from ec2face_core.guards.parent import end_with_parent\n"
     "end_with_parent(); print('up', flush=True); time.sleep(60)"
 )
+
+
+RANK = (
+    "from torch.distributed import TCPStore\n"
+    "from ec2face_core.guards.parent import end_with_parent\n"
+    "end_with_parent()\n"
+    "store = TCPStore('localhost', 0, is_master=True, wait_for_workers=False)\n"
+    "print('up', flush=True); store.wait(['what no other rank writes'])"
+)
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_another_ends_at_ctrl_c():
+    """Python would call its handler after the wait, which takes minutes."""
+    rank = subprocess.Popen(
+        [sys.executable, "-c", RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "1"},
+    )  # fmt: skip
+    try:
+        assert rank.stdout.readline() == "up\n"
+        time.sleep(0.5)
+        rank.send_signal(signal.SIGINT)
+        assert rank.wait(5) == -signal.SIGINT
+    finally:
+        rank.kill()
+
+
+def test_signals_get_their_former_handlers_back():
+    before = [signal.getsignal(sent) for sent in ENDING]
+    heard = []
+    with on_signals(lambda sent, _: heard.append(sent)):
+        for sent in ENDING:
+            os.kill(os.getpid(), sent)
+        with on_signals(signal.SIG_DFL):
+            assert [signal.getsignal(sent) for sent in ENDING] == [signal.SIG_DFL] * 2
+    assert heard == list(ENDING) and [signal.getsignal(sent) for sent in ENDING] == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")

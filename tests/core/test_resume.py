@@ -65,9 +65,6 @@ def test_stopped_by_sigterm_after_a_step_and_resumed_to_the_same_bits(
     config, begun, tmp_path, monkeypatch
 ):
     trainer = Trainer(config.replace(trainer={"checkpoint_every": 100}), "none", tmp_path)
-    with pytest.raises(SystemExit) as ended:  # before the training: at once
-        trainer.stop()
-    assert ended.value.code == 143
     update = Trainer.update
 
     def interrupted(self):
