@@ -386,8 +386,9 @@ def parallel(
     """Map over items on threads, in order, with a progress bar.
 
     Args:
-        function: releases the interpreter lock, as decoding images does; results wait in memory for
-            a slow consumer, so it should return little.
+        function: releases the interpreter lock, as decoding images does. Results wait in memory for
+            a slow consumer, so it should return little; and lists rather than tensors, for small
+            tensors that lie between freed large ones keep the large ones' memory.
         items: the work.
         progress: label of the bar; None: no bar.
     """

@@ -49,10 +49,10 @@ def pick_faces(
 def class_areas(dataset: FaceDataset, ids: Sequence[str]) -> Tensor:
     """Pixels of each class in the masks of some faces, `(n, 19)` int64; no mask is kept."""
 
-    def count(name: str) -> Tensor:
-        return pixel_counts(dataset.label_map(name)[None])[0]
+    def count(name: str) -> list[int]:
+        return pixel_counts(dataset.label_map(name)[None])[0].tolist()
 
-    return torch.stack(list(parallel(count, ids)))
+    return torch.tensor(list(parallel(count, ids)))
 
 
 def faces(dataset: FaceDataset, ids: Sequence[str]) -> tuple[list[str], Tensor, Tensor]:

@@ -25,9 +25,8 @@ from ec2face_core.attributes import (
 from ec2face_core.config import Config, LossConfig
 from ec2face_core.io.paths import resolve
 from ec2face_core.losses import bounded_weights, latent_weights, long_tail_weights
-from ec2face_core.runs import parallel
 
-from .faces import RARE
+from .faces import RARE, class_areas
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
 
 
 REDUCTIONS = ("max", "mean", "nearest")
+
+CHUNK = 16  # faces whose weights are in memory at once
 
 
 def latent_side(config: Config) -> int:
@@ -77,20 +78,30 @@ def reduction_table(label_maps: Tensor, counts: Tensor, config: Config) -> DataF
     """
     import pandas as pd
 
-    pixel = long_tail_weights(label_maps, counts)
-    present = pixel_counts(label_maps) > 0
-    rows = []
-    for reduction in REDUCTIONS:
-        cells = _reduced(label_maps, counts, config, reduction)
-        ratio = F.interpolate(cells[:, None], label_maps.shape[-2:], mode="nearest")[:, 0] / pixel
-        for i, name in enumerate(CLASSES):
-            inside = label_maps == i
-            if not inside.any():
-                continue
-            best = (ratio * inside).flatten(1).amax(1)[present[:, i]]
-            kept = ratio[inside].clamp(max=1).mean()
-            lost = 100 * float((best < 0.5).float().mean())
-            rows.append((name, reduction, 100 * float(kept), lost, len(best)))
+    kept = torch.zeros(len(REDUCTIONS), NUM_CLASSES, dtype=torch.float64)
+    lost = torch.zeros(len(REDUCTIONS), NUM_CLASSES).long()
+    pixels = torch.zeros(NUM_CLASSES).long()
+    images = torch.zeros(NUM_CLASSES).long()
+    for maps in label_maps.split(CHUNK):
+        present = pixel_counts(maps)
+        pixels += present.sum(0)
+        images += (present > 0).sum(0)
+        weights = long_tail_weights(maps, counts)
+        for k, reduction in enumerate(REDUCTIONS):
+            cells = _reduced(maps, counts, config, reduction)
+            ratio = F.interpolate(cells[:, None], maps.shape[-2:], mode="nearest")[:, 0] / weights
+            for i in maps.unique().tolist():
+                inside = maps == i
+                best = (ratio * inside).flatten(1).amax(1)[present[:, i] > 0]
+                kept[k, i] += ratio[inside].clamp(max=1).double().sum()
+                lost[k, i] += (best < 0.5).sum()
+    kept = 100 * kept / pixels
+    lost = 100 * lost / images
+    rows = [
+        (CLASSES[i], reduction, float(kept[k, i]), float(lost[k, i]), int(images[i]))
+        for k, reduction in enumerate(REDUCTIONS)
+        for i in images.nonzero()[:, 0].tolist()
+    ]
     return pd.DataFrame(rows, columns=["class", "reduction", "kept", "lost", "n"])
 
 
@@ -189,11 +200,7 @@ def attribute_frequency(faces: Tensor | FaceDataset) -> DataFrame:
     """
     import pandas as pd
 
-    if isinstance(faces, Tensor):
-        counts = pixel_counts(faces)
-    else:
-        rows = parallel(lambda name: pixel_counts(faces.label_map(name)[None]), faces.ids)
-        counts = torch.cat(list(rows))
+    counts = pixel_counts(faces) if isinstance(faces, Tensor) else class_areas(faces, faces.ids)
     counts = counts.cpu().double()
     group = {i: name for name, ids in GROUPS.items() for i in ids}
     return pd.DataFrame(
