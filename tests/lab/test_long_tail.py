@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from ec2face_core.attributes import CLASS_ID, CLASSES
 from ec2face_core.config import Config, LossConfig
 from ec2face_core.data import FaceDataset
+from ec2face_core.io.paths import ROOT
 from ec2face_core.losses import class_weights
 from ec2face_lab.study import long_tail
 from ec2face_lab.study.long_tail import (
@@ -35,6 +38,28 @@ def test_attribute_frequency_by_hand():
         assert (skin.group, skin.pixel_share, skin.image_share) == ("HFA", 50, 100)
         assert (cloth.pixels, cloth.pixel_share, cloth.image_share) == (0, 0, 0)
         assert table.pixel_share.sum() == pytest.approx(100)
+
+
+COUNTING = """
+import resource, torch
+from types import SimpleNamespace
+from ec2face_lab.study.long_tail import attribute_frequency
+masks = SimpleNamespace(
+    ids=[str(i) for i in range(500)], label_map=lambda _: torch.randint(19, (512, 512))
+)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attribute_frequency(masks)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
+def test_counting_many_masks_keeps_no_memory():
+    """A small tensor of each mask, allocated where a large one was freed, kept 2 MB a mask."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTING], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 400_000  # kB; 500 masks of 2 MB
 
 
 def test_weights_and_what_reductions_lose(tiny_faces):
