@@ -308,7 +308,7 @@ def test_command_line(tiny_config, tmp_path, capsys, monkeypatch):
     path = tmp_path / "config.yaml"
     tiny_config.save(path)
     trained = []
-    monkeypatch.setattr(Trainer, "fit", lambda self: trained.append(self.config))
+    monkeypatch.setattr(Trainer, "fit", lambda self, **_: trained.append(self.config))
     assert train.main(["--config", str(path), "--set", "loss.alpha_text=2", "--steps", "7"]) == 0
     assert trained == [tiny_config.replace(**{"loss.alpha_text": 2.0, "trainer.steps": 7})]
     monkeypatch.undo()
