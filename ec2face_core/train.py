@@ -18,12 +18,11 @@ import gc
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import distributed
 
 from .command_line import add_config_options, cli, config_from_args
-from .config import VARIANTS, Config, ConfigError
+from .config import VARIANTS, ConfigError
 from .guards.checks import number
 from .guards.parent import end_with_parent
 from .guards.signals import on_signals
@@ -44,17 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError("--run-dir is of one variant: leave it out, or name the variant")
     try:
         with on_signals(signal.SIG_DFL):
+            from .trainer import Trainer  # takes seconds
+
             for variant in VARIANTS if everything else (options.variant,):
-                _train(config, variant, options.run_dir)
+                Trainer(config, variant, options.run_dir).fit(stop_on_signals=True)
                 gc.collect()  # its memory is free for the next
     finally:
         leave_group()
-
-
-def _train(config: Config, variant: str, run_dir: Path | None) -> None:
-    from .trainer import Trainer  # takes seconds
-
-    Trainer(config, variant, run_dir).fit(stop_on_signals=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

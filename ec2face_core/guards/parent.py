@@ -17,8 +17,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def end_with_parent() -> None:
     """Make this process end when its parent does, if we or torchrun started it.
 
-    On Linux; elsewhere nothing happens. The ranks of a training are children of torchrun, so each
-    of them has to call this. SIGINT then ends a rank at once, even one that waits for another.
+    On Linux only. The ranks of a training are children of torchrun, so each of them has to call
+    this. On every system SIGINT then ends a rank at once, even one that waits for another.
     """
     under_torchrun = TORCHRUN in os.environ
     if under_torchrun:

@@ -141,18 +141,26 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(tiny_config, tmp_path, m
     config = tiny_config.replace(trainer={"checkpoint_every": 100, "steps": 50})
     config.save(tmp_path / "config.yaml")
     update = Trainer.update
+    setup = Trainer.setup
+    before = []  # what signals do before the first step
+
+    def watched(self):
+        before.extend((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)))
+        setup(self)
 
     def interrupted(self):
         if self.steps_done == 2:
             os.kill(os.getpid(), sent)
         update(self)
 
+    monkeypatch.setattr(Trainer, "setup", watched)
     monkeypatch.setattr(Trainer, "update", interrupted)
     with pytest.raises(SystemExit) as end:
         train.main(
             ["--config", str(tmp_path / "config.yaml"), "--variant", "none",
              "--run-dir", str(tmp_path / "run")]
         )  # fmt: skip
+    assert before == [signal.SIG_DFL] * 2  # they end it at once
     assert end.value.code == 128 + sent
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"]
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
