@@ -11,9 +11,11 @@ DATA ?=
 OUT ?=
 DEVICE ?= cpu
 SIZE ?= 128
+RANKS ?= $(if $(filter cuda,$(DEVICE)),1,2)
 BUNDLE = --device $(DEVICE) $(if $(DATA),--data $(DATA) --out $(OUT) --size $(SIZE))
 
 PYTHON := .venv/bin/python
+ON_RANKS = $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(RANKS)
 STAMP := .venv/.up-to-date
 
 # Spinning OpenMP threads slow small models down tenfold on shared cores.
@@ -37,6 +39,7 @@ help:
 	@echo "make lab         JupyterLab on the notebooks"
 	@echo "make foundation  retrain the bundle data/mini128 from nothing (a day on two cores,"
 	@echo "                 ten minutes of a GPU with DEVICE=cuda);"
+	@echo "                 RANKS=2 processes share a step on the CPU;"
 	@echo "                 DATA=ROOT OUT=DIR SIZE=64 trains one on the faces of a folder instead"
 	@echo "make lint        ruff check and format; mypy on ec2face_core"
 	@echo "make clean       remove .venv, runs/, data/cache and caches (never data/raw)"
@@ -83,11 +86,11 @@ lab: $(STAMP)
 	$(PYTHON) -m jupyterlab notebooks
 
 foundation: $(STAMP)
-	$(PYTHON) -m ec2face_lab pretrain vae $(BUNDLE)
+	$(ON_RANKS) -m ec2face_lab pretrain vae $(BUNDLE)
 	$(PYTHON) -m ec2face_lab pretrain captions --processes 2 $(BUNDLE)
 	$(PYTHON) -m ec2face_lab pretrain latents $(BUNDLE)
-	$(PYTHON) -m ec2face_lab pretrain flux $(BUNDLE)
-	$(PYTHON) -m ec2face_lab pretrain distill $(BUNDLE)
+	$(ON_RANKS) -m ec2face_lab pretrain flux $(BUNDLE)
+	$(ON_RANKS) -m ec2face_lab pretrain distill $(BUNDLE)
 	for kind in parser clip; do for role in guiding scoring; do \
 	  $(PYTHON) -m ec2face_lab pretrain $$kind --role $$role $(BUNDLE) || exit; done; done
 	$(PYTHON) -m ec2face_lab pretrain facts $(BUNDLE)

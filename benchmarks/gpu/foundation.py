@@ -36,7 +36,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     source = Portraits(device)
 
-    training.CHECKPOINT_SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "60"))
+    training.CHECKPOINT_SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "240"))
     began = time.monotonic()
     if not (work / "vae.json").exists():
         pretrain.train_vae(source, work, 0, VAE_BATCH, vae)

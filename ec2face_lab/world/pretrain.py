@@ -9,6 +9,8 @@ rendered, on the CPU or on a GPU (`python -m ec2face_lab pretrain`):
     flux       transformer and text encoders (`pretrain_flux`)      -> runs/foundation/<bundle>
     distill    guidance, into the guidance embedding (likewise)     -> data/<bundle>/flux
 
+Under torchrun, ranks share the steps of vae, flux and distill (`ranks`).
+
 With `--data ROOT --out DIR` the stages train on photographs of faces, and everything lies in DIR.
 """
 
@@ -30,6 +32,7 @@ from ec2face_core.runs import read_metrics, whole_file, write_json
 
 from .graphs import Replayed, optimiser_options
 from .networks import SECOND, Plan, tiny_backbone
+from .ranks import rank_of, share_of
 from .sources import DataSource, dense_condition
 from .training import descend, set_learning_rates, train
 
@@ -69,7 +72,7 @@ class FaceBlocks:
 
     Args:
         source: the faces.
-        batch: faces of a step.
+        batch: faces of a step, of this rank.
         uses: so many steps in a row get the same faces.
     """
 
@@ -93,7 +96,8 @@ class FaceBlocks:
         block = number // self.steps
         if block != self._number:
             count = self.batch * self.steps
-            shown, _ = self.source.scenes(SEED, block * count, count)
+            rank, ranks = rank_of()
+            shown, _ = self.source.scenes(SEED, (block * ranks + rank) * count, count)
             condition = dense_condition(kind, shown, generator)
             self._block = (shown.image, condition, shown.label_map)
             self._number = block
@@ -131,12 +135,16 @@ def train_vae(
         samples: pictures to train on.
         batch: pictures of a step.
         seconds: limit in place of `samples`, see `training.train`; 0: none.
-        crop: side in pixels of the square that each step but the last fifth sees of a picture, a
-            multiple of 16: more steps in the same time; 0: whole pictures.
+        crop: side in pixels of the square that each step sees of a picture, a multiple of 16: more
+            steps in the same time. Those of the last fifth see half as many, but whole pictures.
+            0: all steps see whole pictures.
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     device = source.device
+    steps = 0 if seconds else samples // batch
+    seen = batch
+    batch = share_of(batch)
     vae = untrained(source).vae.train().to(device)
     channels = vae.config.latent_channels
     with torch.no_grad():  # at a noise of 1, as it would begin, latents say little for long
@@ -165,21 +173,24 @@ def train_vae(
         if crop and progress < CROPS:
             places = torch.rand(batch, 2, generator=generator, device=device)
             x, labels = _cut(x, crop, places), _cut(labels, crop, places)
+        elif crop:
+            rows = torch.randperm(batch, generator=generator, device=device)[: batch // 2]
+            x, labels = x[rows], labels[rows]
         w = detail[labels][:, None]
         side = x.shape[-1] // scale
-        noise = torch.randn(batch, channels, side, side, generator=generator, device=device)
+        noise = torch.randn(len(x), channels, side, side, generator=generator, device=device)
         return learn(x.shape[-1], x=x, w=w, noise=noise)
 
     def update(side: int, x: Tensor, w: Tensor, noise: Tensor) -> dict[str, Tensor]:
         posterior = DiagonalGaussianDistribution(_in_bf16(vae.encoder, x))
         z = posterior.mean + posterior.std * noise
         y = _in_bf16(vae.decoder, z)
-        half = _in_bf16(vae.decoder, F.avg_pool2d(z[: batch // 2], 2))
+        half = _in_bf16(vae.decoder, F.avg_pool2d(z[: len(z) // 2], 2))
         edges = (w[..., :-1, :-1] * _gradient(y - x)).mean()
         mode = posterior.mean
         spread = (mode.mean((0, 2, 3)) ** 2 + (mode.std((0, 2, 3)) - 1) ** 2).mean()
         loss = (w * (y - x).abs()).mean() + 2 * (w * (y - x) ** 2).mean() + 0.5 * edges
-        loss = loss + 0.25 * F.l1_loss(half, F.avg_pool2d(x[: batch // 2], 2))
+        loss = loss + 0.25 * F.l1_loss(half, F.avg_pool2d(x[: len(x) // 2], 2))
         loss = loss + 4 * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
         loss = loss + 1e-7 * posterior.kl().mean() + 0.01 * spread
         descend(optimizer, loss, clip=1.0)
@@ -198,14 +209,16 @@ def train_vae(
         step,
         {"vae": vae, "optimizer": optimizer},
         SEED,
-        steps=0 if seconds else samples // batch,
+        steps=steps,
         seconds=seconds,
         evaluate=evaluate,
         device=device,
     )
+    if rank_of()[0]:
+        return
     with whole_file(work / "vae.pt") as part:
         torch.save({key: value.cpu() for key, value in vae.state_dict().items()}, part)
-    seen = batch * steps_done(work / "vae")
+    seen *= steps_done(work / "vae")
     result = {**evaluate(), "samples": seen, "seconds": round(spent), "device": device_name(device)}
     write_json(work / "vae.json", result)
     print(result, flush=True)

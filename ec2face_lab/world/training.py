@@ -6,6 +6,9 @@
 Whoever trains gives `train` a function that makes one step. Random numbers of a step are a function
 of the seed and of its number, so resuming is bitwise identical to an uninterrupted run, as long as
 the learning rate does not depend on the time.
+
+Under torchrun the ranks share every step: each draws its own samples, and `descend` averages their
+gradients. On two cores two ranks of one thread train faster than two threads of one process.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from ec2face_core.config import ConfigError
 from ec2face_core.guards.ranks import locked
 from ec2face_core.runs import add_metrics, cut_metrics
 from ec2face_core.trainer import learning_rate
@@ -33,7 +37,9 @@ from ec2face_core.training.checkpoints import (
     training_tensors,
 )
 
-CHECKPOINT_SECONDS = 60.0  # of optimisation between two checkpoints; half of it on a GPU
+from .ranks import average_gradients, rank_of
+
+CHECKPOINT_SECONDS = 240.0  # of all cores between two checkpoints; an eighth of it on a GPU
 
 Step = Callable[[int, float, torch.Generator], Mapping[str, "Tensor | float"]]
 
@@ -49,7 +55,6 @@ def train(
     steps: int = 0,
     seconds: float = 0.0,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
-    is_main: bool = True,
     device: torch.device | str = "cpu",
 ) -> float:
     """Call `step` until the steps or the seconds are spent; the same call again resumes.
@@ -63,19 +68,26 @@ def train(
         seed: of the generators.
         steps: limit of the steps; 0: none.
         seconds: limit of the seconds over all runs; 0: none. On the CPU they are those of one core,
-            which other work on the machine does not shorten; on a GPU those of the clock.
-        evaluate: measures the model at every checkpoint, for the metrics log.
-        is_main: whether this process writes and shows the bar.
+            which other work on the machine does not shorten, and those of all ranks together; on a
+            GPU those of the clock.
+        evaluate: measures the model at every checkpoint, for the metrics log; on rank 0 alone.
         device: of the steps and of their generators.
 
     Returns:
         Seconds of optimisation over all runs.
 
     Raises:
-        ConfigError: another training is at work in the folder.
+        ConfigError: another training is at work in the folder; or several ranks have a GPU, or a
+            limit of seconds, at which each would end by its own clock.
     """
     from tqdm.auto import tqdm
 
+    rank, ranks = rank_of()
+    is_main = rank == 0
+    device = torch.device(device)
+    on_cpu = device.type == "cpu"
+    if ranks > 1 and (seconds or not on_cpu):
+        raise ConfigError("several ranks train on the CPU, for --samples: not --seconds, not cuda")
     alone = ExitStack()
     if is_main:
         alone.enter_context(locked(folder))
@@ -88,10 +100,8 @@ def train(
     if is_main:
         cut_metrics(folder, number)
     saved = spent
-    device = torch.device(device)
-    on_cpu = device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
-    interval = CHECKPOINT_SECONDS if on_cpu else CHECKPOINT_SECONDS / 2
+    interval = CHECKPOINT_SECONDS if on_cpu else CHECKPOINT_SECONDS / 8
     rows: list[dict[str, Tensor | float]] = []  # read only when saved: reading waits for a GPU
 
     def save() -> None:
@@ -111,12 +121,13 @@ def train(
         while spent < (seconds or math.inf) and not (steps and number >= steps):
             began = clock()
             progress = min(1.0, spent / seconds) if seconds else number / steps
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
+            generator = torch.Generator(device)
+            generator.manual_seed(seed * 1_000_003 + number + rank * 10**15)
             values = step(number, progress, generator)
             number += 1
             if not on_cpu and number % 16 == 0:
                 torch.cuda.synchronize()  # so that the clock does not run ahead of the GPU
-            spent += clock() - began
+            spent += (clock() - began) * ranks
             kept = {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
             rows.append({"step": number, "seconds": spent} | kept)
             bar.update(min(round(spent) if seconds else number, total) - bar.n)
@@ -164,9 +175,13 @@ def set_learning_rates(
 
 
 def descend(optimizer: Optimizer, loss: Tensor, clip: float = 0.0) -> None:
-    """One optimiser step down the gradient of `loss`, whose norm is clipped where `clip` > 0."""
+    """One optimiser step down the ranks' mean gradient of `loss`, whose norm is clipped to `clip`.
+
+    clip: 0: the norm is not clipped.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    average_gradients([p for g in optimizer.param_groups for p in g["params"]])
     if clip:
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     optimizer.step()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from ec2face_core.config import ConfigError
+from ec2face_core.io.paths import ROOT
 from ec2face_core.runs import read_metrics
 from ec2face_lab.world import training
+from ec2face_lab.world.ranks import share_of
 
 
 class Killed(Exception):
@@ -105,3 +110,57 @@ def test_the_moving_average_lags_behind_and_buffers_do_not():
         mean = sum(expected) / len(expected)  # this decay makes it the mean of all updates
         assert average.module.weight.item() == pytest.approx(mean)
         assert average.module.running_mean.item() == value
+
+
+RANK = """
+import sys
+from pathlib import Path
+import torch
+from ec2face_lab.world import training
+from ec2face_lab.world.ranks import join_ranks, rank_of, share_of
+
+join_ranks()
+folder = Path(sys.argv[1])
+net = torch.nn.Linear(3, 1, bias=False)
+torch.nn.init.zeros_(net.weight)
+optimizer = torch.optim.SGD(net.parameters(), 0.1)
+
+def step(number, progress, generator):
+    x = torch.randn(share_of(8), 3, generator=generator)
+    loss = (net(x) - x.sum(1, keepdim=True)).square().mean()
+    training.descend(optimizer, loss)
+    return {"loss": loss}
+
+training.train(folder / "run", step, {"net": net}, 3, steps=int(sys.argv[2]))
+torch.save(net.weight, folder / f"{rank_of()[0]}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_descend_their_mean_gradient_and_resume(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for steps in (2, 5):
+        subprocess.run([*torchrun, str(script), str(tmp_path), str(steps)], cwd=ROOT, check=True)
+    weight = torch.zeros(1, 3)
+    for number in range(5):
+        gradient = torch.zeros(1, 3)
+        for rank in range(2):
+            generator = torch.Generator().manual_seed(3 * 1_000_003 + number + rank * 10**15)
+            x = torch.randn(4, 3, generator=generator)
+            error = x @ weight.T - x.sum(1, keepdim=True)
+            gradient += 2 * (error * x).mean(0, keepdim=True) / 2
+        weight -= 0.1 * gradient
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt").allclose(weight, atol=1e-6)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_ranks_must_share_a_step_equally(monkeypatch, tmp_path):
+    monkeypatch.setattr("ec2face_lab.world.ranks.rank_of", lambda: (0, 3))
+    with pytest.raises(ConfigError, match="3 ranks cannot share a step of 16 samples"):
+        share_of(16)
+    monkeypatch.setattr(training, "rank_of", lambda: (0, 2))
+    with pytest.raises(ConfigError, match="not --seconds"):
+        training.train(tmp_path, lambda *_: {}, {}, 3, seconds=1.0)
