@@ -121,6 +121,25 @@ def length_figure(
 
 
 @styled
+def trade_figure(trade: DataFrame) -> Figure:
+    """Recall of the rare classes against their precision and against HFA; the front is filled.
+
+    trade: of `sweeps.rare_trade`.
+    """
+    fig = new_figure(9, 3.8)
+    for ax, other in zip(fig.subplots(1, 2, sharey=True), ("precision", "HFA"), strict=True):
+        for row in trade.to_dict("records"):
+            face = BLUE if row["front"] else "white"
+            ax.plot(row[other], row["recall"], "o", color=BLUE, mfc=face, ms=5)
+            ax.annotate(row["label"], (row[other], row["recall"]), (4, 3),
+                        textcoords="offset points", fontsize=6.5)  # fmt: skip
+        ax.set_xlabel("precision of RFA (%)" if other == "precision" else "HFA (%)")
+        ax.margins(x=0.25, y=0.12)
+    fig.axes[0].set_ylabel("RFA, recall (%)")
+    return fig
+
+
+@styled
 def fairness_figure(
     rows: DataFrame,
     names: Mapping[str, str],

@@ -4,7 +4,8 @@ A point is a variant of Tables 3 and 4 with some settings replaced, trained with
 run, LoRA and pictures lie in `runs/<profile>/sweeps/<sweep>-<point>`; a point whose settings are
 the profile's own uses the kept LoRA. Test faces are never looked at: these numbers choose settings.
 A point has one training, so what a sweep shows is exploratory: its intervals are over faces, and
-the range of two or three other trainings is too small a sample to be a test.
+the range of two or three other trainings is too small a sample to be a test. Points of `TRAININGS`
+have several, and are judged.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ec2face_core.attributes import CLASSES, GROUPS
 from ec2face_core.config import Config, NotInProfileError, adapter_dir, adapter_name, trained_seeds
 from ec2face_core.io.lora_file import LORA_FILE
 from ec2face_core.losses import NEVER_FADES
 from ec2face_core.runs import read_metrics
 
 from ..cache import kept_file
-from ..plots.differences import length_figure, noise_band, sweep_figure
+from ..plots.differences import length_figure, noise_band, sweep_figure, trade_figure
 from ..plots.save import read_rows, save_rows
 from .ablation import parameter_count, retrain
+from .collapse import plus_verdict, spread_rows
 from .pictures import PictureSet
 from .summary import summarise, summarise_difference
-from .tables import with_seed
+from .tables import picture_sets, scored, set_rows, with_seed
 from .unimodal import one_condition
 
 if TYPE_CHECKING:
@@ -58,6 +61,20 @@ def _weights(normalize: str, clip: float, scope: str = "dataset", reduction: str
         "loss.scope": scope,
         "loss.reduction": reduction,
     }
+
+
+def _bounded(clip: float, floor: float = 0.0, weighting: str = "inverse") -> dict[str, Any]:
+    return {
+        "loss.normalize": "constant",
+        "loss.clip": clip,
+        "loss.floor": floor,
+        "loss.weighting": weighting,
+    }
+
+
+def _alpha(text: float, mask: float, **settings: Any) -> dict[str, Any]:
+    others = {f"loss.{name}": value for name, value in settings.items()}
+    return {"loss.alpha_text": text, "loss.alpha_mask": mask, **others}
 
 
 def _beta(steepness: float = 10.0, center: float = 0.4, alpha: float = 0.5) -> dict:
@@ -119,7 +136,43 @@ SWEEPS: dict[str, dict[str, Point]] = {
         for steps in (1200, 300, 600, 2400)
         for method in ("none", "without_ltal")
     },
+    "long-tail": {
+        "none": Point("no weights", "without_ltal"),
+        "raw": Point("Eq. 10 as printed", settings=_weights("none", 0.0)),
+        **{f"clip-{c}": Point(f"clipped at {c}", settings=_bounded(c)) for c in (3, 10, 30)},
+        **{f"floor-{c}": Point(f"from 1 to {c}", settings=_bounded(c, 1.0)) for c in (3, 10, 30)},
+        "sqrt": Point("square root", settings=_bounded(0, weighting="sqrt")),
+        "effective": Point("effective number", settings=_bounded(0, weighting="effective")),
+        "faces-0.2": Point("20 % rare faces", "without_ltal", {"trainer.rare_faces": 0.2}),
+        "faces-0.4": Point("40 % rare faces", "without_ltal", {"trainer.rare_faces": 0.4}),
+        "both": Point(
+            "20 % rare faces, from 1 to 10",
+            settings={**_bounded(10, 1.0), "trainer.rare_faces": 0.2},
+        ),
+    },
+    "consistency": {
+        "none": Point("no consistency loss", "none"),
+        "text": Point("text, α = 0.5", "text"),
+        "text-5": Point("text, α = 5", "text", _alpha(5.0, 0.0)),
+        "text-all": Point(
+            "text, α = 0.5, LoRA on all tokens",
+            "text",
+            {**_alpha(0.5, 0.0), "lora.tokens": "all"},
+        ),
+        "all": Point("no loss, LoRA on all tokens", "none", {"lora.tokens": "all"}),
+        "mask": Point("mask, α = 0.5", "mask"),
+        # 19 times the mean over classes, which is balance 19/20 of a loss ten times as large
+        "mask-summed": Point("mask, entropy summed", "mask", _alpha(0.0, 5.0, balance=0.95)),
+        "mask-20": Point("mask, α = 20", "mask", _alpha(0.0, 20.0)),
+        "own-2": Point("mask on own paths, α = 2", "mask", _alpha(0.0, 2.0, states="own")),
+        "own-5": Point("mask on own paths, α = 5", "mask", _alpha(0.0, 5.0, states="own")),
+        "own-both": Point(
+            "both on own paths, α = 0.5 and 5", "both", _alpha(0.5, 5.0, states="own")
+        ),
+    },
 }
+
+TRAININGS = {"consistency": 3}  # of each point; of the others one
 
 QUESTIONS: dict[str, str] = {
     "weights": "Long-tail weights: Eq. 10 as printed (raw), brought to mean square 1, clipped; "
@@ -131,6 +184,12 @@ QUESTIONS: dict[str, str] = {
     "1.7 times faster (`benchmarks/step-tiny.csv`).",
     "lora": "Where the LoRA acts, and its rank.",
     "dropout": "Condition dropout, p of Eq. 13, with the scores of text and of mask alone.",
+    "long-tail": "What brings rare classes: weights (Eq. 10 as printed, bounded above, above and "
+    "below, its root, the effective number), faces with a rare class more often, or both. Recall "
+    "of the rare classes against their precision.",
+    "consistency": "The losses of text and mask, each by itself; Eq. 7's cross-entropy averaged or "
+    "summed over classes; the LoRA on all tokens; and the mask loss on the model's own paths. "
+    "Three trainings a point, and measures of collapse (`collapse.plus_verdict`).",
     "length": "Length of training, with and without long-tail weights: would longer training bring "
     "their gain as well?",
 }
@@ -151,7 +210,7 @@ def train_sweeps(config: Config, sweeps: Sequence[str] = tuple(SWEEPS)) -> None:
         for name, point in SWEEPS[sweep].items():
             other = point_config(config, sweep, name)
             if other is not config:
-                retrain(other, (point.method,))
+                retrain(other, (point.method,), TRAININGS.get(sweep, 1))
 
 
 def sweep_rows(config: Config, sweep: str) -> DataFrame:
@@ -164,24 +223,70 @@ def sweep_rows(config: Config, sweep: str) -> DataFrame:
     import pandas as pd
 
     reference = next(iter(SWEEPS[sweep]))
-    scores: dict[str, DataFrame] = {}
+    trainings = TRAININGS.get(sweep, 1)
+    sets: dict[str, list[PictureSet]] = {}
     parts = []
     for name, point in SWEEPS[sweep].items():
         other = point_config(config, sweep, name)
-        pictures = PictureSet(other, point.method, SPLIT)
-        scores[name] = pictures.scores()
-        labels = {"method": name, "dataset": pictures.dataset.root.name, "config": config}
-        parts.append(summarise([scores[name]], sweep, **labels))
+        sets[name] = picture_sets(other, point.method, SPLIT, trainings)
+        parts.append(_point_rows(config, sweep, name, [sets[name]]))
         parts.append(_training_rows(other, point.method).assign(table=sweep, method=name))
         if sweep == "dropout":
             alone = one_condition(other, point.method, SPLIT)
             parts.append(alone.assign(table=sweep, method=name))
         if name != reference:
             minus = f"{sweep}, {MINUS.format(reference)}"
-            sides = ([scores[name]], [scores[reference]])
-            difference = summarise_difference(*sides, minus, **labels)
-            parts.append(difference)
+            parts.append(_point_rows(config, minus, name, [sets[name], sets[reference]]))
+            for k, pair in enumerate(zip(sets[name], sets[reference], strict=True)):
+                if trainings > 1:
+                    label = f"{name}, seed {config.seed + k}"
+                    parts.append(_point_rows(config, minus, label, [[side] for side in pair]))
     return pd.concat(parts, ignore_index=True)
+
+
+def _point_rows(
+    config: Config, table: str, name: str, sides: Sequence[Sequence[PictureSet]]
+) -> DataFrame:
+    """Long rows of a point's trainings, or of one side's minus the other's."""
+    import pandas as pd
+
+    labels = {"table": table, "method": name, "dataset": sides[0][0].dataset.root.name}
+    scores = [scored(side) for side in sides]
+    if len(sides) == 1:
+        parts = [summarise(scores[0], config=config, **labels)]
+    else:
+        parts = [summarise_difference(scores[0], scores[1], config=config, **labels)]
+    if len(sides[0]) > 1:
+        parts += set_rows(config, sides, labels)
+        if len(sides) == 1:
+            parts.append(spread_rows(sides[0], table, name))
+    return pd.concat(parts, ignore_index=True)
+
+
+def judged_points(rows: DataFrame, sweep: str) -> DataFrame:
+    """What `collapse.plus_verdict` says of each point of a sweep with several trainings.
+
+    Returns:
+        Rows point, verdict, against.
+    """
+    import pandas as pd
+
+    reference = next(iter(SWEEPS[sweep]))
+    minus = rows[rows["table"] == f"{sweep}, {MINUS.format(reference)}"]
+    scores = dict(tuple(rows[rows["table"] == sweep].groupby("method")))
+    judged = []
+    for name, point in SWEEPS[sweep].items():
+        if name == reference or name not in scores:
+            continue
+        alone = minus[minus["method"].str.startswith(f"{name}, seed ")].groupby("method")
+        verdict, against = plus_verdict(
+            scores[name],
+            minus[minus["method"] == name],
+            [part for _, part in alone],
+            scores[reference],
+        )
+        judged.append((point.label, verdict, "; ".join(against)))
+    return pd.DataFrame(judged, columns=["point", "verdict", "against"])
 
 
 def noise_rows(config: Config) -> DataFrame:
@@ -267,6 +372,8 @@ def plot_sweep(rows: DataFrame, sweep: str) -> Figure:
     if sweep == "length":
         scores = rows[(rows["critic"] == "independent") & (rows["table"] == "length")]
         return length_figure(scores, length_series(), "optimiser steps")
+    if sweep == "long-tail":
+        return trade_figure(rare_trade(rows, sweep))
     return sweep_figure(*compared(rows, sweep))
 
 
@@ -286,6 +393,10 @@ def conclusion(
     differences, noise, labels, reference = compared(rows, sweep)
     if differences.empty:
         return "Not trained yet: `make reproduce SWEEPS=1`."
+    if sweep in TRAININGS:
+        judged = judged_points(rows, sweep).to_dict("records")
+        said = [f"{r['point']}: {r['verdict']} ({r['against'] or 'in all'})" for r in judged]
+        return f"Compared with {reference}, {TRAININGS[sweep]} trainings each. {'; '.join(said)}."
     parts = []
     for metric in metrics:
         low, high = noise_band(noise, metric)
@@ -299,10 +410,35 @@ def conclusion(
         if effects:
             parts.append(f"{metric}: {', '.join(effects)}")
     summary = "; ".join(parts) or "none"
-    return (
+    said = (
         "Exploratory (one training a point, intervals over faces). Differences to "
         f"{reference} that exclude 0 and exceed the other seeds: {summary}."
     )
+    if sweep == "long-tail":
+        trade = rare_trade(rows, sweep)
+        front = ", ".join(trade["label"][trade["front"]])
+        said += f" No other point has both more recall and more precision of RFA: {front}."
+    return said
+
+
+def rare_trade(rows: DataFrame, sweep: str, role: str = "independent") -> DataFrame:
+    """What a sweep's points pay for the recall of rare classes.
+
+    Returns:
+        Rows label, recall and precision of RFA (means over its classes), HFA, and front: whether no
+        other point has at least as much of both and more of one.
+    """
+    scores = rows[(rows["table"] == sweep) & (rows["critic"] == role)]
+    table = scores.pivot(index="method", columns="metric", values="value").astype(float)
+    table = table.reindex(list(SWEEPS[sweep])).dropna(how="all")
+    names = [f"precision_{CLASSES[i]}" for i in GROUPS["RFA"]]
+    trade = table[["RFA", "HFA"]].rename(columns={"RFA": "recall"})
+    trade["precision"] = table[names].mean(axis=1)
+    both = trade[["recall", "precision"]].to_numpy()
+    beaten = (both[None] >= both[:, None]).all(2) & (both[None] > both[:, None]).any(2)
+    trade["front"] = ~beaten.any(1)
+    trade["label"] = [SWEEPS[sweep][name].label for name in trade.index]
+    return trade.reset_index(drop=True)
 
 
 def sweep_table(rows: DataFrame, sweep: str, role: str = "independent") -> DataFrame:

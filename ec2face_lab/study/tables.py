@@ -121,7 +121,7 @@ def table_rows(
         labels = {"table": table, "method": name, "dataset": sets[method][0].dataset.root.name}
         labels["seeds"] = seed_label(config, seeds) if method in VARIANTS else ""
         parts.append(summarise(scored(sets[method]), config=config, **labels))
-        parts += _set_rows(config, [sets[method]], labels)
+        parts += set_rows(config, [sets[method]], labels)
     rows = pd.concat(parts, ignore_index=True)
     if metrics:
         beside = [F1_OF[metric] for metric in metrics if metric in F1_OF]
@@ -130,7 +130,7 @@ def table_rows(
     return rows.reset_index(drop=True)
 
 
-def _set_rows(
+def set_rows(
     config: Config, sides: Sequence[Sequence[PictureSet]], labels: Mapping[str, str]
 ) -> list[DataFrame]:
     """KID, CMMD and Diversity of one method, or of the first minus the second."""
@@ -215,7 +215,7 @@ def difference_rows(
         labels = {"table": table, "method": name, "dataset": sets[first][0].dataset.root.name}
         labels["seeds"] = seed_label(config, seeds)
         parts.append(summarise_difference(scores[first], scores[second], config=config, **labels))
-        parts += _set_rows(config, [sets[first], sets[second]], labels)
+        parts += set_rows(config, [sets[first], sets[second]], labels)
     rows = pd.concat(parts, ignore_index=True)
     kept = rows["metric"].isin(MAIN) | rows["metric"].str.startswith(FACT)
     return rows[kept].reset_index(drop=True)

@@ -138,3 +138,51 @@ def test_a_conclusion_needs_more_than_another_seed_brings(monkeypatch):
 def test_command_line_lists_the_points(capsys):
     assert main(["sweeps", "--list", "--only", "attention"]) == 0
     assert "attention-decoupled" in capsys.readouterr().out
+
+
+def test_the_front_of_recall_and_precision(monkeypatch):
+    points = {name: Point(name.upper()) for name in "abcd"}
+    monkeypatch.setattr(sweeps, "SWEEPS", {"long-tail": points})
+    values = {"a": (50, 80, 80), "b": (60, 70, 74), "c": (55, 60, 80), "d": (60, 60, 80)}
+    rows = pd.DataFrame(
+        [
+            {"table": "long-tail", "method": name, "metric": metric, "value": value}
+            for name, (recall, ear, neck) in values.items()
+            for metric, value in (
+                ("RFA", recall),
+                ("precision_ear_r", ear),
+                ("precision_neck_l", neck),
+                ("HFA", 90),
+            )
+        ]
+    ).assign(critic="independent")
+    trade = sweeps.rare_trade(rows, "long-tail").set_index("label")
+    assert dict(trade["precision"]) == {"A": 80, "B": 72, "C": 70, "D": 70}
+    assert list(trade.index[trade["front"]]) == ["A", "B"], "B has D's recall, more precision"
+    assert sweeps.plot_sweep(rows, "long-tail").axes
+
+
+def test_points_with_several_trainings_are_judged(monkeypatch):
+    points = {"none": Point("none"), "own": Point("on own paths")}
+    monkeypatch.setattr(sweeps, "SWEEPS", {"consistency": points})
+
+    def row(table, method, metric, value, low=None, high=None):
+        bounds = {"ci_low": low, "ci_high": high}
+        return {"table": table, "method": method, "metric": metric, "value": value} | bounds
+
+    rows = []
+    for metric, gain in (("mIoU", 2.0), ("OAA", 1.0), ("HFA", 0.0), ("Text", 1.0)):
+        rows.append(row("consistency", "none", metric, 50.0))
+        rows.append(row("consistency", "own", metric, 50.0 + gain))
+        for name in ("own", *(f"own, seed {k}" for k in (42, 43, 44))):
+            low, high = gain - 0.5, gain + 0.5
+            rows.append(row("consistency, minus none", name, metric, gain, low, high))
+    for method, spread in (("none", 0.5), ("own", 0.5)):
+        rows.append(row("consistency", method, "spread of skin", spread))
+    frame = pd.DataFrame(rows).assign(critic="independent")
+    assert sweeps.judged_points(frame, "consistency")["verdict"].tolist() == ["better"]
+    assert "on own paths: better (in all)" in sweeps.conclusion(frame, "consistency")
+    frame.loc[frame["metric"].eq("spread of skin") & frame["method"].eq("own"), "value"] = 0.4
+    judged = sweeps.judged_points(frame, "consistency")
+    assert judged["verdict"].tolist() == ["collapsed"]
+    assert judged["against"][0] == "spread of skin is 20.0 % worse"

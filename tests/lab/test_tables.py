@@ -67,7 +67,7 @@ def test_a_table_s_pictures_are_generated_in_one_start_a_seed(config, monkeypatc
     (tmp_path / "baselines" / "uac" / WEIGHTS).touch()
     methods = ("UaC", "ControlNeXt", "both", "none", "real")
     monkeypatch.setattr(tables, "scored", lambda sets: [frame(["0"], 20.0, 8)])
-    monkeypatch.setattr(tables, "_set_rows", lambda *arguments: [])
+    monkeypatch.setattr(tables, "set_rows", lambda *arguments: [])
     tables.table_rows(config, "table1", {name: name for name in methods}, seeds=2)
     sampled = [words[words.index("--method") + 1 : words.index("--split")] for words in started]
     assert sampled == [("UaC", "both"), ("both",)]
