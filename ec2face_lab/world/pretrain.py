@@ -156,7 +156,7 @@ def train_vae(
     held_out = source.held_out_scenes(SEED, 64).image
     # Weights of small parts (eyes, lips, jewellery) replace the perceptual loss of a large model.
     counts = pixel_counts(source.held_out_scenes(SEED, 256).label_map.cpu()).sum(0)
-    detail = class_weights(counts).pow(0.35).clamp(max=8).float()
+    detail = class_weights(counts).pow(0.5).clamp(max=12).float()
     detail = (detail / (detail * counts / counts.sum()).sum()).to(device)
     # a low resolution is no harder to encode than the face itself
     kinds = [kind for kind in source.condition_shares if kind != "low resolution"]
