@@ -42,6 +42,8 @@ from .training import Bf16Twin, blend, descend, set_learning_rates, train
 
 Precision = Callable[[torch.device], AbstractContextManager]
 
+WORTH_COMPILING = 20_000  # samples of a training
+
 GUIDANCE = (1.0, 6.0)  # range of the guidance that is distilled
 
 
@@ -130,7 +132,7 @@ def local_attention_init(transformer: nn.Module) -> None:
 
 
 def _fastest(
-    model: TextToVelocity, device: torch.device
+    model: TextToVelocity, device: torch.device, samples: int
 ) -> tuple[Callable[..., Tensor], Callable[[Optimizer, Tensor, float], None], Precision]:
     """Forward pass, optimiser step and precision that suit the device.
 
@@ -142,13 +144,16 @@ def _fastest(
     if device.type == "cuda":
         twin = Bf16Twin(model)
         return twin, twin.descend, lambda _: nullcontext()
-    _compile(model)
+    _compile(model, samples)
     return model, descend, autocast
 
 
-def _compile(model: TextToVelocity) -> None:
-    """Fuse what lies between the CPU's products: 1.6 times as fast (two cores, torch 2.15)."""
-    if any(map(shutil.which, ("g++", "clang++"))):
+def _compile(model: TextToVelocity, samples: int) -> None:
+    """Fuse what lies between the CPU's products: 1.6 times as fast (two cores, torch 2.15).
+
+    A short training would end before it is compiled, which takes minutes.
+    """
+    if samples >= WORTH_COMPILING and any(map(shutil.which, ("g++", "clang++"))):
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
@@ -193,7 +198,7 @@ def train_flux(
         model.parameters(), weight_decay=0.01, betas=(0.9, 0.99), **optimiser_options(device, lr)
     )
     pool = Pool(work, device)
-    net, learn, precision = _fastest(model, device)
+    net, learn, precision = _fastest(model, device, samples)
 
     def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         set_learning_rates(optimizer, progress, WARMUP)
@@ -305,11 +310,11 @@ def distill_guidance(
         trainable, weight_decay=0.0, betas=(0.9, 0.99), **optimiser_options(device, lr)
     )
     pool = Pool(work, device)
-    net, learn, precision = _fastest(model, device)
+    net, learn, precision = _fastest(model, device, samples)
     if device.type == "cuda":
         teacher.to(torch.bfloat16)
     else:
-        _compile(teacher)
+        _compile(teacher, samples)
 
     def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         set_learning_rates(optimizer, progress, WARMUP)
