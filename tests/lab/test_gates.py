@@ -1,6 +1,7 @@
 """The gates of a bundle, on networks whose answers are known."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,3 +85,22 @@ def test_a_bundle_without_a_base_does_not_pass(monkeypatch, tiny_config):
     passed = set(table.index[table["holds"]])
     assert passed == set(inner)
     assert table["value"].isna().sum() == len(gates.WANTED) - len(inner)
+
+
+def test_an_autoencoder_is_measured_before_there_is_a_base(monkeypatch, tiny_config, tmp_path):
+    trained = torch.nn.Identity()
+    name = "autoencoder: OAA, % of the real images'"
+    monkeypatch.setattr(gates, "Portraits", lambda _: ProceduralFaces())
+    monkeypatch.setattr(gates.FaceParser, "from_config", lambda *_: None)
+    monkeypatch.setattr(gates, "load_facts", lambda *_: None)
+    monkeypatch.setattr(gates, "_perception", lambda *_: {})
+    monkeypatch.setattr(gates, "_retrieval", lambda *_: {})
+    monkeypatch.setattr(gates, "work_folder", lambda _: tmp_path)
+    monkeypatch.setattr(gates, "with_trained_vae", lambda *_: SimpleNamespace(vae=trained))
+    monkeypatch.setattr(gates, "_round_trip", lambda _, __, vae: {name: 98.5 * (vae is trained)})
+    config = tiny_config.replace(backbone={"path": "data/nothing"})
+    assert gates.measure_gates(config, faces=2)["value"].isna().all()
+    (tmp_path / "vae.json").write_text("{}")
+    table = gates.measure_gates(config, faces=2).set_index("gate")
+    assert table.loc[name].tolist() == [98.5, 98.0, True]
+    assert table["value"].notna().sum() == 1
