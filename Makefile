@@ -88,7 +88,7 @@ lab: $(STAMP)
 foundation: $(STAMP)
 	$(ON_RANKS) -m ec2face_lab pretrain vae $(BUNDLE)
 	$(PYTHON) -m ec2face_lab pretrain captions --processes 2 $(BUNDLE)
-	$(PYTHON) -m ec2face_lab pretrain latents $(BUNDLE)
+	$(ON_RANKS) -m ec2face_lab pretrain latents $(BUNDLE)
 	$(ON_RANKS) -m ec2face_lab pretrain flux $(BUNDLE)
 	$(ON_RANKS) -m ec2face_lab pretrain distill $(BUNDLE)
 	for kind in parser clip; do for role in guiding scoring; do \

@@ -10,7 +10,7 @@
     python -m ec2face_lab pretrain facts                      # attribute evaluator
     python -m ec2face_lab pretrain gates                      # are they good enough?
 
-On two cores two ranks train vae, flux and distill faster than one process does:
+On two cores two ranks do vae, latents, flux and distill faster than one process does:
 `torchrun --nproc-per-node 2 -m ec2face_lab pretrain flux`.
 
 With `--data ROOT --out DIR` the same on photographs of faces. Every stage can be stopped and run
@@ -56,7 +56,7 @@ BATCH = {
     "cuda": {"vae": 128, "flux": 512, "distill": 512},
 }
 RATE = {"flux": 1.2e-3, "distill": 3e-4}
-SHARED = ("vae", "flux", "distill")  # by the ranks of torchrun
+SHARED = ("vae", "latents", "flux", "distill")  # by the ranks of torchrun
 BUNDLE = ROOT / "data" / "mini128"
 
 
@@ -111,11 +111,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             stage.add_argument(
                 "--processes", type=number(1), default=1, help="that tokenise captions"
             )
-        if name == "latents":
-            stage.add_argument("--part", type=number(0), default=0, help="number of this part")
-            stage.add_argument(
-                "--parts", type=number(1), default=1, help="parts of the pool in all"
-            )
         if name in {"parser", "clip"}:
             stage.add_argument(
                 "--role", choices=tuple(pretrain_perception.ROLES), required=True,
@@ -159,7 +154,7 @@ def _foundation(options: argparse.Namespace, source: DataSource) -> None:
         pool.encode_captions(source, work, samples, options.processes)
         return
     if options.stage == "latents":
-        pool.encode_pool(source, work, samples, options.part, options.parts)
+        pool.encode_pool(source, work, samples)
         return
     batch = options.batch or {**BATCH["cpu"], **BATCH[options.device]}[options.stage]
     if options.stage == "vae":

@@ -7,24 +7,31 @@ that a training step only gathers rows.
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ec2face_core.backbone import encode_images
-from ec2face_core.runs import whole_file
+from ec2face_core.runs import content_key, path_digest, whole_file, write_json
 
 from .pretrain import SEED, autocast, untrained, with_trained_vae
+from .ranks import rank_of
 from .sources import DataSource, caption_of, dense_condition
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 POOL = 10**6  # number of the first face of the pool
 
 POOL_BATCH = 512  # faces of the pool that are sampled and encoded together
+
+PART = 8  # such batches in a file
 
 CAPTIONS = 4  # of each face of the pool
 
@@ -51,7 +58,7 @@ def _caption_ids(
 
 
 def encode_captions(source: DataSource, work: Path, faces: int, processes: int = 1) -> None:
-    """Write the token ids of the captions of the pool, `work/captions.pt`.
+    """Write the token ids of the captions of the pool, `work/captions.pt`, if it is not there yet.
 
     Args:
         source: the faces.
@@ -61,6 +68,10 @@ def encode_captions(source: DataSource, work: Path, faces: int, processes: int =
     """
     from tqdm.auto import tqdm
 
+    path = work / "captions.pt"
+    key = content_key([source.key(), faces])
+    if _is_kept(path, key):
+        return
     backbone = untrained(source)
     tokenizers = (backbone.tokenizer, backbone.tokenizer_2)
     batch = min(POOL_BATCH, faces)
@@ -75,48 +86,80 @@ def encode_captions(source: DataSource, work: Path, faces: int, processes: int =
     else:
         ids = list(tqdm(parts, **bar))
     null = _ids_of(tokenizers, [""])[0]
-    with whole_file(work / "captions.pt") as path:
-        torch.save({"ids": torch.cat(ids), "null": null}, path)
+    with whole_file(path) as file:
+        torch.save({"ids": torch.cat(ids), "null": null}, file)
+    write_json(path.with_suffix(".json"), {"key": key})
 
 
 @torch.no_grad()
-def encode_pool(source: DataSource, work: Path, faces: int, part: int = 0, parts: int = 1) -> None:
-    """Encode faces and two dense conditions of each; writes `work/pool<part>.pt`.
+def encode_pool(source: DataSource, work: Path, faces: int) -> None:
+    """Encode faces and two dense conditions of each; writes `work/pool_000.pt` and so on.
+
+    Parts that are there already, of the same faces and autoencoder, stay. Ranks share the others.
 
     Args:
         source: the faces.
         work: folder of the trained autoencoder and of the pool.
-        faces: size of the whole pool.
-        part: number of this part, from 0, for several processes.
-        parts: number of parts.
+        faces: size of the pool.
     """
-    from tqdm.auto import trange
+    from tqdm.auto import tqdm
 
     device = source.device
     vae = with_trained_vae(source, work).vae.to(device)
-    z_image = []
-    z_condition = []
-    shares = torch.tensor(list(source.condition_shares.values()), device=device)
     batch = min(POOL_BATCH, faces)
-    first = faces // batch * part // parts
-    last = faces // batch * (part + 1) // parts
-    for number in trange(first, last, desc=f"pool, part {part}", mininterval=1):
-        generator = torch.Generator(device).manual_seed(number)
-        shown, _ = source.scenes(SEED, POOL + number * batch, batch)
-        pair = []
-        for _ in range(2):
-            kinds = torch.multinomial(shares, batch, True, generator=generator)
-            pictures = torch.empty_like(shown.image)
-            for k, kind in enumerate(source.condition_shares):
-                chosen = (kinds == k).view(-1, 1, 1, 1)
-                pictures = torch.where(chosen, dense_condition(kind, shown, generator), pictures)
-            pair.append(pictures)
-        with autocast(device):
-            z = encode_images(vae, torch.cat([shown.image, *pair])).half()
-        z_image.append(z[:batch].cpu())
-        z_condition.append(z[batch:].unflatten(0, (2, batch)).transpose(0, 1).cpu())
-    with whole_file(work / f"pool{part}.pt") as path:
-        torch.save({"image": torch.cat(z_image), "condition": torch.cat(z_condition)}, path)
+    numbers = range(faces // batch)
+    parts = [numbers[i : i + PART] for i in range(0, len(numbers), PART)]
+    key = content_key([source.key(), faces, batch, path_digest(work / "vae.pt")])
+    rank, ranks = rank_of()
+    for number, path in _parts(work):
+        if number >= len(parts) and rank == 0:
+            path.unlink()
+    mine = range(rank, len(parts), ranks)
+    lacking = [i for i in mine if not _is_kept(work / f"pool_{i:03}.pt", key)]
+    total = sum(len(parts[i]) for i in lacking)
+    with tqdm(desc="pool", total=total, mininterval=1, disable=rank > 0) as bar:
+        for i in lacking:
+            encoded = []
+            for k in parts[i]:
+                encoded.append(_encoded(source, vae, k, batch))
+                bar.update()
+            images, conditions = (torch.cat(part) for part in zip(*encoded, strict=True))
+            path = work / f"pool_{i:03}.pt"
+            with whole_file(path) as file:
+                torch.save({"image": images, "condition": conditions}, file)
+            write_json(path.with_suffix(".json"), {"key": key})
+
+
+def _encoded(
+    source: DataSource, vae: AutoencoderKL, number: int, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Latents of one batch of the pool, `b c h w`, and of two conditions of each, `b 2 c h w`."""
+    device = source.device
+    shares = torch.tensor(list(source.condition_shares.values()), device=device)
+    generator = torch.Generator(device).manual_seed(number)
+    shown, _ = source.scenes(SEED, POOL + number * batch, batch)
+    pair = []
+    for _ in range(2):
+        kinds = torch.multinomial(shares, batch, True, generator=generator)
+        pictures = torch.empty_like(shown.image)
+        for k, kind in enumerate(source.condition_shares):
+            chosen = (kinds == k).view(-1, 1, 1, 1)
+            pictures = torch.where(chosen, dense_condition(kind, shown, generator), pictures)
+        pair.append(pictures)
+    with autocast(device):
+        z = encode_images(vae, torch.cat([shown.image, *pair])).half()
+    return z[:batch].cpu(), z[batch:].unflatten(0, (2, batch)).transpose(0, 1).cpu()
+
+
+def _parts(work: Path) -> list[tuple[int, Path]]:
+    """The parts of a pool that are there, in their order."""
+    return [(int(path.stem.removeprefix("pool_")), path) for path in sorted(work.glob("pool_*.pt"))]
+
+
+def _is_kept(path: Path, key: str) -> bool:
+    """Whether a file is complete, and what the key stands for."""
+    note = path.with_suffix(".json")
+    return path.is_file() and note.is_file() and json.loads(note.read_text()) == {"key": key}
 
 
 class Pool:
@@ -131,7 +174,7 @@ class Pool:
     """
 
     def __init__(self, work: Path, device: torch.device) -> None:
-        parts = [torch.load(path) for path in sorted(work.glob("pool*.pt"))]
+        parts = [torch.load(path) for _, path in _parts(work)]
         texts = torch.load(work / "captions.pt")
         self.device = device
         self.z_image = torch.cat([part["image"] for part in parts]).to(device)

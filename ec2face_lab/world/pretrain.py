@@ -9,7 +9,7 @@ rendered, on the CPU or on a GPU (`python -m ec2face_lab pretrain`):
     flux       transformer and text encoders (`pretrain_flux`)      -> runs/foundation/<bundle>
     distill    guidance, into the guidance embedding (likewise)     -> data/<bundle>/flux
 
-Under torchrun, ranks share the steps of vae, flux and distill (`ranks`).
+Under torchrun, ranks share the work of vae, latents, flux and distill (`ranks`).
 
 With `--data ROOT --out DIR` the stages train on photographs of faces, and everything lies in DIR.
 """

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, ClassVar
 
 import torch
@@ -25,10 +26,11 @@ from torch import Tensor
 from ec2face_core.attributes import NUM_CLASSES, PALETTE, flip_labels
 from ec2face_core.data import FaceDataset
 from ec2face_core.io.texts import MANIFEST_COLUMNS
-from ec2face_core.runs import part_name, remove, remove_leftovers
+from ec2face_core.runs import content_key, part_name, remove, remove_leftovers
 
+from ..cache import code_digest
 from ..prepare.captions import attributes_from_mask, captions
-from . import rendering, scenes
+from . import portrait, rendering, scenes
 from .portrait import rendering as portrait_rendering
 from .portrait import scenes as portrait_scenes
 from .rendering import Rendered
@@ -43,6 +45,12 @@ MIXTURE = (
     ("second", "balanced", 0.25),
     ("first", "natural", 0.2),
     ("second", "second", 0.15),
+)
+
+CODE = (  # that makes faces, conditions and captions
+    "ec2face_lab.prepare.captions",
+    *(f"ec2face_lab.world.{name}" for name in ("canvas", "rendering", "scenes", "sources")),
+    *(f"ec2face_lab.world.portrait.{info.name}" for info in iter_modules(portrait.__path__)),
 )
 
 HELD_OUT_SEED = 90_001  # of faces that no perception model is trained on
@@ -156,6 +164,10 @@ class ProceduralFaces:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
 
+    def key(self) -> str:
+        """Names the faces and captions: it changes with the code that makes them."""
+        return content_key([self.name, code_digest(CODE)])
+
     def corpus(self, seed: int, start: int) -> list[str]:
         """Captions in both styles of a thousand faces from number `start` on."""
         rows = self.sample(seed, range(start, start + 1000), frequencies="balanced").attributes
@@ -244,6 +256,9 @@ class FolderFaces:
         self.device = torch.device(device)
         dataset = FaceDataset(root, "train", size)
         samples = [dataset[i] for i in range(len(dataset))]
+        self._key = content_key(
+            [dataset.digest("image", "mask", "text", "manifest"), code_digest(CODE)]
+        )
         self._image = torch.stack([sample.image for sample in samples])
         self._label_map = torch.stack([sample.label_map for sample in samples])
         self._captions = [sample.captions for sample in samples]
@@ -256,6 +271,10 @@ class FolderFaces:
         worn = ("earrings", "necklace", "eyeglasses", "hat")
         rare = [i for i in self._training if any(self._attributes[i][key] for key in worn)]
         self._balanced = self._training + 2 * rare
+
+    def key(self) -> str:
+        """Names the faces and captions, and the code that draws them."""
+        return self._key
 
     def corpus(self, seed: int, start: int) -> list[str]:
         """Every caption of the training faces, whatever the arguments are."""

@@ -1,5 +1,7 @@
 """The stages of a foundation: their data, their guidance, and where their results lie."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -63,11 +65,56 @@ def test_captions_of_the_pool_are_those_of_its_faces(source, tmp_path, monkeypat
         assert words == backbone.tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def test_only_the_parts_of_a_pool_that_lack_are_encoded(source, tmp_path, monkeypatch, backbone):
+    class Counted(ProceduralFaces):
+        seen: ClassVar = []
+
+        def scenes(self, seed: int, start: int, count: int) -> tuple:
+            self.seen.append((start - pools.POOL) // count)
+            return super().scenes(seed, start, count)
+
+    def encoded(faces: int) -> list[int]:
+        Counted.seen.clear()
+        pools.encode_pool(Counted(), tmp_path, faces)
+        return list(Counted.seen)
+
+    monkeypatch.setattr(pools, "with_trained_vae", lambda *_: backbone)
+    monkeypatch.setattr(pools, "POOL_BATCH", 4)
+    monkeypatch.setattr(pools, "PART", 2)
+    (tmp_path / "vae.pt").write_bytes(b"first")
+    texts = {"ids": torch.zeros(20, CAPTIONS, 2, 6), "null": torch.zeros(2, 6)}
+    torch.save(texts, tmp_path / "captions.pt")
+    assert encoded(20) == [0, 1, 2, 3, 4]
+    whole = Pool(tmp_path, torch.device("cpu"))
+    assert whole.z_image.shape == (20, 8, 16, 16) and whole.z_condition.shape[1] == 2
+    assert encoded(20) == []
+    (tmp_path / "pool_001.pt").unlink()
+    monkeypatch.setattr(pools, "rank_of", lambda: (1, 2))
+    assert encoded(20) == [2, 3], "the second rank has every second part"
+    assert torch.equal(Pool(tmp_path, torch.device("cpu")).z_condition, whole.z_condition)
+    monkeypatch.setattr(pools, "rank_of", lambda: (0, 1))
+    (tmp_path / "vae.pt").write_bytes(b"another autoencoder")
+    assert encoded(8) == [0, 1] and not (tmp_path / "pool_002.pt").exists()
+    assert len(Pool(tmp_path, torch.device("cpu")).z_image) == 8
+
+
+def test_captions_are_encoded_once(source, tmp_path, monkeypatch, backbone):
+    monkeypatch.setattr(pools, "untrained", lambda _: backbone)
+    encode_captions(source, tmp_path, 16)
+    before = (tmp_path / "captions.pt").stat().st_mtime_ns
+    monkeypatch.setattr(pools, "untrained", lambda _: pytest.fail("encoded again"))
+    encode_captions(source, tmp_path, 16)
+    assert (tmp_path / "captions.pt").stat().st_mtime_ns == before
+    monkeypatch.setattr(pools, "untrained", lambda _: backbone)
+    encode_captions(source, tmp_path, 8)
+    assert len(torch.load(tmp_path / "captions.pt")["ids"]) == 8
+
+
 def test_no_step_sees_the_held_out_faces(tmp_path):
     n = 64
     z = torch.arange(n).view(n, 1, 1, 1).expand(n, 2, 4, 4).half()
     ids = torch.arange(n, dtype=torch.int16).view(n, 1, 1, 1).expand(n, CAPTIONS, 2, 6)
-    torch.save({"image": z, "condition": torch.stack([z, z + 100], 1)}, tmp_path / "pool0.pt")
+    torch.save({"image": z, "condition": torch.stack([z, z + 100], 1)}, tmp_path / "pool_000.pt")
     null = torch.full((2, 6), 999, dtype=torch.int16)
     torch.save({"ids": ids, "null": null}, tmp_path / "captions.pt")
     pool = Pool(tmp_path, torch.device("cpu"))
