@@ -42,7 +42,7 @@ WARMUP = 0.03  # of the steps
 
 VOCABULARY = 10**7  # number of the first face whose captions make the vocabularies
 
-CROPS = 0.8  # share of the autoencoder's training that sees parts of pictures, where it is cut
+CROPS = 0.6  # share of the autoencoder's training that sees parts of pictures, where it is cut
 
 USES = 4  # steps on the CPU that cut other parts from the same faces
 
@@ -136,8 +136,8 @@ def train_vae(
         batch: pictures of a step.
         seconds: limit in place of `samples`, see `training.train`; 0: none.
         crop: side in pixels of the square that each step sees of a picture, a multiple of 16: more
-            steps in the same time. Those of the last fifth see half as many, but whole pictures.
-            0: all steps see whole pictures.
+            steps in the same time. After `CROPS` of the training, steps see half as many, but whole
+            pictures. 0: all steps see whole pictures.
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
