@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pandas as pd
 import pytest
 
@@ -59,12 +61,14 @@ def swept(tiny_config, tmp_path_factory):
     }
 
     def train(other, methods, seeds=1):
-        for method in methods:
-            folder = other.run_dir / "training" / adapter_name(other, method)
-            Trainer(other, method, folder).fit()  # which publishes it
+        for k, method in itertools.product(range(seeds), methods):
+            seeded = other.replace(seed=other.seed + k)
+            folder = seeded.run_dir / "training" / adapter_name(seeded, method)
+            Trainer(seeded, method, folder).fit()  # which publishes it
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeps, "SWEEPS", {"dropout": points})
+        patch.setattr(sweeps, "SWEEPS", {"dropout": points, "consistency": points})
+        patch.setattr(sweeps, "TRAININGS", {"consistency": 2})
         patch.setattr(sweeps, "retrain", train)
         patch.setattr(sweeps, "trained_seeds", lambda config: 2)
         for seed in (config.seed, config.seed + 1):
@@ -79,6 +83,7 @@ def swept(tiny_config, tmp_path_factory):
         file.parent.mkdir(parents=True)
         pd.DataFrame(kept).to_csv(file, index=False)
         path = sweeps.run_sweeps(config, ["dropout"])
+        path = sweeps.run_sweeps(config, ["consistency"])
         yield *sweeps.kept_sweeps(config), path
 
 
@@ -99,6 +104,19 @@ def test_rows_of_a_sweep(swept):
     assert {"none, seed 43", "both, seed 43"} == set(rows[rows["table"] == "seeds"]["method"])
     table = sweeps.sweep_table(rows, "dropout")
     assert list(table.index) == ["as it is", "raw"] and "Text, text alone" in table
+
+
+@pytest.mark.slow
+def test_rows_of_a_sweep_with_several_trainings(swept):
+    rows = swept[0]
+    scores = rows[rows["table"] == "consistency"].set_index(["method", "critic", "metric"])["value"]
+    assert scores["raw", "", "spread of skin"] > 0 and scores["own", "", "Diversity"] > 0
+    minus = rows[(rows["table"] == "consistency, minus own") & (rows["critic"] == "independent")]
+    gains = minus[minus["metric"] == "Text"].set_index("method")["value"]
+    assert list(gains.index) == ["raw", "raw, seed 42", "raw, seed 43"]
+    assert gains["raw"] == pytest.approx((gains.iloc[1] + gains.iloc[2]) / 2, abs=1e-4)
+    judged = sweeps.judged_points(rows, "consistency")
+    assert list(judged["point"]) == ["raw"] and judged["against"][0]
 
 
 @pytest.mark.slow
