@@ -255,10 +255,8 @@ class FolderFaces:
         self.size = size
         self.device = torch.device(device)
         dataset = FaceDataset(root, "train", size)
+        self._dataset = dataset
         samples = [dataset[i] for i in range(len(dataset))]
-        self._key = content_key(
-            [dataset.digest("image", "mask", "text", "manifest"), code_digest(CODE)]
-        )
         self._image = torch.stack([sample.image for sample in samples])
         self._label_map = torch.stack([sample.label_map for sample in samples])
         self._captions = [sample.captions for sample in samples]
@@ -274,7 +272,8 @@ class FolderFaces:
 
     def key(self) -> str:
         """Names the faces and captions, and the code that draws them."""
-        return self._key
+        content = self._dataset.digest("image", "mask", "text", "manifest")
+        return content_key([content, code_digest(CODE)])
 
     def corpus(self, seed: int, start: int) -> list[str]:
         """Every caption of the training faces, whatever the arguments are."""
