@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, one_hot
 
+from .pictures import PictureSet, batches
 from .scores import BATCH, FACT
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-    from .pictures import PictureSet
 
 PARTS = ("skin", "hair", "background")
 
@@ -68,19 +67,17 @@ def spread_rows(sets: list[PictureSet], table: str, method: str) -> DataFrame:
     """Long rows `spread of skin`, ...: the mean over a method's trainings."""
     import pandas as pd
 
-    spreads = []
-    for pictures in sets:
-        parts = [pictures.ids[i : i + BATCH] for i in range(0, len(pictures.ids), BATCH)]
-        masks = pictures.dataset.label_map
-        colours = [
-            part_colours(pictures.load(part), torch.stack([masks(name) for name in part]))
-            for part in parts
-        ]
-        spreads.append(colour_spread(torch.cat(colours)))
+    first = sets[0]
+    colours: list[list[Tensor]] = [[] for _ in sets]
+    for names in batches(first.ids, BATCH, f"{method}, colours", show=True):
+        masks = torch.stack([first.dataset.label_map(name) for name in names])
+        for part, pictures in zip(colours, sets, strict=True):
+            part.append(part_colours(pictures.load(names), masks))
+    spreads = [colour_spread(torch.cat(part)) for part in colours]
     values = torch.stack(spreads).mean(0).tolist()
     rows = [{"metric": name, "value": v} for name, v in zip(SPREADS, values, strict=True)]
     return pd.DataFrame(rows).assign(
-        critic="", n=len(sets[0].ids), source="ours", table=table, method=method
+        critic="", n=len(first.ids), source="ours", table=table, method=method
     )
 
 

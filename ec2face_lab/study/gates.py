@@ -170,7 +170,7 @@ def _retrieval(source: Portraits, config: Config, device: torch.device | str) ->
             image = torch.cat([clip.image_features(faces.image) for faces in parts])
         found = retrieval(image.cpu(), clip.text_features(texts).cpu(), texts, *known)
         values[f"{role} CLIP: top-1 of 384 captions"] = found["top1"]
-        values["captions: top-1 of 384 by a reader who knows every fact"] = found["top1_ceiling"]
+    values["captions: top-1 of 384 by a reader who knows every fact"] = found["top1_ceiling"]
     return values
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ec2face_core.attributes import CLASSES, GROUPS
 from ec2face_core.config import Config, NotInProfileError, adapter_dir, adapter_name, trained_seeds
@@ -224,42 +224,50 @@ def sweep_rows(config: Config, sweep: str) -> DataFrame:
 
     reference = next(iter(SWEEPS[sweep]))
     trainings = TRAININGS.get(sweep, 1)
-    sets: dict[str, list[PictureSet]] = {}
+    sides: dict[str, Side] = {}
     parts = []
     for name, point in SWEEPS[sweep].items():
         other = point_config(config, sweep, name)
-        sets[name] = picture_sets(other, point.method, SPLIT, trainings)
-        parts.append(_point_rows(config, sweep, name, [sets[name]]))
+        sets = picture_sets(other, point.method, SPLIT, trainings)
+        sides[name] = Side(sets, scored(sets))
+        parts.append(_point_rows(config, sweep, name, [sides[name]]))
         parts.append(_training_rows(other, point.method).assign(table=sweep, method=name))
         if sweep == "dropout":
             alone = one_condition(other, point.method, SPLIT)
             parts.append(alone.assign(table=sweep, method=name))
         if name != reference:
             minus = f"{sweep}, {MINUS.format(reference)}"
-            parts.append(_point_rows(config, minus, name, [sets[name], sets[reference]]))
-            for k, pair in enumerate(zip(sets[name], sets[reference], strict=True)):
-                if trainings > 1:
-                    label = f"{name}, seed {config.seed + k}"
-                    parts.append(_point_rows(config, minus, label, [[side] for side in pair]))
+            pair = [sides[name], sides[reference]]
+            parts.append(_point_rows(config, minus, name, pair))
+            for k in range(trainings if trainings > 1 else 0):
+                label = f"{name}, seed {config.seed + k}"
+                parts.append(_point_rows(config, minus, label, [side.training(k) for side in pair]))
     return pd.concat(parts, ignore_index=True)
 
 
-def _point_rows(
-    config: Config, table: str, name: str, sides: Sequence[Sequence[PictureSet]]
-) -> DataFrame:
+class Side(NamedTuple):
+    """The trainings of a point: their pictures and scores."""
+
+    sets: list[PictureSet]
+    scores: list[DataFrame]
+
+    def training(self, k: int) -> Side:
+        """One of them alone."""
+        return Side([self.sets[k]], [self.scores[k]])
+
+
+def _point_rows(config: Config, table: str, name: str, sides: Sequence[Side]) -> DataFrame:
     """Long rows of a point's trainings, or of one side's minus the other's."""
     import pandas as pd
 
-    labels = {"table": table, "method": name, "dataset": sides[0][0].dataset.root.name}
-    scores = [scored(side) for side in sides]
-    if len(sides) == 1:
-        parts = [summarise(scores[0], config=config, **labels)]
-    else:
-        parts = [summarise_difference(scores[0], scores[1], config=config, **labels)]
-    if len(sides[0]) > 1:
-        parts += set_rows(config, sides, labels)
+    first = sides[0]
+    labels = {"table": table, "method": name, "dataset": first.sets[0].dataset.root.name}
+    rows = summarise_difference if len(sides) == 2 else summarise
+    parts = [rows(*(side.scores for side in sides), config=config, **labels)]
+    if len(first.sets) > 1:
+        parts += set_rows(config, [side.sets for side in sides], labels)
         if len(sides) == 1:
-            parts.append(spread_rows(sides[0], table, name))
+            parts.append(spread_rows(first.sets, table, name))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -353,7 +361,8 @@ def compared(
     """Arguments of `sweep_figure`: differences, other seeds, labels and the reference's label."""
     reference, *others = SWEEPS[sweep]
     scores = rows[rows["critic"].isin([role, ""])]
-    differences = scores[(scores["table"] == f"{sweep}, {MINUS.format(reference)}")]
+    minus = scores["table"] == f"{sweep}, {MINUS.format(reference)}"
+    differences = scores[minus & scores["method"].isin(others)]  # not each training alone
     method = SWEEPS[sweep][reference].method
     noise = scores[
         (scores["table"] == "seeds") & scores["method"].str.startswith(f"{method}, seed")

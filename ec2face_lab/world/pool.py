@@ -7,7 +7,6 @@ that a training step only gathers rows.
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ from torch import Tensor
 from ec2face_core.backbone import encode_images
 from ec2face_core.runs import content_key, path_digest, whole_file, write_json
 
+from ..cache import read_note
 from .pretrain import SEED, autocast, untrained, with_trained_vae
 from .ranks import rank_of
 from .sources import DataSource, caption_of, dense_condition
@@ -86,9 +86,7 @@ def encode_captions(source: DataSource, work: Path, faces: int, processes: int =
     else:
         ids = list(tqdm(parts, **bar))
     null = _ids_of(tokenizers, [""])[0]
-    with whole_file(path) as file:
-        torch.save({"ids": torch.cat(ids), "null": null}, file)
-    write_json(path.with_suffix(".json"), {"key": key})
+    _keep(path, key, {"ids": torch.cat(ids), "null": null})
 
 
 @torch.no_grad()
@@ -114,6 +112,7 @@ def encode_pool(source: DataSource, work: Path, faces: int) -> None:
     for number, path in _parts(work):
         if number >= len(parts) and rank == 0:
             path.unlink()
+            _note(path).unlink(missing_ok=True)
     mine = range(rank, len(parts), ranks)
     lacking = [i for i in mine if not _is_kept(work / f"pool_{i:03}.pt", key)]
     total = sum(len(parts[i]) for i in lacking)
@@ -124,10 +123,7 @@ def encode_pool(source: DataSource, work: Path, faces: int) -> None:
                 encoded.append(_encoded(source, vae, k, batch))
                 bar.update()
             images, conditions = (torch.cat(part) for part in zip(*encoded, strict=True))
-            path = work / f"pool_{i:03}.pt"
-            with whole_file(path) as file:
-                torch.save({"image": images, "condition": conditions}, file)
-            write_json(path.with_suffix(".json"), {"key": key})
+            _keep(work / f"pool_{i:03}.pt", key, {"image": images, "condition": conditions})
 
 
 def _encoded(
@@ -158,8 +154,20 @@ def _parts(work: Path) -> list[tuple[int, Path]]:
 
 def _is_kept(path: Path, key: str) -> bool:
     """Whether a file is complete, and what the key stands for."""
-    note = path.with_suffix(".json")
-    return path.is_file() and note.is_file() and json.loads(note.read_text()) == {"key": key}
+    note = _note(path)
+    return path.is_file() and note.is_file() and read_note(note).get("key") == key
+
+
+def _keep(path: Path, key: str, content: dict[str, Tensor]) -> None:
+    """Write a file and what its key is; while there is no key, it does not count as complete."""
+    _note(path).unlink(missing_ok=True)
+    with whole_file(path) as file:
+        torch.save(content, file)
+    write_json(_note(path), {"key": key})
+
+
+def _note(path: Path) -> Path:
+    return path.with_suffix(".json")
 
 
 class Pool:

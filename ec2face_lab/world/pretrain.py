@@ -142,9 +142,7 @@ def train_vae(
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     device = source.device
-    steps = 0 if seconds else samples // batch
-    seen = batch
-    batch = share_of(batch)
+    share = share_of(batch)
     vae = untrained(source).vae.train().to(device)
     channels = vae.config.latent_channels
     with torch.no_grad():  # at a noise of 1, as it would begin, latents say little for long
@@ -160,8 +158,8 @@ def train_vae(
     detail = (detail / (detail * counts / counts.sum()).sum()).to(device)
     # a low resolution is no harder to encode than the face itself
     kinds = [kind for kind in source.condition_shares if kind != "low resolution"]
-    n = batch * 3 // 10
-    blocks = FaceBlocks(source, batch, USES if crop and device.type == "cpu" else 1)
+    n = share * 3 // 10
+    blocks = FaceBlocks(source, share, USES if crop and device.type == "cpu" else 1)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
@@ -171,10 +169,10 @@ def train_vae(
         x = torch.cat([image[n:], condition[:n]])
         labels = torch.cat([label_map[n:], label_map[:n]])
         if crop and progress < CROPS:
-            places = torch.rand(batch, 2, generator=generator, device=device)
+            places = torch.rand(share, 2, generator=generator, device=device)
             x, labels = _cut(x, crop, places), _cut(labels, crop, places)
         elif crop:
-            rows = torch.randperm(batch, generator=generator, device=device)[: batch // 2]
+            rows = torch.randperm(share, generator=generator, device=device)[: share // 2]
             x, labels = x[rows], labels[rows]
         w = detail[labels][:, None]
         side = x.shape[-1] // scale
@@ -209,7 +207,7 @@ def train_vae(
         step,
         {"vae": vae, "optimizer": optimizer},
         SEED,
-        steps=steps,
+        steps=0 if seconds else samples // batch,
         seconds=seconds,
         evaluate=evaluate,
         device=device,
@@ -218,7 +216,7 @@ def train_vae(
         return
     with whole_file(work / "vae.pt") as part:
         torch.save({key: value.cpu() for key, value in vae.state_dict().items()}, part)
-    seen *= steps_done(work / "vae")
+    seen = batch * steps_done(work / "vae")
     result = {**evaluate(), "samples": seen, "seconds": round(spent), "device": device_name(device)}
     write_json(work / "vae.json", result)
     print(result, flush=True)

@@ -7,11 +7,8 @@ of the method have accelerate instead (`ec2face_core.guards.ranks`).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 
-import torch
 import torch.distributed as dist
-from torch import nn
 
 from ec2face_core.config import ConfigError
 
@@ -37,16 +34,3 @@ def share_of(batch: int) -> int:
     if batch % ranks:
         raise ConfigError(f"{ranks} ranks cannot share a step of {batch} samples equally")
     return batch // ranks
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every rank the mean of all ranks' gradients; they travel in one message."""
-    ranks = rank_of()[1]
-    if ranks == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    parts = flat.div_(ranks).split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))

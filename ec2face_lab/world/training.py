@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ec2face_core.config import ConfigError
+from ec2face_core.fast.sharding import average_gradients
 from ec2face_core.guards.ranks import locked
 from ec2face_core.runs import add_metrics, cut_metrics
 from ec2face_core.trainer import learning_rate
@@ -37,7 +38,7 @@ from ec2face_core.training.checkpoints import (
     training_tensors,
 )
 
-from .ranks import average_gradients, rank_of
+from .ranks import rank_of
 
 CHECKPOINT_SECONDS = 240.0  # of all cores between two checkpoints; an eighth of it on a GPU
 
@@ -181,9 +182,11 @@ def descend(optimizer: Optimizer, loss: Tensor, clip: float = 0.0) -> None:
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    average_gradients([p for g in optimizer.param_groups for p in g["params"]])
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    if rank_of()[1] > 1:
+        average_gradients(parameters)
     if clip:
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+        nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
 
 

@@ -117,6 +117,9 @@ def test_rows_of_a_sweep_with_several_trainings(swept):
     assert gains["raw"] == pytest.approx((gains.iloc[1] + gains.iloc[2]) / 2, abs=1e-4)
     judged = sweeps.judged_points(rows, "consistency")
     assert list(judged["point"]) == ["raw"] and judged["against"][0]
+    shown = sweeps.compared(rows, "consistency")[0]
+    assert set(shown["method"]) == {"raw"}, "each training alone is not in the figure"
+    assert sweeps.plot_sweep(rows, "consistency").axes
 
 
 @pytest.mark.slow
