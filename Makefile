@@ -86,14 +86,14 @@ lab: $(STAMP)
 	$(PYTHON) -m jupyterlab notebooks
 
 foundation: $(STAMP)
+	for kind in parser clip; do for role in guiding scoring; do \
+	  $(PYTHON) -m ec2face_lab pretrain $$kind --role $$role $(BUNDLE) || exit; done; done
+	$(PYTHON) -m ec2face_lab pretrain facts $(BUNDLE)
 	$(ON_RANKS) -m ec2face_lab pretrain vae $(BUNDLE)
 	$(PYTHON) -m ec2face_lab pretrain captions --processes 2 $(BUNDLE)
 	$(ON_RANKS) -m ec2face_lab pretrain latents $(BUNDLE)
 	$(ON_RANKS) -m ec2face_lab pretrain flux $(BUNDLE)
 	$(ON_RANKS) -m ec2face_lab pretrain distill $(BUNDLE)
-	for kind in parser clip; do for role in guiding scoring; do \
-	  $(PYTHON) -m ec2face_lab pretrain $$kind --role $$role $(BUNDLE) || exit; done; done
-	$(PYTHON) -m ec2face_lab pretrain facts $(BUNDLE)
 	$(if $(DATA),,$(PYTHON) -m ec2face_lab pretrain gates --device $(DEVICE))
 
 lint: $(STAMP)

@@ -131,6 +131,7 @@ class LossConfig:
     states: Literal["data", "own"] = field(default="data", metadata=ADDED)
     own_steps: Size = field(default=6, metadata=ADDED)  # of the path, without gradient
     own_below: Fraction = field(default=0.7, metadata=ADDED)  # its times are uniform in [0, this]
+    begins: Fraction = field(default=0.0, metadata=ADDED)  # share of the steps before these losses
     importance_sampling: NotNegative = field(  # pixel losses on a sample of faces; 0: on all
         default=0.0, metadata={"digest": "gate"}
     )
@@ -172,6 +173,8 @@ class TrainerConfig:
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: towards 0
     max_grad_norm: NotNegative = 1.0  # 0: no clipping
     drop_probability: Fraction = 0.1  # p of Eq. 13, text and mask independently
+    # no token attends to a dropped mask (unread), or it is a picture without any class (black)
+    null_mask: Literal["unread", "black"] = field(default="unread", metadata=ADDED)
     low_discrepancy_t: Flag = field(  # t of neighbouring samples covers [0, 1] evenly
         default=False, metadata={"digest": "even_times"}
     )
@@ -201,6 +204,8 @@ class TrainerConfig:
                 f"batch_size {self.batch_size} must be a multiple of noise_repeats "
                 f"{self.noise_repeats}"
             )
+        if self.null_mask == "black" and self.noise_repeats > 1:
+            raise ValueError("null_mask black needs noise_repeats 1: repeats share a face's mask")
         if self.shard and self.num_processes == 1:
             raise ValueError(
                 "shard divides the base among several processes: raise num_processes, or turn "

@@ -23,13 +23,13 @@ image stream, and all projections of the single blocks, without AdaLN: 0.091 % o
 rank 4. On mask tokens alone, the last single block's `to_q`, `proj_mlp` and `proj_out` are left
 out: the mask tokens' output ends there, and no gradient would reach them.
 
-A dropped mask (Eq. 13) means that no token attends to the mask tokens; it is not a black image.
-With the LoRA on mask tokens alone, such a sample does not depend on the LoRA: its gradient is
-exactly zero. So Eq. 13's dropout of masks changes no weight, the trainer leaves these samples out
-(`Trainer.step`), and "text alone" is the base model's own picture. That the paper needs p suggests
-the other reading of Sec. 3.5 ("the visual embedding layer and some linear layers"), in which the
-LoRA is on image tokens as well: `lora.tokens=all`, profile paper-all-tokens. There dropout acts,
-and text consistency reaches the tokens that are painted.
+No token attends to a dropped mask (Eq. 13); it is a black image, as OminiControl's is, with
+`trainer.null_mask=black` alone. With the LoRA on mask tokens alone, a sample without a mask does
+not depend on the LoRA: its gradient is zero. So Eq. 13's dropout of masks changes no weight, the
+trainer leaves these samples out, and "text alone" is the base's own picture. That the paper needs p
+suggests the other reading of Sec. 3.5 ("the visual embedding layer and some linear layers"), in
+which the LoRA is on image tokens as well: `lora.tokens=all`, profile paper-all-tokens. There
+dropout acts, and text consistency reaches the tokens that are painted.
 """
 
 from __future__ import annotations

@@ -35,7 +35,13 @@ from .fast.transfer import send
 from .flow import follow_path, interpolate, reverse_estimate, target_velocity
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
 from .losses import flow_matching_loss, latent_weights, total_loss
-from .mask_branch import MaskKVCache, add_mask_lora, precompute_mask_kv, predict_velocity
+from .mask_branch import (
+    MaskKVCache,
+    add_mask_lora,
+    mask_latents_of,
+    precompute_mask_kv,
+    predict_velocity,
+)
 from .perception import ClipScorer, FaceParser
 from .stream import Samples, SampleStream
 from .training.checkpoints import training_content
@@ -108,7 +114,8 @@ class Trainer(TrainingRun):
         v = velocity(z_t, x.t)
         L_opt_fm = flow_matching_loss(v, mu, w)  # Eqs. 3, 11
 
-        if self.consistency is None:
+        has_begun = self.steps_done >= self.config.loss.begins * self.config.trainer.steps
+        if self.consistency is None or not has_begun:
             parts = total_loss(L_opt_fm, None, None, x.t, self.config.loss)
         else:
             states = (z_t, v, x.t)
@@ -203,6 +210,9 @@ class Trainer(TrainingRun):
             for part in (samples.t, samples.noise, samples.keep_text, samples.keep_mask)
         )
         keep_mask_tokens = None if self.masks_only else samples.keep_mask
+        if self.has_black_masks:
+            z_m = torch.where(keep_mask[:, None, None, None], z_m, self.black_mask)
+            keep_mask_tokens = None
         return Batch(
             rows, share, z, z_m, m, cached["captions"], text, t, noise, keep_text, keep_mask,
             keep_mask_tokens, samples.pixel_weight,
@@ -212,9 +222,10 @@ class Trainer(TrainingRun):
         """The rows that are computed, and the share of the b samples that they stand for.
 
         With the LoRA on mask tokens alone, a sample whose mask is dropped has no gradient: nothing
-        attends to the only tokens that depend on the LoRA. Leaving it out saves its work and keeps
-        the key mask away, which would exclude flash attention. DDP needs a forward on every rank,
-        so one row stays, with the factor 0, where all masks are dropped.
+        attends to the only tokens that depend on the LoRA, unless it is a black image instead
+        (`trainer.null_mask`). Leaving it out saves its work and keeps the key mask away, which
+        would exclude flash attention. DDP needs a forward on every rank, so one row stays, with
+        the factor 0, where all masks are dropped.
         """
         b = len(samples.ids)
         if not self.masks_only:
@@ -296,7 +307,11 @@ class Trainer(TrainingRun):
         needs_vae = (needs_text or needs_mask) and not config.backbone.pixel_decoder
         parts = {"transformer"} | ({"vae"} if needs_vae else set())
         parts |= {"vae", "scheduler"} if self.validation else set()
+        parts |= {"vae"} if self.has_black_masks else set()
         backbone = load_backbone(config.backbone, parts)
+        if self.has_black_masks:
+            nothing = torch.zeros(1, config.data.size, config.data.size, dtype=torch.long)
+            self.black_mask = mask_latents_of(backbone.vae, nothing).to(self.device)
         self.transformer = backbone.transformer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -39,7 +39,8 @@ def main() -> None:
     training.CHECKPOINT_SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "240"))
     began = time.monotonic()
     if not (work / "vae.json").exists():
-        pretrain.train_vae(source, work, 0, VAE_BATCH, vae)
+        guide = bundle / "parser_guiding.pt"
+        pretrain.train_vae(source, work, 0, VAE_BATCH, vae, parser=guide)
     pack("vae", work, ["vae.pt", "vae.json"])
     say(began, "autoencoder")
     pool.encode_pool(source, work, faces)

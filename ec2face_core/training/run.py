@@ -100,8 +100,13 @@ class TrainingRun:
 
     @property
     def masks_only(self) -> bool:
-        """Whether the LoRA is on mask tokens alone."""
-        return self.config.lora.tokens == "mask"
+        """Whether the LoRA acts through masks alone: a sample whose mask is dropped has no part."""
+        return self.config.lora.tokens == "mask" and not self.has_black_masks
+
+    @property
+    def has_black_masks(self) -> bool:
+        """Whether a dropped mask is a black image, which is attended to."""
+        return self.config.trainer.null_mask == "black"
 
     @property
     def is_main(self) -> bool:
@@ -291,9 +296,10 @@ class TrainingRun:
         _, h, w = self.cache.latent_shape
         tokens = self.config.backbone.text_length + 2 * (h // 2) * (w // 2)
         precision = self.config.trainer.mixed_precision
+        unread = not (self.masks_only or self.has_black_masks)
         kernels = [
             attention_kernel(self.transformer, tokens, precision, self.device, masked)
-            for masked in ((False,) if self.masks_only else (False, True))
+            for masked in sorted({False, unread})
         ]
         return " or, where a mask is dropped, ".join(dict.fromkeys(kernels))
 

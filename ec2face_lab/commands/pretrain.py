@@ -44,7 +44,7 @@ STAGES = {
     "gates": "measure all of them on faces that none has seen: gates.csv in the bundle",
 }
 SAMPLES = {
-    "vae": 448_000,  # on the CPU most of them are quarters of pictures
+    "vae": 320_000,  # on the CPU most of them are quarters of pictures
     "captions": 49_152,
     "latents": 49_152,
     "flux": 1_000_000,
@@ -159,7 +159,13 @@ def _foundation(options: argparse.Namespace, source: DataSource) -> None:
     batch = options.batch or {**BATCH["cpu"], **BATCH[options.device]}[options.stage]
     if options.stage == "vae":
         crop = source.size // 2 if options.device == "cpu" else 0
-        pretrain.train_vae(source, work, samples, batch, options.seconds, crop)
+        parser = options.out / "parser_guiding.pt"
+        if not parser.is_file():
+            raise UserError(
+                f"{parser} does not exist; the autoencoder needs it: run "
+                f"`python -m ec2face_lab pretrain parser --role guiding` with the same --out first"
+            )
+        pretrain.train_vae(source, work, samples, batch, options.seconds, crop, parser)
         return
     plan = (samples, batch, options.lr, options.seconds)
     if options.stage == "flux":

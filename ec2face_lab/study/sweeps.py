@@ -53,6 +53,11 @@ class Point:
     method: str = "none"
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_sampling(self) -> bool:
+        """Whether it differs in sampling alone and needs no training."""
+        return all(name.startswith("sampling.") for name in self.settings)
+
 
 def _weights(normalize: str, clip: float, scope: str = "dataset", reduction: str = "max") -> dict:
     return {
@@ -125,7 +130,11 @@ SWEEPS: dict[str, dict[str, Point]] = {
         "all": Point("r = 16 on all tokens", settings=_lora(16, "all")),
     },
     "dropout": {
-        f"{p}": Point(f"p = {p}", settings={"trainer.drop_probability": p}) for p in (0.1, 0.0, 0.3)
+        **{
+            f"{p}": Point(f"p = {p}", settings={"trainer.drop_probability": p})
+            for p in (0.1, 0.0, 0.3)
+        },
+        "black": Point("p = 0.1, black", settings={"trainer.null_mask": "black"}),
     },
     "length": {
         f"{steps}-{method}": Point(
@@ -169,6 +178,8 @@ SWEEPS: dict[str, dict[str, Point]] = {
         "own-both": Point(
             "both on own paths, α = 0.5 and 5", "both", _alpha(0.5, 5.0, states="own")
         ),
+        "late": Point("mask, last third", "mask", _alpha(0.0, 5.0, center=0.2, begins=0.67)),
+        "sampling": Point("none, mask leads sampling", "none", {"sampling.consistency": 0.2}),
     },
 }
 
@@ -183,12 +194,14 @@ QUESTIONS: dict[str, str] = {
     "attention": "Attention: joint, or mask tokens that see mask tokens only, which makes sampling "
     "1.7 times faster (`benchmarks/step-tiny.csv`).",
     "lora": "Where the LoRA acts, and its rank.",
-    "dropout": "Condition dropout, p of Eq. 13, with the scores of text and of mask alone.",
+    "dropout": "Condition dropout, p of Eq. 13, with the scores of text and of mask alone; a "
+    "dropped mask is not read, or it is a black image.",
     "long-tail": "What brings rare classes: weights (Eq. 10 as printed, bounded above, above and "
     "below, its root, the effective number), faces with a rare class more often, or both. Recall "
     "of the rare classes against their precision.",
     "consistency": "The losses of text and mask, each by itself; Eq. 7's cross-entropy averaged or "
-    "summed over classes; the LoRA on all tokens; and the mask loss on the model's own paths. "
+    "summed over classes; the LoRA on all tokens; the mask loss on the model's own paths, or late "
+    "and at small t (α = 5, t_c = 0.2); and sampling that is led by it. "
     "Three trainings a point, and measures of collapse (`collapse.plus_verdict`).",
     "length": "Length of training, with and without long-tail weights: would longer training bring "
     "their gain as well?",
@@ -197,11 +210,15 @@ QUESTIONS: dict[str, str] = {
 
 def point_config(config: Config, sweep: str, name: str) -> Config:
     """The configuration of a point's training and sampling; `config` itself if it is equal."""
-    other = config.replace(**SWEEPS[sweep][name].settings)
+    point = SWEEPS[sweep][name]
+    other = config.replace(**point.settings)
     if other == config:
         return config
     folder = f"{config.profile}/sweeps/{sweep}-{name}"
-    return other.replace(profile=folder, adapters=f"runs/{folder}/adapters")
+    adapters = f"runs/{folder}/adapters"
+    if point.is_sampling:
+        adapters = str(adapter_dir(config, point.method).parent)
+    return other.replace(profile=folder, adapters=adapters)
 
 
 def train_sweeps(config: Config, sweeps: Sequence[str] = tuple(SWEEPS)) -> None:
@@ -209,7 +226,7 @@ def train_sweeps(config: Config, sweeps: Sequence[str] = tuple(SWEEPS)) -> None:
     for sweep in sweeps:
         for name, point in SWEEPS[sweep].items():
             other = point_config(config, sweep, name)
-            if other is not config:
+            if other is not config and not point.is_sampling:
                 retrain(other, (point.method,), TRAININGS.get(sweep, 1))
 
 

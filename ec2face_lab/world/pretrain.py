@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ from ec2face_core.backbone import Backbone
 from ec2face_core.io.paths import ROOT, resolve
 from ec2face_core.losses import class_weights
 from ec2face_core.metrics import psnr
-from ec2face_core.runs import read_metrics, whole_file, write_json
+from ec2face_core.perception import FaceParser
+from ec2face_core.runs import path_digest, read_metrics, whole_file, write_json
 
 from .graphs import Replayed, optimiser_options
 from .networks import SECOND, Plan, tiny_backbone
@@ -36,15 +38,20 @@ from .ranks import rank_of, share_of
 from .sources import DataSource, dense_condition
 from .training import descend, set_learning_rates, train
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 SEED = 5_001
 
 WARMUP = 0.03  # of the steps
 
 VOCABULARY = 10**7  # number of the first face whose captions make the vocabularies
 
-CROPS = 0.6  # share of the autoencoder's training that sees parts of pictures, where it is cut
+CROPS = 0.5  # share of the autoencoder's training that sees parts of pictures, where it is cut
 
 USES = 4  # steps on the CPU that cut other parts from the same faces
+
+PARSED = 0.1  # weight of the guiding parser's cross-entropy in the autoencoder's loss
 
 LOG_VARIANCE = -6.0  # of the latents' noise when the training of the autoencoder begins
 
@@ -121,13 +128,16 @@ def train_vae(
     batch: int = 16,
     seconds: float = 0.0,
     crop: int = 0,
+    parser: Path | None = None,
 ) -> None:
     """Train the autoencoder; writes `work/vae.pt` and its scale, `work/vae.json`.
 
     The loss is L1 + L2 + edges, weighted towards small parts, L1 of the picture at an eighth of its
     side, without which colours of large areas come late, and a small KL term; 30 % of the pictures
-    are dense conditions. Latents at half the resolution must decode to the picture at half
-    the resolution, which makes them easier to generate (scale equivariance, arXiv 2502.14831).
+    are dense conditions. The guiding parser is its perceptual loss: it must find the true classes
+    in decoded faces, with the same weights. Latents at half the resolution must decode to the
+    picture at half the resolution, which makes them easier to generate (scale equivariance, arXiv
+    2502.14831).
 
     Args:
         source: the faces.
@@ -138,24 +148,24 @@ def train_vae(
         crop: side in pixels of the square that each step sees of a picture, a multiple of 16: more
             steps in the same time. After `CROPS` of the training, steps see half as many, but whole
             pictures. 0: all steps see whole pictures.
+        parser: file of the guiding parser, which reads whole pictures; None: no perceptual loss.
+
+    Raises:
+        FileNotFoundError: the parser does not exist.
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     device = source.device
     share = share_of(batch)
+    guide = FaceParser(parser, source.size, device) if parser else None
     vae = untrained(source).vae.train().to(device)
     channels = vae.config.latent_channels
-    with torch.no_grad():  # at a noise of 1, as it would begin, latents say little for long
-        vae.encoder.conv_out.weight[channels:] *= 0.1
-        vae.encoder.conv_out.bias[channels:] = LOG_VARIANCE
+    _lower_noise(vae)
     optimizer = torch.optim.AdamW(
         vae.parameters(), weight_decay=1e-4, **optimiser_options(device, 2e-3)
     )
     held_out = source.held_out_scenes(SEED, 64).image
-    # Weights of small parts (eyes, lips, jewellery) replace the perceptual loss of a large model.
-    counts = pixel_counts(source.held_out_scenes(SEED, 256).label_map.cpu()).sum(0)
-    detail = class_weights(counts).pow(0.5).clamp(max=12).float()
-    detail = (detail / (detail * counts / counts.sum()).sum()).to(device)
+    detail = _weights_of_parts(source)
     # a low resolution is no harder to encode than the face itself
     kinds = [kind for kind in source.condition_shares if kind != "low resolution"]
     n = share * 3 // 10
@@ -168,31 +178,37 @@ def train_vae(
         image, condition, label_map = blocks(number, kind, generator)
         x = torch.cat([image[n:], condition[:n]])
         labels = torch.cat([label_map[n:], label_map[:n]])
+        is_face = torch.arange(share, device=device) < share - n
         if crop and progress < CROPS:
             places = torch.rand(share, 2, generator=generator, device=device)
             x, labels = _cut(x, crop, places), _cut(labels, crop, places)
         elif crop:
             rows = torch.randperm(share, generator=generator, device=device)[: share // 2]
-            x, labels = x[rows], labels[rows]
-        w = detail[labels][:, None]
+            x, labels, is_face = x[rows], labels[rows], is_face[rows]
         side = x.shape[-1] // scale
         noise = torch.randn(len(x), channels, side, side, generator=generator, device=device)
-        return learn(x.shape[-1], x=x, w=w, noise=noise)
+        return learn(x.shape[-1], x=x, labels=labels, is_face=is_face, noise=noise)
 
-    def update(side: int, x: Tensor, w: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def update(
+        side: int, x: Tensor, labels: Tensor, is_face: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        w = detail[labels][:, None]
         posterior = DiagonalGaussianDistribution(_in_bf16(vae.encoder, x))
         z = posterior.mean + posterior.std * noise
         y = _in_bf16(vae.decoder, z)
         half = _in_bf16(vae.decoder, F.avg_pool2d(z[: len(z) // 2], 2))
-        edges = (w[..., :-1, :-1] * _gradient(y - x)).mean()
         mode = posterior.mean
         spread = (mode.mean((0, 2, 3)) ** 2 + (mode.std((0, 2, 3)) - 1) ** 2).mean()
-        loss = (w * (y - x).abs()).mean() + 2 * (w * (y - x) ** 2).mean() + 0.5 * edges
+        loss = _difference(y, x, w)
         loss = loss + 0.25 * F.l1_loss(half, F.avg_pool2d(x[: len(x) // 2], 2))
-        loss = loss + 4 * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
         loss = loss + 1e-7 * posterior.kl().mean() + 0.01 * spread
+        values = {"loss": loss}
+        if guide and side == source.size:
+            entropy = F.cross_entropy(guide.logits(y), labels, reduction="none")
+            values["parsed"] = (is_face[:, None, None] * w[:, 0] * entropy).mean()
+            loss = loss + PARSED * values["parsed"]
         descend(optimizer, loss, clip=1.0)
-        return {"loss": loss}
+        return values
 
     learn = Replayed(update, device)
 
@@ -217,9 +233,37 @@ def train_vae(
     with whole_file(work / "vae.pt") as part:
         torch.save({key: value.cpu() for key, value in vae.state_dict().items()}, part)
     seen = batch * steps_done(work / "vae")
-    result = {**evaluate(), "samples": seen, "seconds": round(spent), "device": device_name(device)}
+    result: dict[str, object] = {
+        **evaluate(),
+        "samples": seen,
+        "seconds": round(spent),
+        "device": device_name(device),
+        "guide": path_digest(parser) if parser else None,
+    }
     write_json(work / "vae.json", result)
     print(result, flush=True)
+
+
+@torch.no_grad()
+def _lower_noise(vae: AutoencoderKL) -> None:
+    """Let latents begin with little noise: at 1, as it would begin, they say little for long."""
+    channels = vae.config.latent_channels
+    vae.encoder.conv_out.weight[channels:] *= 0.1
+    vae.encoder.conv_out.bias[channels:] = LOG_VARIANCE
+
+
+def _weights_of_parts(source: DataSource) -> Tensor:
+    """Weight of each class's pixels `(19,)`, mean 1 over pixels: small parts weigh more."""
+    counts = pixel_counts(source.held_out_scenes(SEED, 256).label_map.cpu()).sum(0)
+    detail = class_weights(counts).pow(0.5).clamp(max=12).float()
+    return (detail / (detail * counts / counts.sum()).sum()).to(source.device)
+
+
+def _difference(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """L1 + L2 + edges with weights `b 1 h w`, and L1 at an eighth of the side."""
+    edges = (w[..., :-1, :-1] * _gradient(y - x)).mean()
+    fine = (w * (y - x).abs()).mean() + 2 * (w * (y - x) ** 2).mean() + 0.5 * edges
+    return fine + 4 * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
 
 
 def _in_bf16(net: nn.Module, x: Tensor) -> Tensor:

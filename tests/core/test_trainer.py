@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from ec2face_core import train
 from ec2face_core import trainer as trainer_module
-from ec2face_core.backbone import load_backbone
+from ec2face_core.backbone import encode_images, load_backbone
 from ec2face_core.config import Config, ConfigError, load_profile
 from ec2face_core.consistency import PixelConsistency
+from ec2face_core.flow import interpolate, target_velocity
 from ec2face_core.io.lora_file import load_mask_lora, read_mask_lora, training_settings
 from ec2face_core.io.paths import ROOT, resolve
 from ec2face_core.mask_branch import predict_velocity
@@ -93,6 +94,34 @@ def test_a_sample_without_a_mask_has_no_gradient_and_is_not_computed(exact, monk
     assert all(value.isfinite() for value in means.values())
 
 
+def test_a_black_image_in_place_of_a_dropped_mask(tiny_config, tmp_path):
+    """Its sample is computed: the gradient is that of a batch whose dropped masks are empty."""
+    config = tiny_config.replace(
+        trainer={"null_mask": "black", "mixed_precision": "no"}, loss={"long_tail": False}
+    )
+    trainer = Trainer(config, "none", tmp_path / "black")
+    trainer.setup()
+    samples = trainer.stream.sample(range(8))
+    dropped = torch.arange(8) % 3 == 0
+    samples = dataclasses.replace(samples, keep_mask=~dropped)
+    gradients, _ = step_gradients(trainer, samples)
+    batch = trainer.cache.batch(samples.ids, samples.caption_indices)
+    vae = load_backbone(config.backbone, ("vae",)).vae
+    black = -torch.ones(1, 3, config.data.size, config.data.size)
+    masks = batch["z_mask"].clone()
+    masks[dropped] = encode_images(vae, black)
+    text = batch["text"].where(samples.keep_text, trainer.null_text)
+    z_t = interpolate(batch["z"], samples.noise, samples.t)
+    v = predict_velocity(trainer.model, z_t, samples.t, text, masks, None, guidance=1.0)
+    trainer.optimizer.zero_grad()
+    (v - target_velocity(batch["z"], samples.noise)).square().mean().backward()
+    largest = max(float(g.abs().max()) for g in gradients)
+    for ours, parameter in zip(gradients, trainer.parameters, strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-4 * largest)
+    with pytest.raises(ConfigError, match="noise_repeats 1"):
+        config.replace(lora={"attention": "decoupled"}, trainer={"noise_repeats": 2})
+
+
 def test_consistency_on_the_model_s_own_states(exact, monkeypatch):
     """The losses look at Eq. 5 of states that the model itself reaches from the sample's noise."""
     samples = exact.stream.sample(range(8))
@@ -121,6 +150,25 @@ def test_consistency_on_the_model_s_own_states(exact, monkeypatch):
     torch.testing.assert_close(seen["z_hat"], z, rtol=1e-4, atol=1e-4)
     assert any(not torch.allclose(a, b) for a, b in zip(plain, own, strict=True))
     assert all(value.isfinite() for value in means.values())
+
+
+def test_consistency_losses_as_a_second_stage(exact, monkeypatch):
+    """Before it begins, a step is one of flow matching alone; from then on, one of Eq. 12."""
+    samples = exact.stream.sample(range(4))
+    whole, _ = step_gradients(exact, samples)
+    steps = exact.config.trainer.steps
+    late = dataclasses.replace(exact.config.loss, begins=0.5)
+    monkeypatch.setattr(exact, "config", dataclasses.replace(exact.config, loss=late))
+    monkeypatch.setattr(exact, "steps_done", -(-steps // 2))
+    second, _ = step_gradients(exact, samples)
+    assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
+    monkeypatch.setattr(exact, "steps_done", -(-steps // 2) - 1)
+    first, means = step_gradients(exact, samples)
+    assert means["text"] == means["mask"] == 0
+    monkeypatch.setattr(exact, "consistency", None)
+    flow, _ = step_gradients(exact, samples)
+    assert all(torch.equal(a, b) for a, b in zip(flow, first, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(whole, first, strict=True))
 
 
 def test_no_step_has_a_key_mask(exact, monkeypatch):

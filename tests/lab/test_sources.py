@@ -77,19 +77,21 @@ def test_the_bundle_of_procedural_faces_is_not_overwritten(faces_dir, capsys):
 
 
 @pytest.mark.slow
-def test_every_stage_trains_on_a_folder(faces_dir, tmp_path):
+def test_every_stage_trains_on_a_folder(faces_dir, tmp_path, capsys):
     from ec2face_core.backbone import load_backbone
     from ec2face_core.config import load_profile
     from ec2face_core.perception import ClipScorer, FaceParser
 
     place = ["--data", str(faces_dir), "--out", str(tmp_path), "--size", "64"]
+    assert main(["pretrain", "vae", *place]) == 2
+    assert "pretrain parser --role guiding" in capsys.readouterr().err
     for arguments in (
+        ["parser", "--role", "guiding", "--samples", "128"],
         ["vae", "--samples", "16"],
         ["captions", "--samples", "64"],
         ["latents", "--samples", "64"],
         ["flux", "--samples", "32", "--batch", "16"],
         ["distill", "--samples", "16", "--batch", "16"],
-        ["parser", "--role", "guiding", "--samples", "128"],
         ["clip", "--role", "guiding", "--samples", "128"],
         ["facts", "--samples", "128"],
     ):

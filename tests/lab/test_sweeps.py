@@ -7,7 +7,7 @@ import itertools
 import pandas as pd
 import pytest
 
-from ec2face_core.config import adapter_name, load_profile
+from ec2face_core.config import adapter_dir, adapter_name, load_profile
 from ec2face_core.losses import beta
 from ec2face_lab.__main__ import main
 from ec2face_lab.plots import save as results
@@ -40,6 +40,17 @@ def test_always_is_a_schedule_that_never_fades():
 
     c = load_profile("mini", **SWEEPS["beta"]["always"].settings).loss
     assert beta(torch.linspace(0, 1, 5), c.steepness, c.center).eq(1).all()
+
+
+def test_a_point_that_differs_in_sampling_alone_has_the_kept_lora(monkeypatch):
+    config = load_profile("mini")
+    trained = []
+    monkeypatch.setattr(sweeps, "retrain", lambda other, *_: trained.append(other.profile))
+    sweeps.train_sweeps(config, ["consistency"])
+    assert len(trained) > 5 and "mini/sweeps/consistency-sampling" not in trained
+    point = sweeps.point_config(config, "consistency", "sampling")
+    assert point.sampling.consistency > 0 and point.run_dir != config.run_dir
+    assert adapter_dir(point, "none") == adapter_dir(config, "none")
 
 
 @pytest.fixture
