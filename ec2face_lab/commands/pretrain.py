@@ -107,6 +107,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 default=RATE[name],
                 help="peak learning rate",
             )
+        if name == "flux":
+            stage.add_argument(
+                "--from", dest="start", type=user_path, metavar="DIR",
+                help="FLUX folder whose transformer and text encoders are trained further",
+            )  # fmt: skip
         if name == "captions":
             stage.add_argument(
                 "--processes", type=number(1), default=1, help="that tokenise captions"
@@ -169,7 +174,7 @@ def _foundation(options: argparse.Namespace, source: DataSource) -> None:
         return
     plan = (samples, batch, options.lr, options.seconds)
     if options.stage == "flux":
-        pretrain_flux.train_flux(source, work, *plan)
+        pretrain_flux.train_flux(source, work, *plan, options.start)
     else:
         pretrain_flux.distill_guidance(source, options.out, work, *plan)
 

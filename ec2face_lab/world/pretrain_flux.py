@@ -30,7 +30,7 @@ from ec2face_core.config import BackboneConfig, load_profile
 from ec2face_core.fast.blocks import blocks_of
 from ec2face_core.flow import interpolate, target_velocity
 from ec2face_core.mask_branch import predict_velocity
-from ec2face_core.runs import provenance, write_json
+from ec2face_core.runs import path_digest, provenance, write_json
 
 from .graphs import Replayed, optimiser_options
 from .networks import save_backbone
@@ -174,6 +174,7 @@ def train_flux(
     batch: int,
     lr: float,
     seconds: float = 0.0,
+    start: Path | None = None,
 ) -> None:
     """Flow matching with captions (10 % dropped) and condition tokens (30 % dropped).
 
@@ -187,11 +188,16 @@ def train_flux(
         batch: samples of a step.
         lr: peak learning rate.
         seconds: limit in place of `samples`, see `training.train`; 0: none.
+        start: folder of a FLUX whose transformer and text encoders the training begins with; None:
+            random weights.
     """
     device = source.device
     share = share_of(batch)
     backbone = with_trained_vae(source, work)
-    local_attention_init(backbone.transformer)
+    if start:
+        _copy_weights(backbone, start)
+    else:
+        local_attention_init(backbone.transformer)
     model = TextToVelocity(backbone).train().to(device)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(
@@ -242,10 +248,18 @@ def train_flux(
         "learning_rate": lr,
         "device": device_name(device),
         "held_out_flow_loss": quality,
+        "began_with": path_digest(start) if start else None,
         "autoencoder": json.loads((work / "vae.json").read_text()),
     }
     write_json(work / "base.json", record)
     print(quality, flush=True)
+
+
+def _copy_weights(backbone: Backbone, folder: Path) -> None:
+    """Give a backbone the transformer and the text encoders of a FLUX folder."""
+    known = load_backbone(BackboneConfig(path=str(folder), dtype="float32"))
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        getattr(backbone, name).load_state_dict(getattr(known, name).state_dict())
 
 
 @torch.no_grad()

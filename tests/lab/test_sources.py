@@ -1,9 +1,11 @@
 """The data sources, and that every stage of a foundation trains on a folder of photographs."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ec2face_core.attributes import CLASS_ID, flip_labels
 from ec2face_core.data import FaceDataset
@@ -96,6 +98,13 @@ def test_every_stage_trains_on_a_folder(faces_dir, tmp_path, capsys):
         ["facts", "--samples", "128"],
     ):
         assert main(["pretrain", *arguments, *place]) == 0
+    base = tmp_path / "training" / "base"
+    weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = load_file(weights)
+    shutil.rmtree(base.parent / "flux")
+    further = ["--samples", "16", "--batch", "16", "--lr", "0", "--from", str(base)]
+    assert main(["pretrain", "flux", *further, *place]) == 0
+    assert all(torch.equal(before[name], value) for name, value in load_file(weights).items())
     config = load_profile(
         "photos64",
         backbone={"path": str(tmp_path / "flux")},
