@@ -2,8 +2,9 @@
 
 Every gate is a row of `<bundle>/gates.csv`: gate, value, wanted, holds. All are measured on faces
 that no network was trained on, by the evaluators, which guide nothing. While a bundle has no base
-yet, the gates of the base have no value and do not hold, and the autoencoder is that of the
-foundation under way, if it is trained.
+yet, base and autoencoder are those of the foundation under way, as far as they are trained: the
+base is guided as its distillation will be. Gates of what is not there have no value and do not
+hold.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ def measure_gates(
     values |= _retrieval(source, config, device)
     base = resolve(config.backbone.path)
     work = work_folder(base.parent)
+    if not base.is_dir() and (work / "base").is_dir():
+        base = work / "base"
+        sampling = {"guidance": 1.0, "text_guidance": config.sampling.guidance}
+        config = config.replace(backbone={"path": str(base)}, sampling=sampling)
     if base.is_dir():
         pipeline = EC2FacePipeline.from_config(config, None).to(device)
         pipeline.set_progress_bar_config(disable=True)

@@ -104,3 +104,28 @@ def test_an_autoencoder_is_measured_before_there_is_a_base(monkeypatch, tiny_con
     table = gates.measure_gates(config, faces=2).set_index("gate")
     assert table.loc[name].tolist() == [98.5, 98.0, True]
     assert table["value"].notna().sum() == 1
+    (tmp_path / "base").mkdir()  # not distilled: it has to be guided
+    seen = []
+
+    class Pipeline:
+        vae = trained
+
+        @classmethod
+        def from_config(cls, config, variant):
+            seen.append((config.backbone.path, config.sampling, variant))
+            return cls()
+
+        def to(self, device):
+            return self
+
+        def set_progress_bar_config(self, **_):
+            pass
+
+    monkeypatch.setattr(gates, "EC2FacePipeline", Pipeline)
+    monkeypatch.setattr(gates, "_base", lambda *_: {"base: both eyes": 99.0})
+    config = config.replace(sampling={"guidance": 3.0, "text_guidance": 1.0})
+    table = gates.measure_gates(config, faces=2).set_index("gate")
+    assert table["value"].notna().sum() == 2 and table.loc["base: both eyes", "holds"]
+    path, sampling, variant = seen[0]
+    assert path == str(tmp_path / "base") and variant is None
+    assert (sampling.guidance, sampling.text_guidance) == (1.0, 3.0)
