@@ -380,11 +380,11 @@ def compared(
     scores = rows[rows["critic"].isin([role, ""])]
     minus = scores["table"] == f"{sweep}, {MINUS.format(reference)}"
     differences = scores[minus & scores["method"].isin(others)]  # not each training alone
-    method = SWEEPS[sweep][reference].method
-    noise = scores[
-        (scores["table"] == "seeds") & scores["method"].str.startswith(f"{method}, seed")
-    ]
-    labels = {name: SWEEPS[sweep][name].label for name in others}
+    of_seeds = scores[scores["table"] == "seeds"]
+    seed = f"{SWEEPS[sweep][reference].method}, seed"
+    noise = of_seeds[of_seeds["method"].str.startswith(seed)]
+    known = set(differences["method"])  # kept rows may be older than a point
+    labels = {name: SWEEPS[sweep][name].label for name in others if name in known}
     return differences, noise, labels, SWEEPS[sweep][reference].label
 
 
@@ -472,7 +472,8 @@ def sweep_table(rows: DataFrame, sweep: str, role: str = "independent") -> DataF
     scores = rows[(rows["table"] == sweep) & rows["critic"].isin([role, ""])]
     table = scores.pivot(index="method", columns="metric", values="value")
     names = [*MEASURED, *(m for m in scores["metric"].unique() if ", " in m)]
-    table = table.reindex(index=list(SWEEPS[sweep]), columns=[n for n in names if n in table])
+    points = [name for name in SWEEPS[sweep] if name in table.index]
+    table = table.reindex(index=points, columns=[n for n in names if n in table])
     return table.rename(index={k: point.label for k, point in SWEEPS[sweep].items()})
 
 
