@@ -168,7 +168,7 @@ def _foundation(options: argparse.Namespace, source: DataSource) -> None:
         if not parser.is_file():
             raise UserError(
                 f"{parser} does not exist; the autoencoder needs it: run "
-                f"`python -m ec2face_lab pretrain parser --role guiding` with the same --out first"
+                "`python -m ec2face_lab pretrain parser --role guiding` with the same --out first"
             )
         pretrain.train_vae(source, work, samples, batch, options.seconds, crop, parser)
         return
