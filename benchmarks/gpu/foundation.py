@@ -3,7 +3,7 @@
     OUT=DIR python benchmarks/gpu/foundation.py VAE FLUX DISTILL POOL
 
 The first three are seconds, POOL is a number of faces whose captions `pretrain captions` writes
-meanwhile. What a stage made is packed into OUT as soon as it is there.
+meanwhile. START is a FLUX folder whose autoencoder is trained further. What a stage made is packed into OUT as soon as it is there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     """Run every stage; a stage that was finished before is not repeated."""
     vae, flux, distill = (float(x) for x in sys.argv[1:4])
     faces = int(sys.argv[4])
-    rate = float(os.environ.get("RATE", "1.6e-3"))
+    rate = float(os.environ.get("RATE", "1.2e-3"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bundle = resolve("data/mini128")
     work = pretrain.work_folder(bundle)
@@ -40,7 +40,9 @@ def main() -> None:
     began = time.monotonic()
     if not (work / "vae.json").exists():
         guide = bundle / "parser_guiding.pt"
-        pretrain.train_vae(source, work, 0, VAE_BATCH, vae, parser=guide)
+        start = Path(os.environ["START"]) if "START" in os.environ else None
+        peak = 1e-3 if start else 2e-3
+        pretrain.train_vae(source, work, 0, VAE_BATCH, vae, parser=guide, lr=peak, start=start)
     pack("vae", work, ["vae.pt", "vae.json"])
     say(began, "autoencoder")
     pool.encode_pool(source, work, faces)

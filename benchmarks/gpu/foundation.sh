@@ -3,6 +3,7 @@
 # seconds instead of samples. Run it in the root of the repository.
 #
 #   [VAE=120] [FLUX=300] [DISTILL=40] [POOL=57344] [PERCEPTION=170] [MODELS="parser_guiding ..."]
+#   [START=FLUX folder whose autoencoder is trained further]
 #     bash benchmarks/gpu/foundation.sh
 #
 # MODELS="" leaves guides and evaluators out. The autoencoder has the GPU for itself; guides and evaluators are trained beside the transformer.

@@ -36,7 +36,7 @@ STAGES = {
     "vae": "the autoencoder",
     "captions": "token ids of the captions of a pool of faces",
     "latents": "a pool of encoded faces and dense conditions",
-    "flux": "the transformer and its text encoders",
+    "flux": "the transformer with its text encoders",
     "distill": "classifier-free guidance, into the guidance embedding",
     "parser": "a face parser",
     "clip": "a CLIP",
@@ -55,7 +55,7 @@ BATCH = {
     "cpu": {"vae": 16, "flux": 32, "distill": 32},
     "cuda": {"vae": 128, "flux": 512, "distill": 512},
 }
-RATE = {"flux": 1.2e-3, "distill": 3e-4}
+RATE = {"vae": 2e-3, "flux": 1.2e-3, "distill": 3e-4}
 SHARED = ("vae", "latents", "flux", "distill")  # by the ranks of torchrun
 BUNDLE = ROOT / "data" / "mini128"
 
@@ -93,24 +93,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 "--seconds", type=number(0, whole=False), default=0.0,
                 help="train for so long instead of on --samples faces; 0: no limit",
             )  # fmt: skip
-        if name in {"vae", *RATE}:
+        if name in RATE:
             stage.add_argument(
                 "--batch",
                 type=number(0),
                 default=0,
                 help="samples of a step; 0: what suits the device",
             )
-        if name in RATE:
             stage.add_argument(
                 "--lr",
                 type=number(0, whole=False),
                 default=RATE[name],
                 help="peak learning rate",
             )
-        if name == "flux":
+        if name in {"vae", "flux"}:
             stage.add_argument(
                 "--from", dest="start", type=user_path, metavar="DIR",
-                help="FLUX folder whose transformer and text encoders are trained further",
+                help=f"FLUX folder; {STAGES[name]} of it is trained further",
             )  # fmt: skip
         if name == "captions":
             stage.add_argument(
@@ -170,7 +169,9 @@ def _foundation(options: argparse.Namespace, source: DataSource) -> None:
                 f"{parser} does not exist; the autoencoder needs it: run "
                 "`python -m ec2face_lab pretrain parser --role guiding` with the same --out first"
             )
-        pretrain.train_vae(source, work, samples, batch, options.seconds, crop, parser)
+        pretrain.train_vae(
+            source, work, samples, batch, options.seconds, crop, parser, options.lr, options.start
+        )
         return
     plan = (samples, batch, options.lr, options.seconds)
     if options.stage == "flux":

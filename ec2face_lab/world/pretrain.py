@@ -51,7 +51,7 @@ CROPS = 0.5  # share of the autoencoder's training that sees parts of pictures, 
 
 USES = 4  # steps on the CPU that cut other parts from the same faces
 
-PARSED = 0.1  # weight of the guiding parser's cross-entropy in the autoencoder's loss
+PARSED = 0.2  # weight of the guiding parser's cross-entropy in the autoencoder's loss
 
 LOG_VARIANCE = -6.0  # of the latents' noise when the training of the autoencoder begins
 
@@ -129,6 +129,8 @@ def train_vae(
     seconds: float = 0.0,
     crop: int = 0,
     parser: Path | None = None,
+    lr: float = 2e-3,
+    start: Path | None = None,
 ) -> None:
     """Train the autoencoder; writes `work/vae.pt` and its scale, `work/vae.json`.
 
@@ -149,10 +151,13 @@ def train_vae(
             steps in the same time. After `CROPS` of the training, steps see half as many, but whole
             pictures. 0: all steps see whole pictures.
         parser: file of the guiding parser, which reads whole pictures; None: no perceptual loss.
+        lr: peak learning rate.
+        start: folder of a FLUX whose autoencoder is trained further; None: random weights.
 
     Raises:
         FileNotFoundError: the parser does not exist.
     """
+    from diffusers import AutoencoderKL
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     device = source.device
@@ -160,9 +165,12 @@ def train_vae(
     guide = FaceParser(parser, source.size, device) if parser else None
     vae = untrained(source).vae.train().to(device)
     channels = vae.config.latent_channels
-    _lower_noise(vae)
+    if start:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(start, subfolder="vae").state_dict())
+    else:
+        _lower_noise(vae)
     optimizer = torch.optim.AdamW(
-        vae.parameters(), weight_decay=1e-4, **optimiser_options(device, 2e-3)
+        vae.parameters(), weight_decay=1e-4, **optimiser_options(device, lr)
     )
     held_out = source.held_out_scenes(SEED, 64).image
     detail = _weights_of_parts(source)
@@ -236,12 +244,23 @@ def train_vae(
     result: dict[str, object] = {
         **evaluate(),
         "samples": seen,
+        "batch": batch,
+        "learning_rate": lr,
         "seconds": round(spent),
         "device": device_name(device),
+        "began_with": _record_of(start),
         "guide": path_digest(parser) if parser else None,
     }
     write_json(work / "vae.json", result)
     print(result, flush=True)
+
+
+def _record_of(start: Path | None) -> object:
+    """How the autoencoder of a FLUX folder was made."""
+    if start is None:
+        return None
+    made = json.loads((start / "provenance.json").read_text())
+    return {"digest": path_digest(start / "vae"), **made["parameters"]["autoencoder"]}
 
 
 @torch.no_grad()

@@ -86,12 +86,13 @@ def velocity(trainer, samples, transformer=None, kept: bool = False) -> torch.Te
     """Of the trainer's model, or of another one in float32."""
     transformer = transformer or trainer.model
     device = next(transformer.parameters()).device
-    z, z_mask, _, _, text = trainer._read(samples)
-    mask = z_mask.to(device)
+    x = trainer._prepare(samples)
+    mask = x.z_m.to(device)
     if kept:
         mask = precompute_mask_kv(transformer, mask)
-    t = samples.t.to(device)
-    return predict_velocity(transformer, z.to(device), t, text, mask, samples.keep_mask)
+    text = x.text.send(device)
+    keep = x.keep_mask_tokens
+    return predict_velocity(transformer, x.z.to(device), x.t.to(device), text, mask, keep)
 
 
 def gradients(trainer, samples, transformer) -> list[torch.Tensor]:
