@@ -338,7 +338,8 @@ def provenance(
 def git_state() -> tuple[str | None, bool | None]:
     """The commit, and whether the tree differs from it.
 
-    Outside a repository: the commit that the environment's EC2FACE_COMMIT names, or None; and None.
+    A copy of a tree says its commit in the environment's EC2FACE_COMMIT. Outside a repository:
+    that one or None, and None.
     """
 
     def git(*command: str) -> str | None:
@@ -351,7 +352,7 @@ def git_state() -> tuple[str | None, bool | None]:
         return done.stdout.strip()
 
     changed = git("status", "--porcelain")
-    commit = git("rev-parse", "--verify", "HEAD") or os.environ.get("EC2FACE_COMMIT")
+    commit = os.environ.get("EC2FACE_COMMIT") or git("rev-parse", "--verify", "HEAD")
     return commit, None if changed is None else bool(changed)
 
 

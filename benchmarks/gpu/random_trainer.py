@@ -160,7 +160,8 @@ def configuration(size: Size, settings: Settings) -> Config:
         },
         lora={"rank": size.rank, "alpha": float(size.rank), "attention": settings.attention},
         trainer={
-            "batch_size": settings.batch, "noise_repeats": settings.repeats, "num_processes": 1,
+            "batch_size": settings.batch, "accumulation": 1, "noise_repeats": settings.repeats,
+            "num_processes": 1,
             "gradient_checkpointing": settings.recompute > 0,
             "recompute_every": max(1, settings.recompute), "compile": settings.compile,
             "drop_probability": float(settings.dropped),

@@ -49,7 +49,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ec2face_core.backbone import decode_latents
-from ec2face_core.fast.blocks import prepare_blocks
+from ec2face_core.fast.blocks import avoid_cudnn_attention, prepare_blocks
 from ec2face_core.fast.precision import guides_precision
 from ec2face_core.mask_branch import precompute_mask_kv, predict_velocity
 from ec2face_core.runs import provenance, whole_file
@@ -423,6 +423,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure row after row."""
     args = arguments()
+    avoid_cudnn_attention()
     size = SIZES[args.size]
     text = (77, 128) if args.size == "flux" else (size.text // 2, size.text)
     bench = Bench(size, torch.device(args.device), args.out, args.seconds, args.repeats, args.size)

@@ -43,6 +43,16 @@ def prepare_blocks(transformer: FluxTransformer2DModel, config: TrainerConfig) -
         transformer.compile_repeated_blocks(fullgraph=not config.shard)
 
 
+def avoid_cudnn_attention() -> None:
+    """Keep `scaled_dot_product_attention` of this process away from cuDNN.
+
+    torch 2.11 prefers it on an H100, where its backward pass ended with an illegal memory access,
+    in the miniature (heads of 32) and in FLUX.1-dev's configuration (heads of 128). Its gradient
+    of the queries can be NaN where there is a key mask (PyTorch issue 196678).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def attention_kernel(
     transformer: FluxTransformer2DModel,
     tokens: int,

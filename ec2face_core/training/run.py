@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..config import VARIANTS, Config, ConfigError, adapter_name, trained_dir
-from ..fast.blocks import attention_kernel
+from ..fast.blocks import attention_kernel, avoid_cudnn_attention
 from ..fast.precision import accelerated
 from ..guards.ranks import agree, locked, make_accelerator
 from ..guards.signals import on_signals
@@ -216,6 +216,7 @@ class TrainingRun:
         c = self.config.trainer
         if self.accelerator is None:
             check_tracker(c.tracker)
+            avoid_cudnn_attention()
             settings = accelerated(self.config)
             self.accelerator = make_accelerator(settings, self.device_name, self.run_dir)
             self.log = TrainingLog(self.run_dir, self.config, self.accelerator)

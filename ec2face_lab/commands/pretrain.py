@@ -24,6 +24,7 @@ import argparse
 import torch
 
 from ec2face_core.config import UserError, load_profile
+from ec2face_core.fast.blocks import avoid_cudnn_attention
 from ec2face_core.guards.checks import number
 from ec2face_core.io.paths import ROOT, user_path
 from ec2face_core.runs import whole_file
@@ -126,8 +127,7 @@ def run(options: argparse.Namespace) -> None:
     """Train one stage; resumes if it was stopped."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA GPU; leave the option out")
-    # Its backward pass ends with an illegal memory access for heads of 32 channels (torch 2.11).
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    avoid_cudnn_attention()
     if options.stage == "gates":
         _gates(options.device)
         return
