@@ -3,7 +3,8 @@
     OUT=DIR python benchmarks/gpu/foundation.py VAE FLUX DISTILL POOL
 
 The first three are seconds, POOL is a number of faces whose captions `pretrain captions` writes
-meanwhile. START is a FLUX folder whose autoencoder is trained further. What a stage made is packed into OUT as soon as it is there.
+meanwhile. START is a FLUX folder whose autoencoder is trained further. What a stage made is packed
+into OUT as soon as it is there.
 """
 
 from __future__ import annotations

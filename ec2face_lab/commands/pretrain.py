@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name in {"vae", "flux"}:
             stage.add_argument(
                 "--from", dest="start", type=user_path, metavar="DIR",
-                help=f"FLUX folder; {STAGES[name]} of it is trained further",
+                help=f"FLUX folder; {summary} of it is trained further",
             )  # fmt: skip
         if name == "captions":
             stage.add_argument(

@@ -157,18 +157,13 @@ def train_vae(
     Raises:
         FileNotFoundError: the parser does not exist.
     """
-    from diffusers import AutoencoderKL
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     device = source.device
     share = share_of(batch)
     guide = FaceParser(parser, source.size, device) if parser else None
-    vae = untrained(source).vae.train().to(device)
+    vae = _new_vae(source, start).train().to(device)
     channels = vae.config.latent_channels
-    if start:
-        vae.load_state_dict(AutoencoderKL.from_pretrained(start, subfolder="vae").state_dict())
-    else:
-        _lower_noise(vae)
     optimizer = torch.optim.AdamW(
         vae.parameters(), weight_decay=1e-4, **optimiser_options(device, lr)
     )
@@ -259,16 +254,27 @@ def _record_of(start: Path | None) -> object:
     """How the autoencoder of a FLUX folder was made."""
     if start is None:
         return None
-    made = json.loads((start / "provenance.json").read_text())
-    return {"digest": path_digest(start / "vae"), **made["parameters"]["autoencoder"]}
+    record = start / "provenance.json"
+    made = json.loads(record.read_text()).get("parameters", {}) if record.is_file() else {}
+    return {"digest": path_digest(start / "vae"), **made.get("autoencoder", {})}
 
 
 @torch.no_grad()
-def _lower_noise(vae: AutoencoderKL) -> None:
-    """Let latents begin with little noise: at 1, as it would begin, they say little for long."""
+def _new_vae(source: DataSource, start: Path | None) -> AutoencoderKL:
+    """The autoencoder of a FLUX folder, or one of random weights.
+
+    The latter's latents begin with little noise: at 1, as it would begin, they say little for long.
+    """
+    from diffusers import AutoencoderKL
+
+    vae = untrained(source).vae
+    if start:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(start, subfolder="vae").state_dict())
+        return vae
     channels = vae.config.latent_channels
     vae.encoder.conv_out.weight[channels:] *= 0.1
     vae.encoder.conv_out.bias[channels:] = LOG_VARIANCE
+    return vae
 
 
 def _weights_of_parts(source: DataSource) -> Tensor:
