@@ -11,4 +11,6 @@ cd "$(dirname "$0")/../.."
 source benchmarks/gpu/environment.sh
 faces=tests/lab/test_gpu.py::test_faces_of_the_gpu_are_those_of_the_cpu
 [ $# -gt 0 ] || set -- "$faces" tests/core/test_gpu.py
-timeout 90 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -q "$@" 2>&1 | tee "$OUT/check.log"
+# an interrupted pytest says what failed until then
+timeout -s INT -k 5 90 "$PYTHON" -m pytest -m gpu -p no:cacheprovider --tb=short -v "$@" 2>&1 |
+  tee "$OUT/check.log"

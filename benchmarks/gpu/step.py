@@ -6,7 +6,8 @@
 The step is the trainer's own (`Trainer.update`): data, transformer with its LoRA, decoder, parser
 and CLIP with their gradients, clipping and optimiser. Weights are random, made on the device and
 never written. Rows are measured in the order of their importance until the time is over. Rows that
-the table has already, of the same card and torch, are kept, so the same command goes on.
+the table has already, of the same card and torch, are kept, so the same command goes on; where OUT
+has none, the table beside this script is continued.
 
 Columns of `step-<size>.csv`:
 
@@ -91,8 +92,9 @@ class Bench:
         self.began = time.perf_counter()
         self.facts = facts(self.device)
         self.path = self.out / f"step-{self.name}.csv"
-        if self.path.is_file():
-            with self.path.open(newline="") as file:
+        kept = self.path if self.path.is_file() else Path(__file__).parent / self.path.name
+        if kept.is_file():
+            with kept.open(newline="") as file:
                 self.rows = [r for r in csv.DictReader(file) if self._is_ours(r)]
         self.rate = matmul_rate(self.size, self.device)
         self.networks = self._build()
@@ -454,11 +456,10 @@ def main() -> None:
     part_rows(bench, settings())
     kernel_rows(bench, settings())
     sampling_rows(bench, compile=False)
-    training_rows(bench, more[:4])
-    training_rows(bench, compiled[:1])
-    training_rows(bench, more[4:])
-    training_rows(bench, compiled[1:])
+    training_rows(bench, more[:1])
+    training_rows(bench, compiled)
     sampling_rows(bench, compile=True)
+    training_rows(bench, more[1:])
 
 
 if __name__ == "__main__":

@@ -45,6 +45,15 @@ def set_up(config: Config, run_dir) -> Trainer:
     return trainer
 
 
+@pytest.fixture(scope="module", autouse=True)
+def exact_convolutions():
+    """Convolutions of float32 in float32: by default cuDNN rounds their factors to 10 bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture(scope="module", params=["joint", "decoupled"])
 def trainers(request, tiny_config, tmp_path_factory):
     """In float32 and in bfloat16, with the losses of the pixels strong enough to matter."""
@@ -68,6 +77,11 @@ def trainer(trainers):
 @pytest.fixture
 def samples(trainer):
     """Random samples that keep both conditions."""
+    return whole_samples(trainer)
+
+
+def whole_samples(trainer):
+    """Of a trainer, with both conditions and fixed times."""
     drawn = trainer.stream.sample(range(SAMPLES))
     every = torch.ones(SAMPLES, dtype=torch.bool)
     t = torch.tensor(TIMES)
@@ -231,7 +245,11 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tiny_config, tmp_path):
 # --------------------------------------------------------------- compilation (the longest, so last)
 
 
-def test_compiled_blocks_agree_with_eager_ones(trainer, samples, monkeypatch):
+@pytest.mark.parametrize("attention", ["joint", "decoupled"])
+def test_compiled_blocks_agree_with_eager_ones(tiny_config, tmp_path, monkeypatch, attention):
+    changes = {"lora": {"attention": attention}, "trainer": {"mixed_precision": "no"}}
+    trainer = set_up(tiny_config.replace(**changes), tmp_path)
+    samples = whole_samples(trainer)
     if DEVICE.type == "cpu":  # inductor takes minutes there
         eager = functools.partial(torch.compile, backend="aot_eager")
         monkeypatch.setattr(torch, "compile", eager)
