@@ -8,8 +8,8 @@ modality at each pixel and step: e = sum_m I_m e_m with I = softmax over m.
 Simplified: U-Nets of 1.3 M parameters that predict v, which mixes as the noise e does; captions
 enter as CLIP's word features (the original trains a BERT-like encoder of its own); the text
 diffuser is the U-Net shared with ControlNeXt, trained with 10 % of the captions dropped; label maps
-are taken at 1/4 of the side (1/16 there), by nearest pixel as there, so small parts are lost in
-part; 28 steps of DDIM (50 there).
+are taken at the latent's side (a quarter or an eighth of the picture's, 1/16 there), by nearest
+pixel as there, so small parts are lost in part; 28 steps of DDIM (50 there).
 """
 
 from __future__ import annotations

@@ -18,10 +18,7 @@ of all 19 classes are fair to the other systems.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -63,7 +60,8 @@ class ControlNeXt(TextUnetSystem):
         self.maps = 3 if self.config.baselines.published_masks else 19
         with seeded(seed):
             unet = text_unet(self.shape, self.words)
-            encoder = MaskEncoder(self.shape[1:], unet.config.block_out_channels[0] * 4, self.maps)
+            time = unet.config.block_out_channels[0] * 4
+            encoder = MaskEncoder(self.size // self.shape[1], time, self.maps)
         self.trained = [k for k, _ in unet.named_parameters() if TRAINED in k]
         increments = [torch.zeros_like(unet.get_parameter(k)) for k in self.trained]
         self.networks["unet"] = unet
@@ -121,23 +119,23 @@ class MaskEncoder(nn.Module):
     """Maps of a mask `b k h w` and a time embedding -> controls for the U-Net's first features.
 
     Args:
-        size: of the controls, that is of the latent.
+        fold: how many times smaller than the mask the controls are: a power of two from 4 on.
         time: width of the time embedding.
         maps: k.
     """
 
-    def __init__(self, size: Sequence[int], time: int, maps: int) -> None:
+    def __init__(self, fold: int, time: int, maps: int) -> None:
         from diffusers.models.resnet import ResnetBlock2D
 
         super().__init__()
-        self.size = tuple(size)
         half = WIDTH // 2
-        self.door = nn.Sequential(
-            nn.Conv2d(maps, half, 4, stride=2, padding=1),
-            nn.GroupNorm(4, half),
-            nn.SiLU(),
-            nn.Conv2d(half, WIDTH, 4, stride=2, padding=1),
-        )
+        layers: list[nn.Module] = [nn.Conv2d(maps, half, 4, stride=2, padding=1)]
+        width = half
+        for _ in range(fold.bit_length() - 2):
+            layers += [nn.GroupNorm(4, width), nn.SiLU()]
+            layers.append(nn.Conv2d(width, WIDTH, 4, stride=2, padding=1))
+            width = WIDTH
+        self.door = nn.Sequential(*layers)
         self.blocks = nn.ModuleList(
             ResnetBlock2D(in_channels=WIDTH, temb_channels=time, groups=8) for _ in range(2)
         )
@@ -150,7 +148,7 @@ class MaskEncoder(nn.Module):
         x = self.door(mask)
         for block in self.blocks:
             x = block(x, time)
-        return F.adaptive_avg_pool2d(self.out(x), self.size)
+        return self.out(x)
 
 
 def cross_normalise(controls: Tensor, features: Tensor) -> Tensor:

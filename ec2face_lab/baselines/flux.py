@@ -115,7 +115,8 @@ class FluxSystem(System):
             text = self.encode_texts(drop_texts(texts, TEXT_DROP, generator))
             z_t = interpolate(z, noise, t)
             mask = self.condition(self.drop(encoded[rows].float(), generator), z_t, t)
-            v = predict_velocity(self.transformer, z_t, t, text, mask)
+            guidance = self.config.backbone.guidance
+            v = predict_velocity(self.transformer, z_t, t, text, mask, guidance=guidance)
             return flow_matching_loss(v, target_velocity(z, noise)).mean()
 
         optimise(run, "control", loss, dict(self.networks))

@@ -24,7 +24,6 @@ from ec2face_core.perception import FaceParser
 from ..world.training import descend, seeded, set_learning_rates
 from .encoders import Centre
 from .style import (
-    LAYERS,
     WIDTH,
     Conv,
     Encoder,
@@ -34,6 +33,7 @@ from .style import (
     adam,
     leaky,
     perceptual,
+    sides_below,
     upsample,
 )
 from .system import Faces, Generators, Masks, Run, Texts
@@ -54,16 +54,19 @@ SHARES = {"masks": 0.2, "mapping": 0.8}  # of the seconds
 
 
 class MaskDecoder(nn.Module):
-    """Codes `(b, CODE)` -> class logits `b 19 64 64`; only training needs it."""
+    """Codes `(b, CODE)` -> class logits `b 19 size size`; only training needs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
         self.stem = Linear(CODE, 64 * 64)
-        self.convs = nn.ModuleList([Conv(64, 64), Conv(64, 48)])
+        more = len(sides_below(size)) - len(sides_below(64))
+        self.convs = nn.ModuleList(
+            [Conv(64, 64), Conv(64, 48), *(Conv(48, 48) for _ in range(more))]
+        )
         self.head = Conv(48, 4 * 19, act=False)
 
     def forward(self, code: Tensor) -> Tensor:
-        """Logits `b 19 64 64`."""
+        """Logits `b 19 size size`."""
         x = leaky(self.stem(code)).unflatten(1, (64, 8, 8))
         for conv in self.convs:
             x = upsample(conv(x))
@@ -100,8 +103,8 @@ class MM2Latent(StyleSystem):
     def build(self, seed: int) -> None:
         """Fill `networks` with random weights, a function of the seed."""
         with seeded(seed):
-            self.networks["generator"] = StyleGenerator()
-            self.networks["mask"] = Encoder(19, CODE)
+            self.networks["generator"] = StyleGenerator(self.size)
+            self.networks["mask"] = Encoder(self.size, 19, CODE)
             width = self.clip.text_features([""]).shape[1]
             self.networks["mapping"] = ToLatent(width)
         self.networks["centre"] = Centre(width)
@@ -126,7 +129,7 @@ class MM2Latent(StyleSystem):
     def _train_masks(self, faces: Faces, run: Run) -> None:
         encoder = self.networks["mask"]
         with seeded(run.seed):
-            decoder = MaskDecoder().to(self.device)
+            decoder = MaskDecoder(self.size).to(self.device)
         optimizer = adam(nn.ModuleList([encoder, decoder]), LR)
 
         def step(number: int, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
@@ -152,13 +155,13 @@ class MM2Latent(StyleSystem):
                 with torch.no_grad():
                     z = torch.randn(BATCH, WIDTH, generator=generator, device=self.device)
                     w = style.map(z)
-                    picture = self._picture(w[:, None].expand(-1, LAYERS, -1))
+                    picture = self._picture(style.everywhere(w))
                     mask = self.mask_codes(self.parser.parse(picture))
                     u = torch.rand(BATCH, 1, generator=generator, device=self.device)
                     mask = mask * (u >= NO_MASK)
                     text = self.pseudo_text(picture, generator)
                 predicted = style.average + net(mask, text)
-                mapped = style(predicted[:, None].expand(-1, LAYERS, -1))
+                mapped = style(style.everywhere(predicted))
                 likeness = perceptual(self.clip, mapped, picture).mean()
                 descend(optimizer, mapping_loss(predicted, w) + 0.1 * likeness)
             return {"absolute": (predicted - w).abs().mean(), "perceptual": likeness}
@@ -180,7 +183,7 @@ class MM2Latent(StyleSystem):
         return self.networks["generator"](codes).clamp(-1, 1)
 
     def sample(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
-        """Images `b 3 64 64` in [0, 1]; no noise is added to the embedding of a given text."""
+        """Images `b 3 h w` in [0, 1]; no noise is added to the embedding of a given text."""
         net = self.networks["mapping"]
         style = self.networks["generator"]
         if prompts is None:
@@ -193,7 +196,7 @@ class MM2Latent(StyleSystem):
         no_mask = torch.zeros(len(text), CODE, device=self.device)
         mask = no_mask if masks is None else self.mask_codes(masks)
         w = style.average + net(mask, text)
-        return self._picture(w[:, None].expand(-1, LAYERS, -1)) / 2 + 0.5
+        return self._picture(style.everywhere(w)) / 2 + 0.5
 
 
 def mapping_loss(predicted: Tensor, w: Tensor) -> Tensor:

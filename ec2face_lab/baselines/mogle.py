@@ -23,7 +23,6 @@ from ec2face_core.backbone import encode_images, pack, unpack
 from ec2face_core.mask_branch import mask_latents_of
 
 from .flux import FluxSystem
-from .system import SIDE
 
 DROP = 0.1  # of each local map
 
@@ -37,7 +36,8 @@ class FaceMoGLE(FluxSystem):
         """The mixture, and the latent of an empty map."""
         self.networks["mixture"] = Mixture(4 * self.shape[0])
         with torch.no_grad():
-            self.blank = encode_images(self.vae, -torch.ones(1, 3, SIDE, SIDE, device=self.device))
+            black = -torch.ones(1, 3, self.size, self.size, device=self.device)
+            self.blank = encode_images(self.vae, black)
 
     def encode_masks(self, maps: Tensor) -> Tensor:
         """Latents of the palette image and of each class's map, white on black: `b 20 c h w`."""

@@ -5,8 +5,8 @@ query (GCMF). A gate computed from mask features and answer scales the answer, a
 convolution takes it beside mask features and Fourier features of the coordinates. A discriminator
 of picture and mask, a matched or mismatched sentence, R1 and a CLIP loss on the picture.
 
-Simplified: three resolutions in steps of 2 instead of 4 (8, 16, 32, unfolded to 64), at each of
-which the mask is folded, not reduced; words and sentences from the guiding CLIP; no path-length
+Simplified: resolutions in steps of 2 instead of 4 (from 8 to half the side, then unfolded), at each
+of which the mask is folded, not reduced; words and sentences from the guiding CLIP; no path-length
 regularisation; R1 of weight 1 (10 there, at 256 px); the discriminator is smaller, and its head for
 sentences is a projection. Features are interpolated between resolutions, where the original folds
 pixels. The gate is the paper's: the released layer has its gates off unless asked.
@@ -45,7 +45,7 @@ from .style import (
 )
 from .system import Faces, Generators, Masks, Run, System, Texts
 
-CHANNELS = {8: 224, 16: 128, 32: 64}  # by side of the feature map
+CHANNELS = {8: 224, 16: 128, 32: 64, 64: 48}  # by side of the feature map
 
 FEATURES = 32  # of the mask, and of the words' answer, at each pixel
 
@@ -63,9 +63,9 @@ R1_EVERY = 16  # steps
 class GatedWords(nn.Module):
     """GCMF: cross-attention from mask features to words, and a gate on the answer."""
 
-    def __init__(self, side: int, words: int, maps: int) -> None:
+    def __init__(self, fold: int, words: int, maps: int) -> None:
         super().__init__()
-        self.fold = 64 // side
+        self.fold = fold
         self.mask = nn.ModuleList(
             [Conv(maps * self.fold**2, FEATURES, 1), Conv(FEATURES, FEATURES)]
         )
@@ -75,7 +75,7 @@ class GatedWords(nn.Module):
         self.gate = nn.Conv2d(2 * FEATURES, FEATURES, 1)
 
     def forward(self, maps: Tensor, words: Tensor, real: Tensor) -> Tensor:
-        """Maps `b k 64 64`, words `b n d`, which words are real `b n` -> `b 2f s s`."""
+        """Maps `b k h w`, words `b n d`, which words are real `b n` -> `b 2f h/fold w/fold`."""
         m = F.pixel_unshuffle(maps, self.fold)
         for conv in self.mask:
             m = conv(m)
@@ -85,18 +85,19 @@ class GatedWords(nn.Module):
 
 
 class PixelGenerator(nn.Module):
-    """Noise, maps of a mask and words -> 64 px faces."""
+    """Noise, maps of a mask and words -> faces of `size` px."""
 
-    def __init__(self, words: int, maps: int) -> None:
+    def __init__(self, size: int, words: int, maps: int) -> None:
         super().__init__()
+        channels = {side: c for side, c in CHANNELS.items() if side < size}
         self.mapping = nn.ModuleList(Linear(WIDTH, WIDTH, gain=0.01) for _ in range(3))
         self.const = nn.Parameter(torch.randn(1, CHANNELS[8], 8, 8))
         self.words = nn.ModuleDict()
         self.convs = nn.ModuleDict()
-        self.rgb = rgb_layers(CHANNELS)
+        self.rgb = rgb_layers(channels)
         before = CHANNELS[8]
-        for side, c in CHANNELS.items():
-            self.words[str(side)] = GatedWords(side, words, maps)
+        for side, c in channels.items():
+            self.words[str(side)] = GatedWords(size // side, words, maps)
             inputs = min(before, c) + 2 * FEATURES + 4 * FREQUENCIES
             layers = [ModulatedConv(inputs, c), ModulatedConv(c, c)]
             if before != c:  # fewer channels before the side doubles
@@ -106,21 +107,20 @@ class PixelGenerator(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor, maps: Tensor, words: Tensor, real: Tensor) -> Tensor:
-        """Z `(b, WIDTH)`, maps `b k 64 64`, words `b n d`, `b n` -> images `b 3 64 64`."""
+        """Z `(b, WIDTH)`, maps `b k h w`, words `b n d`, `b n` -> images `b 3 h w`."""
         w = F.normalize(z, dim=-1) * math.sqrt(WIDTH)
         for linear in self.mapping:
             w = leaky(linear(w))
         x = self.const.expand(len(z), -1, -1, -1)
         image = None
-        for side in CHANNELS:
-            layers = self.convs[str(side)]
-            coordinates = fourier(side).to(x).expand(len(z), -1, -1, -1)
+        for side, layers in self.convs.items():
+            coordinates = fourier(int(side)).to(x).expand(len(z), -1, -1, -1)
             if image is not None:
                 x = upsample(layers[2](x, w))
-            answer = self.words[str(side)](maps, words, real).to(x.dtype)
+            answer = self.words[side](maps, words, real).to(x.dtype)
             x = torch.cat([x, answer, coordinates], 1)
             x = layers[1](layers[0](x.contiguous(memory_format=torch.channels_last), w), w)
-            image = add_rgb(image, self.rgb[str(side)](x, w))
+            image = add_rgb(image, self.rgb[side](x, w))
         return image
 
 
@@ -140,14 +140,14 @@ class PixelFace(System):
         """Fill `networks` with random weights, a function of the seed."""
         width = self.clip.model.token_embedding.weight.shape[1]
         with seeded(seed):
-            self.networks["generator"] = PixelGenerator(width, self.maps)
+            self.networks["generator"] = PixelGenerator(self.size, width, self.maps)
         self.networks.to(self.device)
 
     def train(self, faces: Faces, run: Run) -> None:
         """One adversarial stage; the generator becomes the moving average of the weights."""
         net = self.networks["generator"]
         with seeded(run.seed + 1):
-            discriminator = Discriminator(3 + self.maps)
+            discriminator = Discriminator(self.size, 3 + self.maps)
             head = Linear(self.clip.text_features([""]).shape[1], WIDTH)
         judges = nn.ModuleDict({"discriminator": discriminator, "head": head}).to(self.device)
         average = moving_average(net, partial(average_decay, batch=BATCH))
@@ -197,7 +197,7 @@ class PixelFace(System):
         return real.to(self.device)
 
     def sample(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
-        """Images `b 3 64 64` in [0, 1]."""
+        """Images `b 3 h w` in [0, 1]."""
         z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators]).to(self.device)
         words = word_features(self.clip, prompts)
         real = self.real(prompts)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,12 +31,9 @@ if TYPE_CHECKING:
 
 WIDTH = 128  # of z and w
 
-CHANNELS = {4: 128, 8: 128, 16: 96, 32: 64}  # by side of the feature map; 32 is unfolded to 64
+CHANNELS = {4: 128, 8: 128, 16: 96, 32: 64, 64: 48}  # by side of the feature map
 
-LAYERS = 10  # modulated convolutions, each with its own slot of W+
-
-STAGES = ((4, False), (4, False), (8, True), (8, False), (16, True), (16, False), (16, False),
-          (32, True), (32, False), (32, False))  # fmt: skip  # side, whether it was just doubled
+CONVS = {4: 2, 8: 2, 16: 3, 32: 3, 64: 3}  # of the generator, by side
 
 BATCH = 16
 
@@ -108,24 +106,31 @@ class ModulatedConv(nn.Module):
 
 
 class StyleGenerator(nn.Module):
-    """Codes in W+ -> 64 px faces.
+    """Codes in W+ -> faces.
+
+    Args:
+        size: side of the faces in pixels.
 
     Attributes:
+        layers: modulated convolutions, each with its own slot of W+.
         average: running mean of w, `(WIDTH,)`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
+        sides = sides_below(size)
+        self.sides = [side for side in sides for _ in range(CONVS[side])]
+        self.layers = len(self.sides)
         self.mapping = nn.Sequential(
             *(m for _ in range(4) for m in (Linear(WIDTH, WIDTH, gain=0.01), nn.LeakyReLU(0.2)))
         )
         self.const = nn.Parameter(torch.randn(1, CHANNELS[4], 4, 4))
-        before = [4, *(side for side, _ in STAGES)]
+        before = [4, *self.sides]
         self.convs = nn.ModuleList(
             ModulatedConv(CHANNELS[a], CHANNELS[side])
-            for a, (side, _) in zip(before, STAGES, strict=False)
+            for a, side in zip(before, self.sides, strict=False)
         )
-        self.rgb = rgb_layers(CHANNELS)
+        self.rgb = rgb_layers({side: CHANNELS[side] for side in sides})
         self.register_buffer("average", torch.zeros(WIDTH))
         self.to(memory_format=torch.channels_last)
 
@@ -139,33 +144,44 @@ class StyleGenerator(nn.Module):
     def random_codes(
         self, generators: Sequence[torch.Generator], truncation: float = 0.8
     ) -> Tensor:
-        """One w per generator in every layer, `(b, LAYERS, WIDTH)`, drawn towards the mean w."""
+        """One w per generator in every layer, `(b, layers, WIDTH)`, drawn towards the mean w."""
         z = torch.stack([torch.randn(WIDTH, generator=g) for g in generators])
         z = z.to(self.average.device)
         w = torch.lerp(self.average, self.map(z), truncation)
-        return w[:, None].expand(-1, LAYERS, -1)
+        return self.everywhere(w)
+
+    def everywhere(self, w: Tensor) -> Tensor:
+        """The code `(b, layers, WIDTH)` with w `(b, WIDTH)` in every layer."""
+        return w[:, None].expand(-1, self.layers, -1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Codes `(b, LAYERS, WIDTH)` -> images `b 3 64 64`, about [-1, 1]."""
+        """Codes `(b, layers, WIDTH)` -> images `b 3 h w`, about [-1, 1]."""
         x = self.const.expand(len(codes), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         image = None
-        for i, (conv, (side, doubled)) in enumerate(zip(self.convs, STAGES, strict=True)):
+        neighbours = zip([4, *self.sides], self.sides, [*self.sides[1:], None], strict=False)
+        for i, (conv, (before, side, after)) in enumerate(zip(self.convs, neighbours, strict=True)):
             x = conv(x, codes[:, i])
-            if doubled:
+            if side != before:
                 x = upsample(x)
-            if i + 1 == LAYERS or STAGES[i + 1][1]:  # last layer of its side
+            if after != side:
                 image = add_rgb(image, self.rgb[str(side)](x, codes[:, i]))
         return image
 
 
 class Discriminator(nn.Module):
-    """Residual discriminator on `channels` planes of 64 px -> (logits `b`, features `(b, 128)`)."""
+    """Residual discriminator on `channels` planes -> (logits `b`, features `(b, 128)`).
 
-    def __init__(self, channels: int = 3) -> None:
+    Args:
+        size: side of the planes in pixels.
+        channels: their number.
+    """
+
+    def __init__(self, size: int, channels: int = 3) -> None:
         super().__init__()
-        self.stem = Conv(4 * channels, CHANNELS[32], 1)
+        self.stem = Conv(4 * channels, CHANNELS[size // 2], 1)
         self.blocks = nn.ModuleList()
-        for side, c in ((32, CHANNELS[32]), (16, CHANNELS[16]), (8, CHANNELS[8])):
+        for side in reversed(sides_below(size)[1:]):
+            c = CHANNELS[side]
             out = CHANNELS[side // 2]
             self.blocks.append(
                 nn.ModuleList([Conv(c, c), Conv(c, out), Conv(c, out, 1, act=False)])
@@ -176,7 +192,7 @@ class Discriminator(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Planes `b channels 64 64` -> logits and features."""
+        """Planes `b channels h w` -> logits and features."""
         x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         for first, second, skip in self.blocks:
@@ -189,23 +205,29 @@ class Discriminator(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`channels` planes of 64 px -> a vector of `outputs` numbers."""
+    """`channels` planes of `size` px -> a vector of `outputs` numbers."""
 
-    def __init__(self, channels: int, outputs: int, hidden: int = 192) -> None:
+    def __init__(self, size: int, channels: int, outputs: int, hidden: int = 192) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(
-            [Conv(16 * channels, 64), Conv(64, 96), Conv(96, 128), Conv(128, 128)]
-        )
+        self.more = len(sides_below(size)) - len(sides_below(64))
+        widths = [16 * channels, 64, *[64] * self.more, 96, 128, 128]
+        self.convs = nn.ModuleList(Conv(a, b) for a, b in pairwise(widths))
         self.hidden = Linear(128 * 16, hidden)
         self.head = Linear(hidden, outputs)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Planes `b channels 64 64` -> `(b, outputs)`."""
+        """Planes `b channels h w` -> `(b, outputs)`."""
         x = F.pixel_unshuffle(x, 4).contiguous(memory_format=torch.channels_last)
         for i, conv in enumerate(self.convs):
-            x = conv(x if i in (0, 1) else F.avg_pool2d(x, 2))
+            halved = 0 < i <= self.more or i >= self.more + 2
+            x = conv(F.avg_pool2d(x, 2) if halved else x)
         return self.head(leaky(self.hidden(x.flatten(1)))).float()
+
+
+def sides_below(size: int) -> list[int]:
+    """Sides of the feature maps of networks for pictures of `size` px: the last one unfolds."""
+    return [side for side in CHANNELS if side < size]
 
 
 def rgb_layers(channels: Mapping[int, int]) -> nn.ModuleDict:
@@ -265,7 +287,7 @@ def perceptual(clip: ClipScorer, a: Tensor, b: Tensor) -> Tensor:
 
     a, b: images `b 3 h w` in [-1, 1].
     """
-    x = torch.cat([a, b]) / 2 + 0.5
+    x = F.adaptive_avg_pool2d(torch.cat([a, b]) / 2 + 0.5, clip.size)
     maps = clip.model.visual.forward_intermediates(
         (x - clip.mean) / clip.std, indices=[0, 1, 2], intermediates_only=True
     )["image_intermediates"]
@@ -282,8 +304,8 @@ class StyleSystem(System):
     def pretrain(self, run: Run) -> None:
         """Adversarial training; the generator becomes the moving average of the weights."""
         with seeded(run.seed):
-            net = StyleGenerator().to(self.device)
-            discriminator = Discriminator().to(self.device)
+            net = StyleGenerator(self.size).to(self.device)
+            discriminator = Discriminator(self.size).to(self.device)
         average = moving_average(net, partial(average_decay, batch=BATCH))
         adam_g = adam(net, LR, momentum=0.0)
         adam_d = adam(discriminator, LR, momentum=0.0)
@@ -324,7 +346,7 @@ def _mixed_codes(net: StyleGenerator, generator: torch.Generator) -> Tensor:
     device = generator.device
     z = torch.randn(2, BATCH, WIDTH, generator=generator, device=device)
     first, second = net.map(z.flatten(0, 1)).unflatten(0, (2, BATCH))
-    border = torch.randint(1, LAYERS, (BATCH, 1, 1), generator=generator, device=device)
+    border = torch.randint(1, net.layers, (BATCH, 1, 1), generator=generator, device=device)
     mixed = torch.rand(BATCH, 1, 1, generator=generator, device=device) < 0.5
-    use_second = mixed & (torch.arange(LAYERS, device=device)[None, :, None] >= border)
+    use_second = mixed & (torch.arange(net.layers, device=device)[None, :, None] >= border)
     return torch.where(use_second, second[:, None], first[:, None])

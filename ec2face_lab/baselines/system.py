@@ -29,19 +29,18 @@ from torch import Tensor, nn
 from ec2face_core.attributes import one_hot, palette_image
 from ec2face_core.config import Config, ConfigError
 from ec2face_core.data import FaceDataset
-from ec2face_core.io.paths import resolve
 from ec2face_core.perception import ClipScorer
 from ec2face_core.runs import path_digest
 
 from ..world.pool import POOL
 from ..world.pretrain import SEED
-from ..world.sources import FolderFaces, ProceduralFaces, caption_of
+from ..world.sources import caption_of, source_of
 from ..world.training import Step, train
 from . import WEIGHTS
 from .encoders import unknown_words
 from .int8_weights import read_weights, shared_file, shared_weights, write_weights
 
-SIDE = 64  # pixels, of every system's networks
+SIDES = (64, 128)  # pixels, of the pictures that systems are written for
 
 Texts = Sequence[str] | None
 
@@ -101,6 +100,7 @@ class System(ABC):
         parts: networks of EC²Face's backbone that sampling needs, frozen, in the backbone's folder.
         clip: reads captions (and pictures); frozen.
         networks: every trained network that sampling needs, by name.
+        size: side of the pictures in pixels.
     """
 
     name: str
@@ -111,12 +111,14 @@ class System(ABC):
     parts: tuple[str, ...] = ()
 
     def __init__(self, config: Config, device: torch.device | str | None = None) -> None:
-        if config.data.size != SIDE:
+        if config.data.size not in SIDES:
+            sides = " or ".join(map(str, SIDES))
             raise ConfigError(
-                f"{self.name} in miniature makes pictures of {SIDE} px, not {config.data.size}: "
+                f"{self.name} in miniature makes pictures of {sides} px, not {config.data.size}: "
                 "run the official repository and score its pictures with evaluate --images"
             )
         self.config = config
+        self.size = config.data.size
         self.device = this_device() if device is None else torch.device(device)
         self.clip = ClipScorer.from_config(config.perception, device=self.device)
         self.networks = nn.ModuleDict()
@@ -278,9 +280,8 @@ class Faces:
     @classmethod
     def of_foundation(cls, config: Config) -> Faces:
         """The faces that the base of EC²Face was trained on, `baselines.pool` of them."""
-        data = config.data
         pool = config.baselines.pool
-        source = ProceduralFaces() if data.procedural else FolderFaces(resolve(data.root))
+        source = source_of(config.data)
         images = []
         maps = []
         captions = []

@@ -23,7 +23,6 @@ from ec2face_core.config import Config
 
 from ..world.training import descend, seeded, set_learning_rates
 from .style import (
-    LAYERS,
     WIDTH,
     Encoder,
     Linear,
@@ -35,7 +34,7 @@ from .style import (
 )
 from .system import Faces, Generators, Masks, Run, Texts
 
-MASK_LAYERS = 6  # layers 0-5 take the mask's code, 6-9 the sentence's
+TEXT_LAYERS = 4  # the last layers take the sentence's code, those before the mask's
 
 FREE_LAYERS = 2  # the last layers, which lean towards a random code
 
@@ -51,13 +50,13 @@ SHARES = {"visual": 0.45, "mask": 0.45, "text": 0.1}  # of the seconds
 
 
 class SentenceEncoder(nn.Module):
-    """CLIP's sentence features `(b, d)` -> offsets in W+ `(b, LAYERS * WIDTH)`."""
+    """CLIP's sentence features `(b, d)` -> `(b, outputs)`, offsets in W+."""
 
-    def __init__(self, features: int, hidden: int = 192) -> None:
+    def __init__(self, features: int, outputs: int, hidden: int = 192) -> None:
         super().__init__()
         self.features = features
         self.layers = nn.ModuleList([Linear(features, hidden), Linear(hidden, hidden)])
-        self.head = Linear(hidden, LAYERS * WIDTH)
+        self.head = Linear(hidden, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Sentence features -> offsets."""
@@ -72,6 +71,7 @@ class TediGAN(StyleSystem):
 
     Attributes:
         clip_steps: of optimisation at sampling; 0 leaves the encoders' codes as they are.
+        layers: of W+.
     """
 
     name = "TediGAN"
@@ -86,16 +86,18 @@ class TediGAN(StyleSystem):
     def build(self, seed: int) -> None:
         """Fill `networks` with random weights, a function of the seed."""
         with seeded(seed):
-            self.networks["generator"] = StyleGenerator()
-            self.networks["mask"] = Encoder(19, LAYERS * WIDTH)
+            generator = StyleGenerator(self.size)
+            self.layers = generator.layers
+            self.networks["generator"] = generator
+            self.networks["mask"] = Encoder(self.size, 19, self.layers * WIDTH)
             width = self.clip.text_features([""]).shape[1]
-            self.networks["text"] = SentenceEncoder(width)
+            self.networks["text"] = SentenceEncoder(width, self.layers * WIDTH)
         self.networks.to(self.device)
 
     def train(self, faces: Faces, run: Run) -> None:
         """Invert faces, then masks, then sentences."""
         with seeded(run.seed):
-            visual = Encoder(3, LAYERS * WIDTH).to(self.device)
+            visual = Encoder(self.size, 3, self.layers * WIDTH).to(self.device)
         self._train_encoder("visual", visual, faces, run)
         self._train_encoder("mask", self.networks["mask"], faces, run)
         self._train_text(visual, faces, run)
@@ -135,27 +137,27 @@ class TediGAN(StyleSystem):
         run.stage("text", step, {"encoder": encoder, "adam": optimizer}, SHARES["text"])
 
     def _codes(self, offsets: Tensor) -> Tensor:
-        """Offsets `(b, LAYERS * WIDTH)` from the mean w -> codes `(b, LAYERS, WIDTH)`."""
-        return self.networks["generator"].average + offsets.unflatten(1, (LAYERS, WIDTH))
+        """Offsets `(b, layers * WIDTH)` from the mean w -> codes `(b, layers, WIDTH)`."""
+        return self.networks["generator"].average + offsets.unflatten(1, (self.layers, WIDTH))
 
     @torch.no_grad()
     def codes(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
-        """Codes `(b, LAYERS, WIDTH)` before optimisation; what is not given is random."""
+        """Codes `(b, layers, WIDTH)` before optimisation; what is not given is random."""
         random = self.networks["generator"].random_codes(generators)
         codes = random.clone()
         if prompts is not None:
             codes = self._codes(self.networks["text"](self.clip.text_features(prompts)))
         if masks is not None:
             mask_codes = self._codes(self.networks["mask"](one_hot(masks)))
-            codes[:, :MASK_LAYERS] = mask_codes[:, :MASK_LAYERS]
+            codes[:, :-TEXT_LAYERS] = mask_codes[:, :-TEXT_LAYERS]
         codes[:, -FREE_LAYERS:].lerp_(random[:, -FREE_LAYERS:], DIVERSITY)
         return codes
 
     def sample(self, prompts: Texts, masks: Masks, generators: Generators) -> Tensor:
-        """Images `b 3 64 64` in [0, 1]."""
+        """Images `b 3 h w` in [0, 1]."""
         codes = self.codes(prompts, masks, generators)
         if prompts is not None and self.clip_steps:
-            first = MASK_LAYERS if masks is not None else 0
+            first = self.layers - TEXT_LAYERS if masks is not None else 0
             codes = self._optimise(codes, first, self.clip.text_features(prompts))
         return (self.networks["generator"](codes) / 2 + 0.5).clamp(0, 1)
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 FOLD = 4  # pixels folded into channels, each way
 
-CHANNELS = (48, 72)  # 1.2 M parameters a diffuser
+CHANNELS = {64: (48, 72), 128: (48, 72, 72)}  # by side of the pictures
 
 MAP_WIDTH = 32  # channels that the maps of a 4 x 4 patch become
 
@@ -75,8 +75,9 @@ class UaC(System):
         """Fill `networks` with random weights, a function of the seed."""
         width = self.clip.text_features([""]).shape[1]
         with seeded(seed):
-            self.networks["mask"] = PixelDiffuser(self.shape, maps=self.maps)
-            self.networks["text"] = PixelDiffuser(self.shape, features=width)
+            channels = CHANNELS[self.size]
+            self.networks["mask"] = PixelDiffuser(self.shape, channels, maps=self.maps)
+            self.networks["text"] = PixelDiffuser(self.shape, channels, features=width)
         self.networks["centre"] = Centre(width)
         self.networks.to(self.device)
 
@@ -135,26 +136,30 @@ class PixelDiffuser(nn.Module):
 
     Args:
         shape: of a folded picture.
+        channels: of the U-Net, from its full side on.
         maps: number of maps, for a mask diffuser.
         features: width of a feature, for a text diffuser.
     """
 
-    def __init__(self, shape: Sequence[int], maps: int = 0, features: int = 0) -> None:
+    def __init__(
+        self, shape: Sequence[int], channels: Sequence[int], maps: int = 0, features: int = 0
+    ) -> None:
         from diffusers import UNet2DModel
 
         super().__init__()
         self.maps = maps
-        time = 4 * CHANNELS[0]
+        finer = len(channels) - 1
+        time = 4 * channels[0]
         self.unet = UNet2DModel(
             sample_size=shape[1],
             in_channels=shape[0] + (MAP_WIDTH if maps else 0),
             out_channels=shape[0],
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=CHANNELS,
+            down_block_types=(*["DownBlock2D"] * finer, "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", *["UpBlock2D"] * finer),
+            block_out_channels=tuple(channels),
             layers_per_block=1,
             norm_num_groups=8,
-            attention_head_dim=CHANNELS[1] // 2,
+            attention_head_dim=channels[-1] // 2,
             resnet_time_scale_shift="scale_shift",
             class_embed_type=None if maps else "identity",
         )

@@ -4,8 +4,8 @@ U-Nets and schedulers are diffusers' own classes. `TextUnetSystem` trains the te
 once, which CoDiffusion takes as its text diffuser and ControlNeXt as its frozen base.
 
 Chosen here:
-- Latents are the miniature VAE's (8 x 16 x 16, mean 0, std 1); all latents are encoded
-  once. Captions enter as the guiding CLIP's word features, in place of a text encoder of their own.
+- Latents are the miniature VAE's (16 x 16, mean 0, std 1); all are encoded once. Captions enter as
+  the guiding CLIP's word features, in place of a text encoder of their own.
 - Attention begins at half the latent's side, as in LDM; it doubles the time at the full side.
 - Every latent U-Net predicts v instead of the noise: at t = T, where samples begin, an error of
   predicted noise is 80 times as large in x_0. Mixing predictions is the same for both, as long as

@@ -22,7 +22,7 @@ from ec2face_core.runs import path_digest
 
 from ..baselines import NEWER, PAPER, SYSTEMS, WEIGHTS, systems, trained, weights_dir
 from ..baselines.int8_weights import shared_file
-from ..baselines.system import SIDE
+from ..baselines.system import SIDES
 from ..baselines.training_inputs import recorded_inputs, shared_inputs, training_inputs
 from ..launch import run, side_by_side
 from ..plots.render_tables import METHODS
@@ -54,9 +54,9 @@ def retrain_systems(
         names: some of `SYSTEMS`.
         keep: folder to copy weights and provenance to, as `data/mini/baselines`.
     """
-    if config.data.size != SIDE:
+    if config.data.size not in SIDES:
         print(
-            f"The comparison systems are written for the miniature ({SIDE} px). At "
+            f"The comparison systems are written for miniatures of {SIDES} px. At "
             f"{config.data.size} px score the pictures of the official repositories: "
             f"`python -m ec2face_lab evaluate --profile {config.profile} --images DIR --layout ...`"
         )

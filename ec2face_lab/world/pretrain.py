@@ -53,6 +53,8 @@ USES = 4  # steps on the CPU that cut other parts from the same faces
 
 PARSED = 0.2  # weight of the guiding parser's cross-entropy in the autoencoder's loss
 
+NOISE = 0.4  # largest standard deviation that is added to the autoencoder's latents
+
 LOG_VARIANCE = -6.0  # of the latents' noise when the training of the autoencoder begins
 
 PLANS = {plan.side: plan for plan in (Plan(), SECOND)}
@@ -139,7 +141,8 @@ def train_vae(
     are dense conditions. The guiding parser is its perceptual loss: it must find the true classes
     in decoded faces, with the same weights. Latents at half the resolution must decode to the
     picture at half the resolution, which makes them easier to generate (scale equivariance, arXiv
-    2502.14831).
+    2502.14831). So does noise on the latents, up to `NOISE` (arXiv 2507.15856): what the decoder
+    needs must be loud in them, and a transformer's errors do less harm.
 
     Args:
         source: the faces.
@@ -190,14 +193,15 @@ def train_vae(
             x, labels, is_face = x[rows], labels[rows], is_face[rows]
         side = x.shape[-1] // scale
         noise = torch.randn(len(x), channels, side, side, generator=generator, device=device)
-        return learn(x.shape[-1], x=x, labels=labels, is_face=is_face, noise=noise)
+        added = NOISE * torch.rand(len(x), 1, 1, 1, generator=generator, device=device) ** 2
+        return learn(x.shape[-1], x=x, labels=labels, is_face=is_face, noise=noise, added=added)
 
     def update(
-        side: int, x: Tensor, labels: Tensor, is_face: Tensor, noise: Tensor
+        side: int, x: Tensor, labels: Tensor, is_face: Tensor, noise: Tensor, added: Tensor
     ) -> dict[str, Tensor]:
         w = detail[labels][:, None]
         posterior = DiagonalGaussianDistribution(_in_bf16(vae.encoder, x))
-        z = posterior.mean + posterior.std * noise
+        z = posterior.mean + (posterior.var + added**2).sqrt() * noise
         y = _in_bf16(vae.decoder, z)
         half = _in_bf16(vae.decoder, F.avg_pool2d(z[: len(z) // 2], 2))
         mode = posterior.mean

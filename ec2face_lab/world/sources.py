@@ -24,7 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from ec2face_core.attributes import NUM_CLASSES, PALETTE, flip_labels
+from ec2face_core.config import DataConfig
 from ec2face_core.data import FaceDataset
+from ec2face_core.io.paths import resolve
 from ec2face_core.io.texts import MANIFEST_COLUMNS
 from ec2face_core.runs import content_key, part_name, remove, remove_leftovers
 
@@ -335,6 +337,13 @@ def _shuffled(faces: list[int], seed: int, start: int, count: int) -> tuple[list
 
 
 DataSource = ProceduralFaces | FolderFaces
+
+
+def source_of(data: DataConfig) -> DataSource:
+    """The faces that a profile's foundation was trained on: its world's, or its training split."""
+    if not data.procedural:
+        return FolderFaces(resolve(data.root), data.size)
+    return Portraits() if data.maker.endswith(":write_portraits") else ProceduralFaces()
 
 
 # ------------------------------------------------------------------------------ written data sets

@@ -24,6 +24,7 @@ from ec2face_lab.study.painters import NOTICE
 from ec2face_lab.study.pictures import PictureSet
 from ec2face_lab.study.png import load_pictures
 from ec2face_lab.world import training
+from ec2face_lab.world.networks import SECOND, save_backbone, tiny_backbone
 
 MODULES = "style tedigan mm2latent pixelface unets uac codiffusion controlnext flux"
 STAGES = {
@@ -289,3 +290,43 @@ def test_a_split_is_generated_once_and_completed(config, tmp_path):
     other = build("MM2Latent", config.replace(seed=7))
     other.save(tmp_path / "baselines" / "mm2latent")
     assert PictureSet(config, "MM2Latent", "test", limit=1).folder != folder
+
+
+@pytest.fixture(scope="module")
+def config_128(config, tiny_corpus, tmp_path_factory) -> Config:
+    """The second miniature's layout at random weights, and its world."""
+    folder = tmp_path_factory.mktemp("second")
+    save_backbone(tiny_backbone(tiny_corpus, 1, SECOND), folder / "flux")
+    return config.replace(
+        data={
+            "root": str(folder / "faces"), "size": 128, "train": 4, "test": 2, "validation": 0,
+            "maker": "ec2face_lab.world.sources:write_portraits",
+        },
+        backbone={"path": str(folder / "flux"), "text_length": 64},
+        baselines={"pool": 8},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_learns_and_draws_at_128_px(name, config_128, tmp_path, monkeypatch):
+    """One step of every stage; a mask of 128 px and a text make a picture of 128 px."""
+    for module in MODULES.split():
+        module = importlib.import_module(f"ec2face_lab.baselines.{module}")
+        monkeypatch.setattr(module, "BATCH", 2)
+        if hasattr(module, "CENTRED"):
+            monkeypatch.setattr(module, "CENTRED", 4)
+    system = build(name, config_128)
+    system.fit(open_dataset(config_128, "train"), Run(tmp_path / "own", LONG, max_steps=1))
+    system.clip_steps = 1  # of TediGAN
+    test = open_dataset(config_128, "test")
+    masks = torch.stack([test[i].label_map for i in range(2)])
+    images = system.generate(PROMPTS, masks, noise())
+    assert images.shape == (2, 3, 128, 128)
+    assert images.isfinite().all()
+    system.save(tmp_path / "own")
+    again = build(name, config_128)
+    again.load(tmp_path / "own")
+    again.clip_steps = 1
+    other = again.generate(PROMPTS, masks, noise())
+    assert (other - images).abs().mean() < 0.05, "weights are kept in eight bits"

@@ -57,11 +57,13 @@ def test_the_gradient_penalty_of_a_plane_is_its_slope():
     assert torch.allclose(penalty, slope.square().sum())
 
 
-def test_later_layers_change_finer_structure_only():
+@pytest.mark.parametrize(("size", "layers"), [(64, 10), (128, 13)])
+def test_later_layers_change_finer_structure_only(size, layers):
     """Codes from a layer on leave what lower resolutions drew: layer order is coarse to fine."""
     torch.manual_seed(1)
-    net = style.StyleGenerator()
+    net = style.StyleGenerator(size)
     codes = net.random_codes(generators(), 1.0).clone()
+    assert codes.shape == (2, layers, style.WIDTH)
     other = codes.clone()
     other[:, 7:] = codes.flip(0)[:, 7:]
     seen = []
@@ -69,8 +71,8 @@ def test_later_layers_change_finer_structure_only():
         conv.register_forward_hook(lambda m, i, y: seen.append(y))
     with torch.no_grad():
         net(codes), net(other)
-    same = [torch.equal(a, b) for a, b in zip(seen[:10], seen[10:], strict=True)]
-    assert same == [True] * 7 + [False] * 3
+    same = [torch.equal(a, b) for a, b in zip(seen[:layers], seen[layers:], strict=True)]
+    assert same == [True] * 7 + [False] * (layers - 7)
 
 
 def test_perceptual_distance_is_a_mean_over_layers_of_unit_features():
@@ -81,7 +83,7 @@ def test_perceptual_distance_is_a_mean_over_layers_of_unit_features():
         return {"image_intermediates": [x, 5 * x[..., ::2, ::2], torch.ones_like(x)]}
 
     visual = SimpleNamespace(forward_intermediates=layers)
-    clip = SimpleNamespace(model=SimpleNamespace(visual=visual), mean=0.0, std=1.0)
+    clip = SimpleNamespace(model=SimpleNamespace(visual=visual), mean=0.0, std=1.0, size=8)
     red, other = torch.full((2, 3, 8, 8), -1.0), torch.full((2, 3, 8, 8), -1.0)
     red[:, 0] = 1.0
     other[0, 1] = 1.0  # green; the second picture is red in its upper half

@@ -105,6 +105,14 @@ def test_every_stage_trains_on_a_folder(faces_dir, tmp_path, capsys):
     further = ["--samples", "16", "--batch", "16", "--lr", "0", "--from", str(base)]
     assert main(["pretrain", "flux", *further, *place]) == 0
     assert all(torch.equal(before[name], value) for name, value in load_file(weights).items())
+    shutil.rmtree(base.parent / "vae")
+    further = ["--samples", "16", "--lr", "0", "--from", str(base)]
+    assert main(["pretrain", "vae", *further, *place]) == 0
+    kept = load_file(base / "vae" / weights.name)
+    trained = torch.load(base.parent / "vae.pt", weights_only=True)
+    assert kept.keys() == trained.keys()
+    assert all(torch.equal(value.float(), trained[name]) for name, value in kept.items())
+    assert json.loads((base.parent / "vae.json").read_text())["began_with"]["digest"]
     config = load_profile(
         "photos64",
         backbone={"path": str(tmp_path / "flux")},
