@@ -3,8 +3,8 @@
     OUT=DIR python benchmarks/gpu/foundation.py VAE FLUX DISTILL POOL
 
 The first three are seconds, POOL is a number of faces whose captions `pretrain captions` writes
-meanwhile. START is a FLUX folder whose autoencoder is trained further. What a stage made is packed
-into OUT as soon as it is there.
+meanwhile. START is a FLUX folder whose autoencoder is trained further, or taken as it is where VAE
+is 0. What a stage made is packed into OUT as soon as it is there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from ec2face_core.io.paths import resolve
-from ec2face_lab.world import pool, pretrain, pretrain_flux, training
+from ec2face_lab.world import kept, pool, pretrain, pretrain_flux, training
 from ec2face_lab.world.sources import Portraits
 
 VAE_BATCH = 64
-BATCH = 512
+BATCH = int(os.environ.get("BATCH", "128"))  # of the transformer and of its distillation
 PART = 15_000_000  # bytes of a packed file
 
 
@@ -41,9 +41,13 @@ def main() -> None:
     began = time.monotonic()
     if not (work / "vae.json").exists():
         guide = bundle / "parser_guiding.pt"
-        start = Path(os.environ["START"]) if "START" in os.environ else None
+        start = resolve(os.environ["START"]) if "START" in os.environ else None
         peak = 1e-3 if start else 2e-3
-        pretrain.train_vae(source, work, 0, VAE_BATCH, vae, parser=guide, lr=peak, start=start)
+        if start and not vae:
+            kept.restore(start, work)
+            (work / "base.json").unlink(missing_ok=True)  # the transformer is trained anew
+        else:
+            pretrain.train_vae(source, work, 0, VAE_BATCH, vae, parser=guide, lr=peak, start=start)
     pack("vae", work, ["vae.pt", "vae.json"])
     say(began, "autoencoder")
     pool.encode_pool(source, work, faces)
@@ -55,7 +59,7 @@ def main() -> None:
     parts = ["transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
     pack("base", work, ["base.json", *(f"base/{part}" for part in parts)])
     say(began, "transformer")
-    pretrain_flux.distill_guidance(source, bundle, work, 0, 512, 5e-4, distill)
+    pretrain_flux.distill_guidance(source, bundle, work, 0, BATCH, 5e-4, distill)
     pack("flux", bundle, ["flux"])
     say(began, "distillation")
 

@@ -9,6 +9,8 @@
     python -m ec2face_lab pretrain clip --role scoring        # CLIP
     python -m ec2face_lab pretrain facts                      # attribute evaluator
     python -m ec2face_lab pretrain gates                      # are they good enough?
+    python -m ec2face_lab pretrain keep                       # the base under way, into the bundle
+    python -m ec2face_lab pretrain restore --from DIR         # and back, where `runs/` is gone
 
 On two cores two ranks do vae, latents, flux and distill faster than one process does:
 `torchrun --nproc-per-node 2 -m ec2face_lab pretrain flux`.
@@ -29,7 +31,7 @@ from ec2face_core.guards.checks import number
 from ec2face_core.io.paths import ROOT, user_path
 from ec2face_core.runs import whole_file
 
-from ..world import pool, pretrain, pretrain_flux, pretrain_perception
+from ..world import kept, pool, pretrain, pretrain_flux, pretrain_perception
 from ..world.ranks import join_ranks, rank_of
 from ..world.sources import DataSource, FolderFaces, Portraits
 
@@ -43,6 +45,8 @@ STAGES = {
     "clip": "a CLIP",
     "facts": "the attribute evaluator",
     "gates": "measure all of them on faces that none has seen: gates.csv in the bundle",
+    "keep": "copy the base under way and its autoencoder into the bundle: base/",
+    "restore": "go on from the autoencoder and the base of a folder",
 }
 SAMPLES = {
     "vae": 320_000,  # on the CPU most of them are quarters of pictures
@@ -66,11 +70,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, summary in STAGES.items():
         stage = stages.add_parser(name, help=summary, formatter_class=parser.formatter_class)
-        stage.add_argument(
-            "--device", default="cpu", choices=("cpu", "cuda"),
-            help="where faces are rendered and networks run",
-        )  # fmt: skip
+        if name not in {"keep", "restore"}:
+            stage.add_argument(
+                "--device", default="cpu", choices=("cpu", "cuda"),
+                help="where faces are rendered and networks run",
+            )  # fmt: skip
         if name == "gates":
+            continue
+        stage.add_argument(
+            "--out", type=user_path, metavar="DIR", default=BUNDLE, help="folder of the bundle"
+        )
+        if name in {"vae", "flux", "restore"}:
+            stage.add_argument(
+                "--from", dest="start", type=user_path, metavar="DIR", required=name == "restore",
+                help="FLUX folder whose weights are trained further",
+            )  # fmt: skip
+        if name in {"keep", "restore"}:
             continue
         stage.add_argument(
             "--data", type=user_path, metavar="ROOT",
@@ -80,9 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--size", type=int, choices=tuple(pretrain.PLANS), default=128,
             help="side in pixels of the faces of --data",
         )  # fmt: skip
-        stage.add_argument(
-            "--out", type=user_path, metavar="DIR", default=BUNDLE, help="folder of the bundle"
-        )
         stage.add_argument(
             "--samples",
             type=number(1),
@@ -107,11 +119,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 default=RATE[name],
                 help="peak learning rate",
             )
-        if name in {"vae", "flux"}:
-            stage.add_argument(
-                "--from", dest="start", type=user_path, metavar="DIR",
-                help=f"FLUX folder; {summary} of it is trained further",
-            )  # fmt: skip
         if name == "captions":
             stage.add_argument(
                 "--processes", type=number(1), default=1, help="that tokenise captions"
@@ -125,6 +132,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train one stage; resumes if it was stopped."""
+    if options.stage == "keep":
+        kept.keep(options.out, pretrain.work_folder(options.out))
+        return
+    if options.stage == "restore":
+        kept.restore(options.start, pretrain.work_folder(options.out))
+        return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA GPU; leave the option out")
     avoid_cudnn_attention()

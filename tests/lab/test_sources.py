@@ -113,6 +113,16 @@ def test_every_stage_trains_on_a_folder(faces_dir, tmp_path, capsys):
     assert kept.keys() == trained.keys()
     assert all(torch.equal(value.float(), trained[name]) for name, value in kept.items())
     assert json.loads((base.parent / "vae.json").read_text())["began_with"]["digest"]
+    assert main(["pretrain", "keep", "--out", str(tmp_path)]) == 0
+    restore = ["pretrain", "restore", "--from", str(tmp_path / "base"), "--out", str(tmp_path)]
+    assert main(restore) == 2
+    assert "is under way" in capsys.readouterr().err
+    shutil.rmtree(base.parent)
+    assert main(restore) == 0
+    assert all(torch.equal(before[name], value) for name, value in load_file(weights).items())
+    again = torch.load(base.parent / "vae.pt", weights_only=True)
+    assert all(torch.equal(again[name], value.float()) for name, value in kept.items())
+    assert json.loads((base.parent / "base.json").read_text())["faces"] == faces_dir.name
     config = load_profile(
         "photos64",
         backbone={"path": str(tmp_path / "flux")},
