@@ -4,7 +4,8 @@
 
 The first three are seconds, POOL is a number of faces whose captions `pretrain captions` writes
 meanwhile. START is a FLUX folder whose autoencoder is trained further, or taken as it is where VAE
-is 0. What a stage made is packed into OUT as soon as it is there.
+is 0; with FURTHER=1 its transformer is trained further, too. What a stage made is packed into OUT
+as soon as it is there.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def main() -> None:
 
     training.CHECKPOINT_SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "240"))
     began = time.monotonic()
+    start = resolve(os.environ["START"]) if "START" in os.environ else None
     if not (work / "vae.json").exists():
         guide = bundle / "parser_guiding.pt"
-        start = resolve(os.environ["START"]) if "START" in os.environ else None
         peak = 1e-3 if start else 2e-3
         if start and not vae:
             kept.restore(start, work)
@@ -55,7 +56,8 @@ def main() -> None:
     while not (work / "captions.pt").exists():
         time.sleep(0.5)
     if not (work / "base.json").exists():
-        pretrain_flux.train_flux(source, work, 0, BATCH, rate, flux)
+        further = start if os.environ.get("FURTHER") else None
+        pretrain_flux.train_flux(source, work, 0, BATCH, rate, flux, further)
     parts = ["transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
     pack("base", work, ["base.json", *(f"base/{part}" for part in parts)])
     say(began, "transformer")

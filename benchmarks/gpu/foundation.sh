@@ -3,10 +3,12 @@
 # seconds instead of samples. Run it in the root of the repository.
 #
 #   [VAE=120] [FLUX=300] [DISTILL=40] [POOL=57344] [PERCEPTION=170] [MODELS="parser_guiding ..."]
-#   [START=FLUX folder whose autoencoder is trained further]
+#   [START=FLUX folder whose autoencoder is trained further; VAE=0: taken as it is]
+#   [FURTHER=1: the transformer of START is trained further, too] [BATCH=128] [RATE=1.2e-3]
 #     bash benchmarks/gpu/foundation.sh
 #
-# MODELS="" leaves guides and evaluators out. The autoencoder has the GPU for itself; guides and evaluators are trained beside the transformer.
+# MODELS="" leaves guides and evaluators out. The autoencoder has the GPU for itself; guides and
+# evaluators are trained beside the transformer.
 # Results are packed into OUT as soon as they are there: vae.tar, base.tar, flux.tar.*,
 # perception.tar, logs.tar.
 set -u
