@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -247,20 +247,21 @@ def train_vae(
         "learning_rate": lr,
         "seconds": round(spent),
         "device": device_name(device),
-        "began_with": _record_of(start),
+        "began_with": start
+        and {
+            "digest": path_digest(start / "vae"),
+            **parameters_of(start).get("autoencoder", {}),
+        },
         "guide": path_digest(parser) if parser else None,
     }
     write_json(work / "vae.json", result)
     print(result, flush=True)
 
 
-def _record_of(start: Path | None) -> object:
-    """How the autoencoder of a FLUX folder was made."""
-    if start is None:
-        return None
-    record = start / "provenance.json"
-    made = json.loads(record.read_text()).get("parameters", {}) if record.is_file() else {}
-    return {"digest": path_digest(start / "vae"), **made.get("autoencoder", {})}
+def parameters_of(folder: Path) -> dict[str, Any]:
+    """How a FLUX folder was made, as its provenance says; empty where it has none."""
+    record = folder / "provenance.json"
+    return json.loads(record.read_text()).get("parameters", {}) if record.is_file() else {}
 
 
 @torch.no_grad()

@@ -35,7 +35,15 @@ from ec2face_core.runs import path_digest, provenance, write_json
 from .graphs import Replayed, optimiser_options
 from .networks import save_backbone
 from .pool import Pool
-from .pretrain import SEED, WARMUP, autocast, device_name, steps_done, with_trained_vae
+from .pretrain import (
+    SEED,
+    WARMUP,
+    autocast,
+    device_name,
+    parameters_of,
+    steps_done,
+    with_trained_vae,
+)
 from .ranks import rank_of, share_of
 from .sources import DataSource
 from .training import Bf16Twin, blend, descend, set_learning_rates, train
@@ -248,7 +256,11 @@ def train_flux(
         "learning_rate": lr,
         "device": device_name(device),
         "held_out_flow_loss": quality,
-        "began_with": path_digest(start) if start else None,
+        "began_with": start
+        and {
+            "digest": path_digest(start),
+            **{k: v for k, v in parameters_of(start).items() if k != "autoencoder"},
+        },
         "autoencoder": json.loads((work / "vae.json").read_text()),
     }
     write_json(work / "base.json", record)
