@@ -181,7 +181,7 @@ def test_one_condition_alone_where_the_original_has_it(trained, masks):
 def test_other_sizes_are_refused_before_anything_is_trained(config):
     for name in SYSTEMS:
         with pytest.raises(ConfigError, match="official repository"):
-            build(name, config.replace(data={"size": 128}))
+            build(name, config.replace(data={"size": 256}))
 
 
 def test_words_that_the_vocabulary_lacks_are_named(config, faces, masks):
