@@ -45,8 +45,7 @@ def main() -> None:
         guide = bundle / "parser_guiding.pt"
         peak = 1e-3 if start else 2e-3
         if start and not vae:
-            kept.restore(start, work)
-            (work / "base.json").unlink(missing_ok=True)  # the transformer is trained anew
+            kept.restore_autoencoder(start, work)
         else:
             pretrain.train_vae(source, work, 0, VAE_BATCH, vae, parser=guide, lr=peak, start=start)
     pack("vae", work, ["vae.pt", "vae.json"])

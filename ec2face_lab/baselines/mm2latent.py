@@ -31,9 +31,9 @@ from .style import (
     StyleGenerator,
     StyleSystem,
     adam,
+    doublings,
     leaky,
     perceptual,
-    sides_below,
     upsample,
 )
 from .system import Faces, Generators, Masks, Run, Texts
@@ -59,10 +59,8 @@ class MaskDecoder(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.stem = Linear(CODE, 64 * 64)
-        more = len(sides_below(size)) - len(sides_below(64))
-        self.convs = nn.ModuleList(
-            [Conv(64, 64), Conv(64, 48), *(Conv(48, 48) for _ in range(more))]
-        )
+        widths = [64, 64, 48, *[48] * doublings(size)]
+        self.convs = nn.ModuleList(Conv(a, b) for a, b in pairwise(widths))
         self.head = Conv(48, 4 * 19, act=False)
 
     def forward(self, code: Tensor) -> Tensor:

@@ -209,7 +209,7 @@ class Encoder(nn.Module):
 
     def __init__(self, size: int, channels: int, outputs: int, hidden: int = 192) -> None:
         super().__init__()
-        self.more = len(sides_below(size)) - len(sides_below(64))
+        self.more = doublings(size)
         widths = [16 * channels, 64, *[64] * self.more, 96, 128, 128]
         self.convs = nn.ModuleList(Conv(a, b) for a, b in pairwise(widths))
         self.hidden = Linear(128 * 16, hidden)
@@ -228,6 +228,11 @@ class Encoder(nn.Module):
 def sides_below(size: int) -> list[int]:
     """Sides of the feature maps of networks for pictures of `size` px: the last one unfolds."""
     return [side for side in CHANNELS if side < size]
+
+
+def doublings(size: int) -> int:
+    """How often the side of 64 px doubles up to `size`: a network has as many further levels."""
+    return len(sides_below(size)) - len(sides_below(64))
 
 
 def rgb_layers(channels: Mapping[int, int]) -> nn.ModuleDict:

@@ -14,7 +14,6 @@ Chosen here:
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -33,7 +32,7 @@ from ec2face_core.perception import ClipScorer
 from ec2face_core.runs import path_digest
 
 from ..world.pool import POOL
-from ..world.pretrain import SEED
+from ..world.pretrain import SEED, parameters_of
 from ..world.sources import caption_of, source_of
 from ..world.training import Step, train
 from . import WEIGHTS
@@ -230,9 +229,7 @@ class System(ABC):
             FileNotFoundError: there are no weights; the message names the remedy.
             ConfigError: they were trained on other frozen weights than those that are there.
         """
-        provenance = folder / "provenance.json"
-        record = json.loads(provenance.read_text())["parameters"] if provenance.is_file() else {}
-        trained_on = record.get("stands_on", {})
+        trained_on = parameters_of(folder).get("stands_on", {})
         for name, path in self.frozen_files(self.config, folder).items():
             if path.exists() and trained_on.get(name) not in (None, path_digest(path)):
                 raise ConfigError(

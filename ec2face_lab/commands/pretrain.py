@@ -26,7 +26,6 @@ import argparse
 import torch
 
 from ec2face_core.config import UserError, load_profile
-from ec2face_core.fast.blocks import avoid_cudnn_attention
 from ec2face_core.guards.checks import number
 from ec2face_core.io.paths import ROOT, user_path
 from ec2face_core.runs import whole_file
@@ -39,7 +38,7 @@ STAGES = {
     "vae": "the autoencoder",
     "captions": "token ids of the captions of a pool of faces",
     "latents": "a pool of encoded faces and dense conditions",
-    "flux": "the transformer with its text encoders",
+    "flux": "the transformer and its text encoders",
     "distill": "classifier-free guidance, into the guidance embedding",
     "parser": "a face parser",
     "clip": "a CLIP",
@@ -140,7 +139,6 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA GPU; leave the option out")
-    avoid_cudnn_attention()
     if options.stage == "gates":
         _gates(options.device)
         return

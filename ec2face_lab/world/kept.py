@@ -12,6 +12,8 @@ from ec2face_core.config import UserError, load_profile
 from ec2face_core.io.sums import list_sums
 from ec2face_core.runs import SUMS, provenance, whole_file, whole_folder, write_json
 
+from .pretrain import parameters_of
+
 
 def keep(out: Path, work: Path) -> None:
     """Copy the base under way and its autoencoder into the bundle, as `out/base`.
@@ -48,21 +50,26 @@ def restore(start: Path, work: Path) -> None:
     Raises:
         UserError: the folder lacks its provenance, or another foundation is under way.
     """
-    from diffusers import AutoencoderKL
-
-    record = start / "provenance.json"
-    if not record.is_file():
-        raise UserError(f"{record} does not exist: {start} is no kept base")
-    if (work / "vae.json").exists():
-        raise UserError(f"another foundation is under way in {work}: remove that folder first")
-    made = json.loads(record.read_text())["parameters"]
-    vae = AutoencoderKL.from_pretrained(start, subfolder="vae").float()
-    work.mkdir(parents=True, exist_ok=True)
-    with whole_file(work / "vae.pt") as part:
-        torch.save(vae.state_dict(), part)
+    restore_autoencoder(start, work)
+    made = parameters_of(start)
     if "distillation" not in made:
         with whole_folder(work / "base") as folder:
             shutil.copytree(start, folder, dirs_exist_ok=True)
         list_sums(work / "base")
         write_json(work / "base.json", made)
+
+
+def restore_autoencoder(start: Path, work: Path) -> None:
+    """Begin a foundation under way with the autoencoder of a folder; as for `restore`."""
+    from diffusers import AutoencoderKL
+
+    made = parameters_of(start)
+    if "autoencoder" not in made:
+        raise UserError(f"{start} is no kept base: its provenance.json names no autoencoder")
+    if (work / "vae.json").exists():
+        raise UserError(f"another foundation is under way in {work}: remove that folder first")
+    vae = AutoencoderKL.from_pretrained(start, subfolder="vae").float()
+    work.mkdir(parents=True, exist_ok=True)
+    with whole_file(work / "vae.pt") as part:
+        torch.save(vae.state_dict(), part)
     write_json(work / "vae.json", made["autoencoder"])

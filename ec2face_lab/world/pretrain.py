@@ -247,15 +247,18 @@ def train_vae(
         "learning_rate": lr,
         "seconds": round(spent),
         "device": device_name(device),
-        "began_with": start
-        and {
-            "digest": path_digest(start / "vae"),
-            **parameters_of(start).get("autoencoder", {}),
-        },
+        "began_with": _beginning(start),
         "guide": path_digest(parser) if parser else None,
     }
     write_json(work / "vae.json", result)
     print(result, flush=True)
+
+
+def _beginning(start: Path | None) -> dict[str, Any] | None:
+    """The autoencoder that a training began with, and how that one was made."""
+    if start is None:
+        return None
+    return {"digest": path_digest(start / "vae"), **parameters_of(start).get("autoencoder", {})}
 
 
 def parameters_of(folder: Path) -> dict[str, Any]:

@@ -256,13 +256,13 @@ def train_flux(
         "learning_rate": lr,
         "device": device_name(device),
         "held_out_flow_loss": quality,
-        "began_with": start
-        and {
-            "digest": path_digest(start),
-            **{k: v for k, v in parameters_of(start).items() if k != "autoencoder"},
-        },
+        "began_with": None,
         "autoencoder": json.loads((work / "vae.json").read_text()),
     }
+    if start:
+        before = parameters_of(start)
+        before.pop("autoencoder", None)
+        record["began_with"] = {"digest": path_digest(start), **before}
     write_json(work / "base.json", record)
     print(quality, flush=True)
 

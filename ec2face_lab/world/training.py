@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ec2face_core.config import ConfigError
+from ec2face_core.fast.blocks import avoid_cudnn_attention
 from ec2face_core.fast.sharding import average_gradients
 from ec2face_core.guards.ranks import locked
 from ec2face_core.runs import add_metrics, cut_metrics
@@ -83,6 +84,7 @@ def train(
     """
     from tqdm.auto import tqdm
 
+    avoid_cudnn_attention()
     rank, ranks = rank_of()
     is_main = rank == 0
     device = torch.device(device)
