@@ -154,7 +154,7 @@ class ProceduralFaces:
     render = staticmethod(rendering.render)
     styles = tuple(STYLE.values())
     condition_shares: ClassVar = dict(
-        zip(CONDITIONS, (0.40, 0.15, 0.15, 0.10, 0.10, 0.10), strict=True)
+        zip(CONDITIONS, (0.60, 0.10, 0.08, 0.07, 0.08, 0.07), strict=True)
     )
     mixture = MIXTURE  # of perception models
     batches: ClassVar = (  # look and frequencies of the batches of `scenes`, in turn

@@ -195,11 +195,17 @@ VALUES = st.one_of(
 
 
 def fuzz_settings(examples: int) -> dict[str, int]:
-    """Random values of random settings: refused, or a configuration that is kept exactly."""
-    seen = {"right": 0, "refused": 0}
+    """Random values of random settings: refused, or a configuration that is kept exactly.
 
-    @randomly(examples, st.sampled_from(sorted(SETTINGS)), VALUES)
-    def configure(key: str, value: Any) -> None:
+    A third of the values are the setting's own default. The others differ from one environment to
+    the next, for hypothesis draws constants of the modules that are loaded, too; few are right.
+    """
+    seen = {"right": 0, "refused": 0}
+    others = st.tuples(st.sampled_from(("default", "random", "random")), VALUES)
+
+    @randomly(examples, st.sampled_from(sorted(SETTINGS)), others)
+    def configure(key: str, other: tuple[str, Any]) -> None:
+        value = SETTINGS[key] if other[0] == "default" else other[1]
         try:
             config = load_config({}, **{key: value})
         except ConfigError as error:
@@ -219,7 +225,7 @@ def fuzz_settings(examples: int) -> dict[str, int]:
 
 def test_a_few_random_calls_and_settings():
     assert min(fuzz_functions(60).values()) > 5
-    assert min(fuzz_settings(100).values()) > 9
+    assert min(fuzz_settings(100).values()) > 20
 
 
 @pytest.mark.slow
@@ -227,4 +233,4 @@ def test_two_thousand_random_calls_and_settings():
     called = fuzz_functions(1200)
     configured = fuzz_settings(800)
     assert sum(called.values()) >= 1000 and min(called.values()) > 100
-    assert sum(configured.values()) >= 700 and min(configured.values()) > 50
+    assert sum(configured.values()) >= 700 and min(configured.values()) > 150
