@@ -9,15 +9,18 @@ hold.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ec2face_core.attributes import CLASS_ID, pixel_counts
-from ec2face_core.backbone import decode_latents, encode_images
+from ec2face_core.backbone import TextEmbedding, decode_latents, encode_images
 from ec2face_core.config import Config
+from ec2face_core.flow import follow_path
 from ec2face_core.io.paths import resolve
+from ec2face_core.mask_branch import predict_velocity
 from ec2face_core.metrics import MaskAccuracy, mask_accuracy
 from ec2face_core.perception import ClipScorer, FaceParser
 from ec2face_core.pipeline import EC2FacePipeline
@@ -33,7 +36,7 @@ from ..world.facts import (
 )
 from ..world.pretrain import with_trained_vae, work_folder
 from ..world.retrieval import mentioned_facts, retrieval
-from ..world.sources import STYLE, FaceBatch, Portraits
+from ..world.sources import STYLE, FaceBatch, Portraits, caption_of, dense_condition
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -42,6 +45,10 @@ if TYPE_CHECKING:
 SEED = 91_001  # of faces that nothing is trained on
 
 CHUNK = 32  # faces at once
+
+CONDITIONED = 128  # faces whose dense conditions the base is given
+
+STEPS = 28  # from noise to such a face
 
 DRAWN = 16  # pixels of a class from which it counts as drawn; eyes need half of them
 
@@ -63,6 +70,8 @@ WANTED = {
     "base: necklaces drawn": 60.0,
     "base: hair colour": 95.0,
     "base: both eyes": 97.0,
+    "base: OAA with the albedo as condition": 90.0,
+    "base: OAA with regions in random colours as condition": 75.0,
 }
 """Gate -> the value that it needs, in percent."""
 
@@ -103,6 +112,7 @@ def measure_gates(
         pipeline.set_progress_bar_config(disable=True)
         values |= _round_trip(shown, parsers["scoring"], pipeline.vae)
         values |= _base(source, pipeline, parsers["scoring"], net, prompts)
+        values |= _conditions(source, pipeline, parsers["scoring"])
     elif (work / "vae.json").is_file():
         vae = with_trained_vae(source, work).vae.to(device)
         values |= _round_trip(shown, parsers["scoring"], vae)
@@ -219,3 +229,35 @@ def _base(
         "base: hair colour": 100 * sum(right) / len(right),
         "base: both eyes": 100 * float(eyes.float().mean()),
     }
+
+
+@torch.no_grad()
+def _conditions(
+    source: Portraits, pipeline: EC2FacePipeline, parser: FaceParser
+) -> dict[str, float]:
+    """How much of the faces the base draws when a dense condition shows them.
+
+    The albedo is almost the picture: what is lost here no LoRA gets back. Regions in random colours
+    are a mask without a meaning of its colours. Neither has any guidance.
+    """
+    shown, described = source.scenes(SEED + 3, 0, CONDITIONED)
+    texts = [caption_of(description, i) for i, description in enumerate(described)]
+    generator = torch.Generator(source.device).manual_seed(SEED)
+    values = {}
+    for kind, name in (("albedo", "the albedo"), ("regions", "regions in random colours")):
+        condition = dense_condition(kind, shown, generator)
+        drawn = []
+        for i in _starts(CONDITIONED):
+            rows = slice(i, i + CHUNK)
+            tokens, pooled, _ = pipeline.encode_prompt(texts[rows])
+            z_c = encode_images(pipeline.vae, condition[rows])
+            velocity = functools.partial(
+                predict_velocity, pipeline.transformer, text=TextEmbedding(tokens, pooled),
+                mask_latents=z_c,
+            )  # fmt: skip
+            noise = torch.randn(z_c.shape, generator=generator, device=source.device)
+            z = follow_path(velocity, noise, torch.zeros(len(z_c), device=source.device), STEPS)
+            drawn.append(decode_latents(pipeline.vae, z).clamp(-1, 1))
+        accuracy = mask_accuracy(_parse(parser, drawn), shown.label_map.cpu())
+        values[f"base: OAA with {name} as condition"] = accuracy.OAA
+    return values

@@ -60,6 +60,35 @@ def test_errors_are_shared_where_both_parsers_are_wrong(shown):
     assert values["guiding parser: OAA"] < 100
 
 
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_conditions_are_drawn_by_a_base_that_follows_them(monkeypatch, share):
+    def velocity(transformer, z_t, t, text, mask_latents):
+        assert len(text) == len(z_t)
+        return (z_t - share * mask_latents) / t.view(-1, 1, 1, 1)  # the way there is straight
+
+    def condition(kind, shown, generator):
+        assert kind in ("albedo", "regions")
+        return shown.label_map[:, None].float() / 18
+
+    def embed(texts):
+        return torch.zeros(len(texts), 1, 2), torch.zeros(len(texts), 2), None
+
+    def parse(images):
+        return (18 * images[:, 0]).round().long().clamp(min=0)
+
+    monkeypatch.setattr(gates, "CONDITIONED", 40)
+    monkeypatch.setattr(gates, "predict_velocity", velocity)
+    monkeypatch.setattr(gates, "dense_condition", condition)
+    monkeypatch.setattr(gates, "encode_images", lambda _, x: x)
+    monkeypatch.setattr(gates, "decode_latents", lambda _, x: x)
+    pipeline = SimpleNamespace(vae=None, transformer=None, encode_prompt=embed)
+    parser = SimpleNamespace(parse=parse)
+    values = gates._conditions(ProceduralFaces(), pipeline, parser)
+    assert set(values) == {name for name in gates.WANTED if "condition" in name}
+    for value in values.values():
+        assert value == 100 if share else value < 80
+
+
 def test_prompts_ask_for_every_gate_of_the_base():
     prompts = gates.base_prompts(ProceduralFaces(), 200)
     mentioned = [set(caption_facts(prompt)) for prompt in prompts]
@@ -123,6 +152,7 @@ def test_an_autoencoder_is_measured_before_there_is_a_base(monkeypatch, tiny_con
 
     monkeypatch.setattr(gates, "EC2FacePipeline", Pipeline)
     monkeypatch.setattr(gates, "_base", lambda *_: {"base: both eyes": 99.0})
+    monkeypatch.setattr(gates, "_conditions", lambda *_: {})
     config = config.replace(sampling={"guidance": 3.0, "text_guidance": 1.0})
     table = gates.measure_gates(config, faces=2).set_index("gate")
     assert table["value"].notna().sum() == 2 and table.loc["base: both eyes", "holds"]
