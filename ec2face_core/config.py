@@ -61,14 +61,13 @@ class DataConfig:
         default="ec2face_lab.world.sources:write_dataset", metadata=ADDED
     )
     cache: Text = field(default="", metadata=ADDED)  # folder of the latents; empty: beside root
-    texts: Literal["disk", "memory"] = field(  # where embedded captions are kept
-        default="disk", metadata=ADDED
-    )
+    texts: Literal["disk", "memory"] = field(default="disk", metadata=ADDED)  # embedded captions
     seed: Seed = 42  # of the procedural faces
     train: Count = 27000  # faces of the training split (ids 0-26999)
     test: Count = 3000  # faces of the test split (ids 27000-29999)
     zero_shot: Count = 760  # faces of the zero-shot set
     validation: CountOrZero = 0  # procedural faces for choosing settings, beside root
+    rare: CountOrZero = field(default=0, metadata=ADDED)  # procedural faces rich in rare classes
 
 
 @dataclass(frozen=True)

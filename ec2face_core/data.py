@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 SUFFIXES = {"image": IMAGE_SUFFIXES, "mask": (".png",), "text": (".txt",)}
 VALIDATION_SEED = 1000  # added to the procedural faces' seed, so that validation faces differ
+
+RARE_SEED = 2000  # likewise, for the faces that are rich in rare classes
 DROPPINGS = ("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
 
 
@@ -234,8 +236,9 @@ def open_dataset(config: Config, split: str) -> FaceDataset:
 
     Args:
         config: data is used.
-        split: train, test, zero_shot, or validation: faces of neither training nor test, on which
-            settings are chosen. For photographs they are in `root`, marked in manifest.csv.
+        split: train, test, zero_shot, validation or rare. Settings are chosen on validation faces.
+            Those of split rare show as many hats, eyeglasses, earrings and necklaces as measuring
+            their accuracy takes. For photographs, `root/manifest.csv` marks both.
 
     Raises:
         DataError: there is no data, or procedural faces of another number than configured.
@@ -248,14 +251,16 @@ def open_dataset(config: Config, split: str) -> FaceDataset:
         "test": ("root", first, data.seed),
         "zero_shot": ("zero_shot_root", {"zero_shot": data.zero_shot}, data.seed),
         "validation": ("root", {"validation": data.validation}, data.seed + VALIDATION_SEED),
+        "rare": ("root", {"rare": data.rare}, data.seed + RARE_SEED),
     }
     if split not in known:
         raise DataError(f"split {split!r} does not exist; known: {', '.join(known)}")
     key, counts, seed = known[split]
     root = resolve(getattr(data, key))
-    if split == "validation" and data.procedural:
-        root = root.with_name(f"{root.name}-validation")
-    wanted = recipe(data, seed, counts, "second" if split == "zero_shot" else "first")
+    if split in ("validation", "rare") and data.procedural:
+        root = root.with_name(f"{root.name}-{split}")
+    look = {"zero_shot": "second", "rare": "rare"}.get(split, "first")
+    wanted = recipe(data, seed, counts, look)
     if not root.exists():
         if not data.procedural:
             raise DataError(

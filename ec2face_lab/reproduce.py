@@ -98,8 +98,9 @@ def run_notebooks(
 def make_data(config: Config) -> None:
     """Make the procedural faces of a profile, which are part of every notebook's identity."""
     if config.data.procedural:
-        for split in ("test", "zero_shot"):
-            open_dataset(config, split)
+        for split in ("test", "zero_shot", "rare"):
+            if getattr(config.data, split):
+                open_dataset(config, split)
 
 
 def select(folder: Path, only: Iterable[str] = ()) -> list[Path]:

@@ -28,7 +28,7 @@ def recipe(data: DataConfig, seed: int, counts: Mapping[str, int], look: str) ->
         data: maker and size are used.
         seed: of the faces.
         counts: split -> number of faces.
-        look: `first` or `second`.
+        look: `first`, `second`, or `rare`: the first, with frequent accessories.
     """
     values = {"maker": data.maker, "seed": seed, "splits": dict(counts)}
     return values | {"size": data.size, "look": look}

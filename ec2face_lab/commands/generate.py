@@ -23,7 +23,7 @@ from ec2face_core.train import leave_group
 from ..study.painters import METHODS
 from ..study.pictures import PictureSet
 
-SPLITS = ("test", "zero_shot", "validation", "train")
+SPLITS = ("test", "zero_shot", "validation", "rare", "train")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -368,7 +368,8 @@ def write_dataset(
         seed: of the faces.
         splits: split -> number of faces; ids are counted on from one split to the next.
         size: side in pixels.
-        look: `first`, with ten captions a face, or `second`, with nine.
+        look: `first`, with ten captions a face; `second`, with nine; or `rare`: the first
+            with frequent hats, eyeglasses, earrings and necklaces.
         progress: whether to show a bar.
         source: samples and renders the faces.
     """
@@ -376,6 +377,9 @@ def write_dataset(
 
     root = Path(root)
     palette = [value for rgb in PALETTE for value in rgb]
+    frequencies = ""
+    if look == "rare":
+        look, frequencies = "first", "balanced"
     count = 10 if look == "first" else 9
     split_of = [name for name, n in splits.items() for _ in range(n)]
     starts = range(0, len(split_of), 64)
@@ -389,7 +393,7 @@ def write_dataset(
             (folder / kind).mkdir(parents=True)
         for start in tqdm(starts, f"procedural faces, {look} look", disable=not progress):
             indices = range(start, min(start + 64, len(split_of)))
-            sampled = source.sample(seed, indices, look)
+            sampled = source.sample(seed, indices, look, frequencies)
             faces = source.render(sampled, size)
             pictures = ((faces.image + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
             labels = faces.label_map.byte().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,7 @@ def test_open_dataset(tmp_path):
         "test": 2,
         "zero_shot": 2,
         "validation": 2,
+        "rare": 40,
         "size": 32,
     }
     config = load_profile("smoke", data=data)
@@ -113,7 +115,14 @@ def test_open_dataset(tmp_path):
     assert not validate(tmp_path / "first").problems
     validation = open_dataset(config, "validation")
     assert len(validation) == 2 and not validation[0].image.equal(train[0].image)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "first-validation", "second"]
+    rare = open_dataset(config, "rare")
+    with open(rare.root / "attributes.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(rare) == 40
+    for name, least in (("hat", 5), ("eyeglasses", 5), ("earrings", 14), ("necklace", 10)):
+        assert sum(int(row[name]) for row in rows) >= least, name  # at least twice the natural
+    kept = ["first", "first-rare", "first-validation", "second"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
     four = config.replace(**{"data.train": 4})
     with pytest.raises(ConfigError, match=r"another recipe \(splits .*'train': 3.*'train': 4"):
         open_dataset(four, "train")
