@@ -47,6 +47,7 @@ SETTINGS = "EC2FACE_SETTINGS"  # environment variable: JSON of settings that pro
 # Fields that were added or renamed later keep old digests valid: a field with ADDED does not count
 # while it has its default, and `{"digest": name}` counts under its former name.
 ADDED = {"added": True}
+Weighting = Literal["inverse", "sqrt", "effective", "focal"]
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ class LossConfig:
     # the mean squared weight is 1 over the latent cells of the training set | of a step
     normalize: Literal["constant", "mean", "none"] = "constant"
     clip: NotNegative = 0.0  # upper bound of the weights after Eq. 10; 0: none
-    # Eq. 10 | its root | Eq. 10 for rare classes, 1 for frequent ones (Cui et al. 2019)
-    weighting: Literal["inverse", "sqrt", "effective"] = field(default="inverse", metadata=ADDED)
+    # Eq. 10 | its root | Eq. 10 for rare classes, 1 for frequent ones (Cui et al. 2019) | by error
+    weighting: Weighting = field(default="inverse", metadata=ADDED)
     floor: NotNegative = field(default=0.0, metadata=ADDED)  # lower bound of the weights; 0: none
     # where the consistency losses look: at noised data (the paper) | on the model's own path
     states: Literal["data", "own"] = field(default="data", metadata=ADDED)

@@ -113,7 +113,12 @@ def bounded_weights(counts: Tensor, config: LossConfig) -> Tensor:
 
     Returns:
         `(19,)` float64.
+
+    Raises:
+        ValueError: weighting `focal` has no weight of a class.
     """
+    if config.weighting == "focal":
+        raise ValueError("focal weights do not depend on the classes: see losses.focal_weights")
     w = class_weights(counts)
     if config.weighting == "sqrt":
         w = w.sqrt()
@@ -176,6 +181,32 @@ def latent_weights(
     if scale is None or config.normalize == "mean":
         scale = w.square().mean().sqrt()
     return w / scale.to(w)
+
+
+def focal_weights(v: Tensor, target: Tensor) -> Tensor:
+    """Weights of Eq. 11 that know no classes (`weighting: focal`): hard cells weigh more.
+
+    Focal-R (Yang et al. 2021, arXiv 2102.09554) multiplies the squared error by
+    `(2 sigmoid(e) - 1)^2`, where e is the root mean square of a cell's error.
+
+    Args:
+        v: predicted velocity, `b c h w`.
+        target: true velocity, of the same shape.
+
+    Returns:
+        `b h w` float32, detached; the mean square over all cells is 1.
+
+    Raises:
+        TypeError, ValueError: they are no real `b c h w` of one shape.
+    """
+    check_floats(v, "velocity")
+    check_floats(target, "target")
+    check_same_shape(velocity=v, target=target)
+    if v.ndim != 4:
+        raise ValueError(f"velocity {tuple(v.shape)}: expected `b c h w`")
+    error = (v.detach() - _at_least_float32(target)).square().mean(1).sqrt()
+    w = 2 * torch.sigmoid(error) - 1
+    return w / w.square().mean().sqrt().clamp(min=torch.finfo(w.dtype).tiny)
 
 
 # --------------------------------------------------------------------- consistency (Eqs. 6, 7, 8)

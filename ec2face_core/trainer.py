@@ -34,7 +34,7 @@ from .fast.sharding import average_gradients, ignore_frozen, shard_base
 from .fast.transfer import send
 from .flow import follow_path, interpolate, reverse_estimate, target_velocity
 from .latents import EMPTY, LatentCache, cache_folder, encode_dataset
-from .losses import flow_matching_loss, latent_weights, total_loss
+from .losses import flow_matching_loss, focal_weights, latent_weights, total_loss
 from .mask_branch import (
     MaskKVCache,
     add_mask_lora,
@@ -112,6 +112,8 @@ class Trainer(TrainingRun):
         z_t = interpolate(x.z, x.noise, x.t)  # the path of Eqs. 2 and 3
         mu = target_velocity(x.z, x.noise)
         v = velocity(z_t, x.t)
+        if self.config.loss.long_tail and self.config.loss.weighting == "focal":
+            w = focal_weights(v, mu)  # in place of Eq. 10
         L_opt_fm = flow_matching_loss(v, mu, w)  # Eqs. 3, 11
 
         has_begun = self.steps_done >= self.config.loss.begins * self.config.trainer.steps
@@ -172,12 +174,13 @@ class Trainer(TrainingRun):
         self.log.add(row, torch.cat([sums / c.accumulation, norm.float().reshape(1)]))
 
     def long_tail_weights(self, indices: range) -> Tensor | None:
-        """Eq. 10 for samples of the stream; None without long-tail learning."""
-        if not self.config.loss.long_tail:
+        """Eq. 10 for samples of the stream; None without long-tail learning by classes."""
+        loss = self.config.loss
+        if not loss.long_tail or loss.weighting == "focal":
             return None
         label_maps = send(self.cache.label_maps(self.stream.ids(indices)), self.device)
         side = self.cache.latent_shape[-1]
-        return latent_weights(label_maps, self.counts, side, self.config.loss, self.weight_scale)
+        return latent_weights(label_maps, self.counts, side, loss, self.weight_scale)
 
     def _weight_scale(self) -> Tensor | None:
         """The constant that long-tail weights are divided by; None where there is none.
@@ -186,7 +189,7 @@ class Trainer(TrainingRun):
         rank.
         """
         loss = self.config.loss
-        if not loss.long_tail or loss.normalize != "constant":
+        if not loss.long_tail or loss.weighting == "focal" or loss.normalize != "constant":
             return None
         spaced = torch.linspace(0, len(self.cache.ids) - 1, SCALE_FACES).round().long()
         side = self.cache.latent_shape[-1]

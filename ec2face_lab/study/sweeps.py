@@ -152,6 +152,7 @@ SWEEPS: dict[str, dict[str, Point]] = {
         **{f"floor-{c}": Point(f"from 1 to {c}", settings=_bounded(c, 1.0)) for c in (3, 10, 30)},
         "sqrt": Point("square root", settings=_bounded(0, weighting="sqrt")),
         "effective": Point("effective number", settings=_bounded(0, weighting="effective")),
+        "focal": Point("focal (by error)", settings=_bounded(0, weighting="focal")),
         "faces-0.2": Point("20 % rare faces", "without_ltal", {"trainer.rare_faces": 0.2}),
         "faces-0.4": Point("40 % rare faces", "without_ltal", {"trainer.rare_faces": 0.4}),
         "both": Point(
@@ -175,9 +176,7 @@ SWEEPS: dict[str, dict[str, Point]] = {
         "mask-20": Point("mask, α = 20", "mask", _alpha(0.0, 20.0)),
         "own-2": Point("mask on own paths, α = 2", "mask", _alpha(0.0, 2.0, states="own")),
         "own-5": Point("mask on own paths, α = 5", "mask", _alpha(0.0, 5.0, states="own")),
-        "own-both": Point(
-            "both on own paths, α = 0.5 and 5", "both", _alpha(0.5, 5.0, states="own")
-        ),
+        "own-both": Point("both on own paths, 0.5 and 5", "both", _alpha(0.5, 5.0, states="own")),
         "late": Point("mask, last third", "mask", _alpha(0.0, 5.0, center=0.2, begins=0.67)),
         "sampling": Point("none, mask leads sampling", "none", {"sampling.consistency": 0.2}),
     },
@@ -197,8 +196,8 @@ QUESTIONS: dict[str, str] = {
     "dropout": "Condition dropout, p of Eq. 13, with the scores of text and of mask alone; a "
     "dropped mask is not read, or it is a black image.",
     "long-tail": "What brings rare classes: weights (Eq. 10 as printed, bounded above, above and "
-    "below, its root, the effective number), faces with a rare class more often, or both. Recall "
-    "of the rare classes against their precision.",
+    "below, its root, the effective number; by error), rare faces more often, or both. Recall of "
+    "the rare classes against their precision.",
     "consistency": "The losses of text and mask, each by itself; Eq. 7's cross-entropy averaged or "
     "summed over classes; the LoRA on all tokens; the mask loss on the model's own paths, or late "
     "and at small t (α = 5, t_c = 0.2); and sampling that is led by it. "

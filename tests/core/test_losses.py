@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from ec2face_core.losses import (
     class_weights,
     drop_conditions,
     flow_matching_loss,
+    focal_weights,
     latent_weights,
     mask_consistency_loss,
     text_consistency_loss,
@@ -239,6 +241,25 @@ def test_other_weightings_and_bounds(earring):
         assert w[0, 0, 0].item() == pytest.approx(of_skin, rel=1e-5)
         assert w[0, 5, 6].item() == pytest.approx(of_ring, rel=1e-4)
         assert bounded_weights(counts, raw(**options))[0] >= options.get("floor", 0)
+
+
+def test_focal_weights_follow_the_error(generator, earring):
+    v, target = torch.randn(2, 3, 4, 5, 5, generator=generator)
+    w = focal_weights(v.requires_grad_(), target)
+    assert w.shape == (3, 5, 5) and not w.requires_grad
+    expected = torch.empty(3, 5, 5)
+    for b, i, j in itertools.product(range(3), range(5), range(5)):
+        squares = [(v[b, c, i, j] - target[b, c, i, j]).item() ** 2 for c in range(4)]
+        expected[b, i, j] = 2 / (1 + math.exp(-math.sqrt(sum(squares) / 4))) - 1
+    expected /= math.sqrt((expected**2).mean())
+    torch.testing.assert_close(w, expected)
+    same = focal_weights(target, target)
+    assert same.isfinite().all()  # nothing is left to learn
+    with pytest.raises(ValueError, match=r"`b c h w`"):
+        focal_weights(v[0], target[0])
+    label_map, counts, *_ = earring
+    with pytest.raises(ValueError, match="focal_weights"):
+        latent_weights(label_map, counts, 16, raw(weighting="focal"))
 
 
 def test_sample_scope_counts_each_map_by_itself(earring, generator):

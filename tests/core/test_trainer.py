@@ -220,6 +220,19 @@ def test_only_the_critics_that_a_variant_needs(
     assert opened == {name: n for name, n in wanted.items() if n}
 
 
+def test_focal_weights_stand_in_for_those_of_classes(exact, monkeypatch):
+    monkeypatch.setattr(exact, "consistency", None)
+    samples = exact.stream.sample(range(4))
+    _, plain = step_gradients(exact, samples)
+    torch.testing.assert_close(plain["flow"], plain["unweighted_flow"])
+    focal = dataclasses.replace(exact.config.loss, weighting="focal", long_tail=True)
+    monkeypatch.setattr(exact, "config", dataclasses.replace(exact.config, loss=focal))
+    assert exact.long_tail_weights(range(4)) is None
+    _, means = step_gradients(exact, samples)
+    assert means["flow"] > 1.05 * means["unweighted_flow"]  # hard cells weigh more
+    torch.testing.assert_close(means["unweighted_flow"], plain["unweighted_flow"])
+
+
 def test_long_tail_weights_only_where_the_variant_says_so(tiny_config):
     assert Trainer(tiny_config, "without_ltal").long_tail_weights(range(2)) is None
 
