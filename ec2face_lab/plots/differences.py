@@ -124,18 +124,28 @@ def length_figure(
 def trade_figure(trade: DataFrame) -> Figure:
     """Recall of the rare classes against their precision and against HFA; the front is filled.
 
+    Points have numbers, which the list on the right explains: labels beside them would overlap.
+
     trade: of `sweeps.rare_trade`.
     """
+    from matplotlib.lines import Line2D
+
     fig = new_figure(9, 3.8)
+    rows = trade.to_dict("records")
     for ax, other in zip(fig.subplots(1, 2, sharey=True), ("precision", "HFA"), strict=True):
-        for row in trade.to_dict("records"):
-            face = BLUE if row["front"] else "white"
-            ax.plot(row[other], row["recall"], "o", color=BLUE, mfc=face, ms=5)
-            ax.annotate(row["label"], (row[other], row["recall"]), (4, 3),
-                        textcoords="offset points", fontsize=6.5)  # fmt: skip
+        for number, row in enumerate(rows, 1):
+            place = (row[other], row["recall"])
+            ax.plot(*place, "o", color=BLUE, mfc=BLUE if row["front"] else "white", ms=10)
+            ink = "white" if row["front"] else BLACK
+            ax.annotate(str(number), place, ha="center", va="center_baseline", color=ink, size=6.5)
         ax.set_xlabel("precision of RFA (%)" if other == "precision" else "HFA (%)")
-        ax.margins(x=0.25, y=0.12)
+        ax.margins(0.08)
     fig.axes[0].set_ylabel("RFA, recall (%)")
+    marks = [
+        Line2D([], [], ls="", label=f"{number}  {row['label']}")
+        for number, row in enumerate(rows, 1)
+    ]
+    fig.legend(handles=marks, loc="outside center right", handlelength=0, handletextpad=0)
     return fig
 
 
