@@ -18,6 +18,7 @@ COMMANDS = {
     "baselines": "train the comparison systems, or study whether the comparison is fair",
     "sweeps": "train and score every point of the sweeps over settings",
     "report": "write the report that holds our numbers against the paper's",
+    "keep": "put trained LoRAs in place of those that come with a clone",
     "gallery": "render the executed notebooks as pages",
     "publish": "make the figures, tables and pages of a run the published ones",
 }
