@@ -79,11 +79,16 @@ def train(
         Seconds of optimisation over all runs.
 
     Raises:
-        ConfigError: another training is at work in the folder; or several ranks have a GPU, or a
-            limit of seconds, at which each would end by its own clock.
+        ConfigError: there is no limit; another training is at work in the folder; or several ranks
+            have a GPU, or a limit of seconds, at which each would end by its own clock.
     """
     from tqdm.auto import tqdm
 
+    if not (steps or seconds):
+        raise ConfigError(
+            f"the training {folder.name} has no limit: give --seconds, or at least as many "
+            "--samples as a step has"
+        )
     avoid_cudnn_attention()
     rank, ranks = rank_of()
     is_main = rank == 0

@@ -48,6 +48,12 @@ def test_a_time_limit_counts_all_runs(tmp_path, monkeypatch):
     assert len(seen) == 6, "nothing is left to spend"
 
 
+def test_a_training_needs_a_limit(tmp_path):
+    state = {"net": torch.nn.Linear(2, 2)}
+    with pytest.raises(ConfigError, match=r"stage has no limit.*--seconds"):
+        training.train(tmp_path / "stage", lambda *_: {"loss": 0.0}, state, 3)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_resuming_is_bitwise_identical(tmp_path, fused):
     def run(folder, stop: int = 0) -> dict[str, torch.Tensor]:
