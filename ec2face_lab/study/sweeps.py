@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ec2face_core.attributes import CLASSES, GROUPS
 from ec2face_core.config import Config, NotInProfileError, adapter_dir, adapter_name, trained_seeds
 from ec2face_core.io.lora_file import LORA_FILE
+from ec2face_core.io.paths import ROOT
 from ec2face_core.losses import NEVER_FADES
 from ec2face_core.runs import read_metrics
 
@@ -165,9 +166,7 @@ SWEEPS: dict[str, dict[str, Point]] = {
         "text": Point("text, α = 0.5", "text"),
         "text-5": Point("text, α = 5", "text", _alpha(5.0, 0.0)),
         "text-all": Point(
-            "text, α = 0.5, LoRA on all tokens",
-            "text",
-            {**_alpha(0.5, 0.0), "lora.tokens": "all"},
+            "text, LoRA on all tokens", "text", {**_alpha(0.5, 0.0), "lora.tokens": "all"}
         ),
         "all": Point("no loss, LoRA on all tokens", "none", {"lora.tokens": "all"}),
         "mask": Point("mask, α = 0.5", "mask"),
@@ -216,7 +215,8 @@ def point_config(config: Config, sweep: str, name: str) -> Config:
     folder = f"{config.profile}/sweeps/{sweep}-{name}"
     adapters = f"runs/{folder}/adapters"
     if point.is_sampling:
-        adapters = str(adapter_dir(config, point.method).parent)
+        kept = adapter_dir(config, point.method).parent
+        adapters = str(kept.relative_to(ROOT) if kept.is_relative_to(ROOT) else kept)
     return other.replace(profile=folder, adapters=adapters)
 
 
