@@ -207,6 +207,10 @@ def save_backbone(
     }
     with hide_progress_bars():
         FluxPipeline(**parts).save_pretrained(str(folder))
+    for file in Path(folder).glob("*/config.json"):  # diffusers writes where a part was read
+        settings = json.loads(file.read_text())
+        if settings.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(settings, indent=2) + "\n")
     list_sums(Path(folder))
 
 
