@@ -169,6 +169,18 @@ def test_kept_figures_show_the_kept_data():
     assert not stale, f"made of other data; `make reproduce ONLY=...` makes them anew: {stale}"
 
 
+def test_kept_files_name_no_folder_of_a_machine():
+    folders = [ROOT / "figures", ROOT / "benchmarks", *(ROOT / "data").glob("mini*")]
+    kinds = (".json", ".csv")
+    files = [x for folder in folders for x in folder.rglob("*") if x.suffix in kinds]
+    found = [
+        f"{file.relative_to(ROOT)}: {path[0]}"
+        for file in files
+        if (path := re.search(r"(?<![\w.:/<])/(?:[\w.-]+/){2,}[\w.-]+", file.read_text("utf-8")))
+    ]
+    assert len(files) > 100 and not found
+
+
 def test_each_notebook_has_a_number_of_its_own():
     numbers = [path.name[:2] for path in NOTEBOOKS]
     assert len(set(numbers)) == len(numbers) and all(n.isdigit() for n in numbers), numbers
