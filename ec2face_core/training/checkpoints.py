@@ -29,8 +29,8 @@ STATE = "state.json"
 
 # Settings that may change when a training is resumed.
 MAY_CHANGE = {
-    "profile", "adapters", "data.validation", "data.test", "data.zero_shot", "data.zero_shot_root",
-    "data.cache", "data.texts", "sampling", "evaluation", "baselines",
+    "profile", "adapters", "data.validation", "data.test", "data.rare", "data.zero_shot",
+    "data.zero_shot_root", "data.cache", "data.texts", "sampling", "evaluation", "baselines",
     "perception.scoring_parser", "perception.scoring_clip", "perception.scoring_facts",
     "trainer.steps", "trainer.batch_size", "trainer.accumulation", "trainer.num_processes",
     "trainer.gradient_checkpointing", "trainer.recompute_every", "trainer.compile",
