@@ -256,6 +256,8 @@ def open_dataset(config: Config, split: str) -> FaceDataset:
     if split not in known:
         raise DataError(f"split {split!r} does not exist; known: {', '.join(known)}")
     key, counts, seed = known[split]
+    if data.procedural and not counts[split]:
+        raise DataError(f"split {split} has no faces: set data.{split} to a number of them")
     root = resolve(getattr(data, key))
     if split in ("validation", "rare") and data.procedural:
         root = root.with_name(f"{root.name}-{split}")

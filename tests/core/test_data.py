@@ -123,6 +123,8 @@ def test_open_dataset(tmp_path):
         assert sum(int(row[name]) for row in rows) >= least, name  # at least twice the natural
     kept = ["first", "first-rare", "first-validation", "second"]
     assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    with pytest.raises(DataError, match=r"rare has no faces: set data\.rare"):
+        open_dataset(config.replace(**{"data.rare": 0}), "rare")
     four = config.replace(**{"data.train": 4})
     with pytest.raises(ConfigError, match=r"another recipe \(splits .*'train': 3.*'train': 4"):
         open_dataset(four, "train")
