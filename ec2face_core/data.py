@@ -39,7 +39,6 @@ T = TypeVar("T")
 
 SUFFIXES = {"image": IMAGE_SUFFIXES, "mask": (".png",), "text": (".txt",)}
 VALIDATION_SEED = 1000  # added to the procedural faces' seed, so that validation faces differ
-
 RARE_SEED = 2000  # likewise, for the faces that are rich in rare classes
 DROPPINGS = ("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
 

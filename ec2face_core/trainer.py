@@ -112,7 +112,7 @@ class Trainer(TrainingRun):
         z_t = interpolate(x.z, x.noise, x.t)  # the path of Eqs. 2 and 3
         mu = target_velocity(x.z, x.noise)
         v = velocity(z_t, x.t)
-        if self.config.loss.long_tail and self.config.loss.weighting == "focal":
+        if self.config.loss.long_tail and self.is_focal:
             w = focal_weights(v, mu)  # in place of Eq. 10
         L_opt_fm = flow_matching_loss(v, mu, w)  # Eqs. 3, 11
 
@@ -173,14 +173,18 @@ class Trainer(TrainingRun):
         }  # fmt: skip
         self.log.add(row, torch.cat([sums / c.accumulation, norm.float().reshape(1)]))
 
+    @property
+    def is_focal(self) -> bool:
+        """Whether the weights of Eq. 11 follow the error, not the classes."""
+        return self.config.loss.weighting == "focal"
+
     def long_tail_weights(self, indices: range) -> Tensor | None:
         """Eq. 10 for samples of the stream; None without long-tail learning by classes."""
-        loss = self.config.loss
-        if not loss.long_tail or loss.weighting == "focal":
+        if not self.config.loss.long_tail or self.is_focal:
             return None
         label_maps = send(self.cache.label_maps(self.stream.ids(indices)), self.device)
         side = self.cache.latent_shape[-1]
-        return latent_weights(label_maps, self.counts, side, loss, self.weight_scale)
+        return latent_weights(label_maps, self.counts, side, self.config.loss, self.weight_scale)
 
     def _weight_scale(self) -> Tensor | None:
         """The constant that long-tail weights are divided by; None where there is none.
@@ -189,7 +193,7 @@ class Trainer(TrainingRun):
         rank.
         """
         loss = self.config.loss
-        if not loss.long_tail or loss.weighting == "focal" or loss.normalize != "constant":
+        if not loss.long_tail or self.is_focal or loss.normalize != "constant":
             return None
         spaced = torch.linspace(0, len(self.cache.ids) - 1, SCALE_FACES).round().long()
         side = self.cache.latent_shape[-1]

@@ -175,7 +175,7 @@ SWEEPS: dict[str, dict[str, Point]] = {
         "mask-20": Point("mask, α = 20", "mask", _alpha(0.0, 20.0)),
         "own-2": Point("mask on own paths, α = 2", "mask", _alpha(0.0, 2.0, states="own")),
         "own-5": Point("mask on own paths, α = 5", "mask", _alpha(0.0, 5.0, states="own")),
-        "own-both": Point("both on own paths, 0.5 and 5", "both", _alpha(0.5, 5.0, states="own")),
+        "own-both": Point("both, own paths, α = 0.5, 5", "both", _alpha(0.5, 5.0, states="own")),
         "late": Point("mask, last third", "mask", _alpha(0.0, 5.0, center=0.2, begins=0.67)),
         "sampling": Point("none, mask leads sampling", "none", {"sampling.consistency": 0.2}),
     },

@@ -201,11 +201,11 @@ def fuzz_settings(examples: int) -> dict[str, int]:
     the next, for hypothesis draws constants of the modules that are loaded, too; few are right.
     """
     seen = {"right": 0, "refused": 0}
-    others = st.tuples(st.sampled_from(("default", "random", "random")), VALUES)
+    keys = st.sampled_from(sorted(SETTINGS))
 
-    @randomly(examples, st.sampled_from(sorted(SETTINGS)), others)
-    def configure(key: str, other: tuple[str, Any]) -> None:
-        value = SETTINGS[key] if other[0] == "default" else other[1]
+    @randomly(examples, keys, st.sampled_from((True, False, False)), VALUES)
+    def configure(key: str, is_default: bool, value: Any) -> None:
+        value = SETTINGS[key] if is_default else value
         try:
             config = load_config({}, **{key: value})
         except ConfigError as error:
